@@ -1,0 +1,144 @@
+"""The tables. SQLite and Postgres share them; `migrations/` creates and changes them.
+
+Times are seconds since the epoch (float). JSON columns hold small dictionaries. `base` is the name of the served base
+model, the key by which an engine finds its work.
+"""
+
+import sqlalchemy as sa
+
+metadata = sa.MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+    }
+)
+
+Serial = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
+sessions = sa.Table(
+    "sessions",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),  # open, finished
+    sa.Column("tags", sa.JSON, nullable=False),
+    sa.Column("user_metadata", sa.JSON, nullable=False),
+    sa.Column("sdk_version", sa.Text, nullable=False),
+    sa.Column("project_id", sa.Text),
+    sa.Column("display_name", sa.Text),
+    sa.Column("finish_reason", sa.Text),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("seen_at", sa.Float, nullable=False),
+    sa.Index(None, "owner", "created_at"),
+)
+
+models = sa.Table(
+    "models",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),  # "{session}:train:{model_seq_id}"
+    sa.Column("session_id", sa.Text, sa.ForeignKey("sessions.id"), nullable=False),
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("base", sa.Text, nullable=False),
+    sa.Column("base_name", sa.Text, nullable=False),  # as the user named it (an alias, perhaps)
+    sa.Column("spec", sa.JSON, nullable=False),  # protocols.ModelSpec
+    sa.Column("user_metadata", sa.JSON, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),  # creating, ready, failed, closed
+    sa.Column("recovery_seq", sa.BigInteger),  # the last seq contained in the recovery point, if there is one
+    sa.Column("recovery_folder", sa.Text),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("used_at", sa.Float, nullable=False),
+    sa.Index(None, "session_id"),
+    sa.Index(None, "owner", "created_at"),
+)
+
+samplers = sa.Table(
+    "samplers",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),  # "{session}:sample:{sampling_session_seq_id}"
+    sa.Column("session_id", sa.Text, sa.ForeignKey("sessions.id"), nullable=False),
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("base", sa.Text, nullable=False),
+    sa.Column("base_name", sa.Text, nullable=False),
+    sa.Column("snapshot", sa.Text, nullable=False),  # "base", a tinker:// path, or an ephemeral snapshot's id
+    sa.Column("model_id", sa.Text),  # the model it was saved from, if any
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Index(None, "session_id"),
+)
+
+checkpoints = sa.Table(
+    "checkpoints",
+    metadata,
+    sa.Column("path", sa.Text, primary_key=True),  # "tinker://{model id}/{weights|sampler_weights|external_weights}/{name}"
+    sa.Column("model_id", sa.Text, sa.ForeignKey("models.id"), nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),  # training, sampler, external
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("base", sa.Text, nullable=False),
+    sa.Column("base_name", sa.Text, nullable=False),
+    sa.Column("spec", sa.JSON, nullable=False),
+    sa.Column("folder", sa.Text, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    sa.Column("public", sa.Boolean, nullable=False, default=False),
+    sa.Column("user_metadata", sa.JSON, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("expires_at", sa.Float),
+    sa.Index(None, "model_id"),
+    sa.Index(None, "owner", "created_at"),
+    sa.Index(None, "expires_at"),
+)
+
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    sa.Column("number", Serial, primary_key=True, autoincrement=True),  # order of arrival
+    sa.Column("subject", sa.Text, nullable=False),  # the model or sampler that it is for
+    sa.Column("seq", sa.BigInteger, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("base", sa.Text, nullable=False),
+    sa.Column("tokens", sa.Integer, nullable=False),  # what it costs, for batching and fairness
+    sa.Column("state", sa.Text, nullable=False),  # queued, running, done, failed, expired
+    sa.Column("engine", sa.Text),  # who runs it
+    sa.Column("error", sa.Text),
+    sa.Column("category", sa.Text),  # user, server
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("finished_at", sa.Float),
+    sa.UniqueConstraint("subject", "seq"),
+    sa.Index(
+        "ix_jobs_open",
+        "base",
+        "number",
+        sqlite_where=sa.text("state IN ('queued', 'running')"),
+        postgresql_where=sa.text("state IN ('queued', 'running')"),
+    ),
+    sa.Index("ix_jobs_finished_at", "finished_at"),
+    sqlite_autoincrement=True,
+)
+
+payloads = sa.Table(
+    "payloads",
+    metadata,
+    sa.Column("number", Serial, sa.ForeignKey("jobs.number"), primary_key=True, autoincrement=False),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+)
+
+results = sa.Table(
+    "results",
+    metadata,
+    sa.Column("number", Serial, sa.ForeignKey("jobs.number"), primary_key=True, autoincrement=False),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+)
+
+engines = sa.Table(
+    "engines",
+    metadata,
+    sa.Column("base", sa.Text, primary_key=True),
+    sa.Column("id", sa.Text, nullable=False),  # new at every start
+    sa.Column("pid", sa.Integer, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),  # loading, ready, stopped, failed
+    sa.Column("progress", sa.Text, nullable=False),
+    sa.Column("capabilities", sa.JSON),
+    sa.Column("beat_at", sa.Float, nullable=False),
+)
