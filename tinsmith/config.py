@@ -1,17 +1,32 @@
 """The settings of one server: read once (file, then environment, then command line), frozen, printed at start.
 
-The only reader of the environment.
+The only reader of the environment: `read_environment` is called by the command line, everything else is given a
+`Settings`. Knows nothing of the machine; what is left at 0 or `auto` is chosen where the model is loaded.
 """
 
-from dataclasses import dataclass, field
+import ipaddress
+import json
+import math
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any, get_type_hints
+from urllib.parse import urlsplit, urlunsplit
+
+from tinsmith.errors import ConfigError
+
+PREFIX = "TINSMITH_"
+EMBEDDED = "tiny"
+TEST_PREFIX = "TINSMITH_TEST_"  # belongs to the test suite; servers ignore it
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Everything that a server is told. Sizes in bytes, tokens or seconds, as each name or comment says."""
 
-    model: str = "tiny"  # "tiny", a Hugging Face folder, or a hub name
+    model: str = EMBEDDED  # "tiny", a Hugging Face folder, or a hub name
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free port
     data_dir: Path = Path("tinsmith-data")
@@ -23,9 +38,244 @@ class Settings:
     max_lora_rank: int = 128
     dtype: str = "auto"  # auto, float32, bfloat16
     device: str = "auto"  # auto, cpu, cuda
+    threads: int = 0  # of arithmetic on the CPU; 0: one per core
     max_context: int = 0  # tokens; 0: what the model's configuration says
     max_body_bytes: int = 256 * 2**20  # of a request, also after decompression
     kv_cache_tokens: int = 0  # 0: from free memory
     train_tokens: int = 0  # tokens in one micro-batch; 0: from free memory
     future_hours: float = 24.0  # how long a finished result can be read
     poll_seconds: float = 30.0  # how long retrieve_future holds a request
+    log: str = "info"  # debug, info, warning, error
+
+    @property
+    def effective_database_url(self) -> str:
+        """`database_url`, or the SQLite file in `data_dir` when there is none."""
+        return self.database_url or f"sqlite:///{self.data_dir.absolute() / 'tinsmith.db'}"
+
+    @property
+    def served_name(self) -> str:
+        """The model's one name: a folder's absolute path, else `model` as given (`tiny`, or a hub name)."""
+        folder = Path(self.model).expanduser()
+        return str(folder.resolve()) if self.model != EMBEDDED and folder.is_dir() else self.model
+
+    def to_json(self) -> str:
+        """All settings, for a child process; `from_json` reads it."""
+        return json.dumps({f.name: getattr(self, f.name) for f in fields(self)}, default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Settings":
+        """The inverse of `to_json`."""
+        return _checked(_parsed(json.loads(text), "the parent's settings"))
+
+
+CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16"),
+    "device": ("auto", "cpu", "cuda"),
+    "log": ("debug", "info", "warning", "error"),
+}
+
+RANGES: dict[str, tuple[float, float]] = {
+    "port": (0, 65535),
+    "max_lora_adapters": (1, 65536),
+    "max_lora_rank": (1, 4096),
+    "threads": (0, 4096),
+    "max_context": (0, 2**31 - 1),
+    "max_body_bytes": (2**10, 2**32),
+    "kv_cache_tokens": (0, 2**40),
+    "train_tokens": (0, 2**31 - 1),
+    "future_hours": (0.01, 24 * 365),
+    "poll_seconds": (0.1, 40.0),  # the client gives up after 45
+}
+
+
+def load_settings(
+    config_file: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    overrides: Mapping[str, object] | None = None,
+) -> Settings:
+    """Settings from a TOML file, then TINSMITH_* variables, then `overrides` (what the command line says).
+
+    Each source may leave out any setting, and replaces whole settings (also lists). Raises ConfigError for unknown
+    names, wrong types, values out of range, and for an address that others can reach without API keys.
+    """
+    values: dict[str, Any] = {}
+    if config_file is not None:
+        values |= _parsed(_read_toml(config_file), str(config_file))
+    values |= _parsed(_from_variables(environment or {}), "the environment", PREFIX)
+    values |= _parsed(overrides or {}, "the command line")
+    return _checked(values)
+
+
+def read_environment() -> dict[str, str]:
+    """The process's environment, for `load_settings`."""
+    return dict(os.environ)
+
+
+def describe(settings: Settings) -> list[tuple[str, str]]:
+    """(name, value) of every setting, in order, with API keys and the database's password masked."""
+    return [(f.name, _shown(f.name, getattr(settings, f.name))) for f in fields(settings)]
+
+
+def mask_password(url: str) -> str:
+    """A database URL that can be printed."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    return urlunsplit(parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")))
+
+
+def _shown(name: str, value: object) -> str:
+    if name == "api_keys":
+        return ", ".join(f"{key[:4]}***" for key in value) if isinstance(value, tuple) else ""
+    if name == "aliases" and isinstance(value, dict):
+        return ", ".join(f"{alias}={model}" for alias, model in value.items())
+    return mask_password(str(value)) if name == "database_url" else str(value)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def _from_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name.removeprefix(PREFIX).lower(): value
+        for name, value in environment.items()
+        if name.startswith(PREFIX) and not name.startswith(TEST_PREFIX)
+    }
+
+
+def _parsed(raw: Mapping[str, object], source: str, prefix: str = "") -> dict[str, Any]:
+    types = get_type_hints(Settings)
+    unknown = [name for name in raw if name not in types]
+    if unknown:
+        allowed = ", ".join(prefix + (name.upper() if prefix else name) for name in types)
+        name = prefix + (unknown[0].upper() if prefix else unknown[0])
+        raise ConfigError(f"unknown setting {name!r} in {source}; allowed: {allowed}")
+    values = {}
+    for name, value in raw.items():
+        try:
+            values[name] = _PARSERS[types[name]](value)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"setting {name!r} in {source}: {error}") from error
+    return values
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, got {value!r}")
+    return value
+
+
+def _integer(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise TypeError(f"expected a whole number, got {value!r}")
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"expected a whole number, got {value!r}") from None
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise TypeError(f"expected a number, got {value!r}")
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"expected a number, got {value!r}") from None
+
+
+def _flag(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if not isinstance(value, str) or value.lower() not in words:
+        raise ValueError(f"expected true or false, got {value!r}")
+    return words[value.lower()]
+
+
+def _path(value: object) -> Path:
+    return Path(value).expanduser() if isinstance(value, (str, Path)) else Path(_text(value))
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    """A list, or (in a variable) one text with commas."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"expected a list of texts, got {value!r}")
+    return tuple(_text(part) for part in value)
+
+
+def _pairs(value: object) -> dict[str, str]:
+    """A table, or NAME=MODEL texts."""
+    if isinstance(value, dict):
+        return {_text(name): _text(model) for name, model in value.items()}
+    pairs = [(part, *part.partition("=")) for part in _texts(value)]
+    for part, name, equals, model in pairs:
+        if not (name and equals and model):
+            raise ValueError(f"expected NAME=MODEL, got {part!r}")
+    return {name: model for _, name, _, model in pairs}
+
+
+_PARSERS: dict[Any, Callable[[object], Any]] = {
+    str: _text,
+    int: _integer,
+    float: _number,
+    bool: _flag,
+    Path: _path,
+    tuple[str, ...]: _texts,
+    dict[str, str]: _pairs,
+}
+
+
+def _checked(values: dict[str, Any]) -> Settings:
+    settings = replace(Settings(), **values)
+    for name, allowed in CHOICES.items():
+        value = getattr(settings, name)
+        if value not in allowed:
+            raise ConfigError(f"setting {name!r} is {value!r}; allowed: {', '.join(allowed)}")
+    for name, (low, high) in RANGES.items():
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise ConfigError(f"setting {name!r} is {value}; allowed: {low} to {high}")
+    if not settings.model:
+        raise ConfigError("setting 'model' is empty; give 'tiny', a folder or a hub name")
+    _check_aliases(settings)
+    _check_access(settings)
+    return settings
+
+
+def _check_aliases(settings: Settings) -> None:
+    for alias, target in settings.aliases.items():
+        if target != settings.model and replace(settings, model=target).served_name != settings.served_name:
+            raise ConfigError(
+                f"alias {alias}={target} does not name the served model; this server serves only {settings.model!r}, "
+                f"so write {alias}={settings.model}"
+            )
+
+
+def _check_access(settings: Settings) -> None:
+    if settings.api_keys and settings.no_auth:
+        raise ConfigError("api_keys and no_auth exclude each other; give one of them")
+    for key in settings.api_keys:
+        if not key.startswith(("tml-", "eyJ")):
+            raise ConfigError(f"API key {key[:4]}*** must start with tml-; the client refuses any other")
+    if not (settings.api_keys or settings.no_auth or is_loopback(settings.host)):
+        raise ConfigError(
+            f"host {settings.host!r} can be reached from other machines, and there are no API keys; give --api-key "
+            "(repeatable), or --no-auth if the network is trusted"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
