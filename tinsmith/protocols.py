@@ -134,11 +134,14 @@ class Trainer(Protocol):
     def discard_gradient(self, model_id: str) -> None:
         """Clears what forward_backward accumulated."""
 
-    def save(self, model_id: str, folder: Path, *, optimizer: bool) -> None:
-        """Writes weights (and optimizer state) as safetensors files into the existing, empty `folder`."""
+    def save(self, model_id: str, folder: Path, *, optimizer: bool, gradient: bool = False) -> None:
+        """Writes weights (and optimizer state, and accumulated gradient) as safetensors into the empty `folder`."""
 
-    def load(self, model_id: str, folder: Path, *, optimizer: bool) -> None:
-        """Replaces the weights of an added model, and its optimizer state (or resets that); clears the gradient."""
+    def load(self, model_id: str, folder: Path, *, optimizer: bool, gradient: bool = False) -> None:
+        """Replaces the weights of an added model, and its optimizer state (or resets that).
+
+        The accumulated gradient becomes the one saved with them if `gradient` is true, and is cleared otherwise.
+        """
 
     def snapshot(self, model_id: str) -> Weights:
         """An immutable copy of the weights as they are now, for `Sampler.publish`."""

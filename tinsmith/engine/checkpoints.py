@@ -1,0 +1,89 @@
+"""Folders of weights on disk: written beside their place, checksummed, fsynced, and renamed into it; then never changed.
+
+The manifest comes last, so that a folder without one, or whose files differ from it, is refused by name.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from tinsmith.errors import TinsmithError
+
+MANIFEST = "manifest.json"
+
+
+class DamagedCheckpointError(TinsmithError):
+    """A folder of weights does not hold what its manifest says."""
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> int:
+    """Creates `target` with what `fill(folder)` writes, atomically. Returns its size in bytes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.part"
+    temporary.mkdir()
+    try:
+        fill(temporary)
+        files = {
+            path.name: {"sha256": _digest(path), "bytes": path.stat().st_size} for path in sorted(temporary.iterdir())
+        }
+        (temporary / MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=1))
+        for path in temporary.iterdir():
+            _sync(path)
+        _sync(temporary)
+        os.rename(temporary, target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return sum(entry["bytes"] for entry in files.values())
+
+
+def verify_folder(folder: Path) -> Path:
+    """The folder itself. Raises DamagedCheckpointError if it is missing, incomplete or altered."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, entry in manifest["files"].items():
+            if _digest(folder / name) != entry["sha256"]:
+                raise DamagedCheckpointError(f"{folder.name}: {name} does not match its checksum")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{folder.name} is incomplete: {error}") from error
+    return folder
+
+
+def remove_folder(folder: Path) -> None:
+    """Deletes a folder, if it is there; renamed first, so that no half-deleted folder stands in its place."""
+    doomed = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.gone")
+    try:
+        os.rename(folder, doomed)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(root: Path) -> None:
+    """Removes what a crash left half-written or half-deleted below `root`."""
+    for pattern in (".*.part", ".*.gone"):
+        for leftover in root.rglob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def folder_name(identifier: str) -> str:
+    """A file name for a model or sampler id, unique as the id is."""
+    return identifier.replace(":", "_").replace("/", "_")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

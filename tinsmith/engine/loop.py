@@ -1,0 +1,368 @@
+"""The engine: takes jobs from the ledger, asks planning what runs next, has trainer and sampler do it, ends the jobs.
+
+One thread owns the device. Each turn claims what is new, runs one slice of training (barriers, then one batch of many
+tenants), gives sampling the same share of time, and keeps house. Knows no tensors and no SQL.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinsmith.engine.checkpoints import remove_folder, sweep
+from tinsmith.engine.operations import Operations
+from tinsmith.engine.planning import BATCHED, Plan, gaps, plan, rejoin
+from tinsmith.engine.recovery import Recovery
+from tinsmith.engine.residency import Residency
+from tinsmith.errors import TinsmithError, UserError
+from tinsmith.protocols import ModelCall, Sampler, SnapshotCall, Trainer
+from tinsmith.wire.jobs import Header, Outcome
+from tinsmith.wire.packing import SampleCall, TrainCall
+
+if TYPE_CHECKING:
+    from tinsmith.engine.operations import MakeCheckpoint
+    from tinsmith.store.ledger import Ledger
+
+log = logging.getLogger(__name__)
+
+BATCH_TOKENS = 16_384  # of one training batch: what a neighbour's request waits for at most
+CLAIM_LIMIT = 256
+MAX_SAMPLING = 4_096  # requests inside the sampler; further ones stay in the queue
+IDLE_SECONDS = 1.0  # how long to sleep when nobody rings
+BEAT_SECONDS = 5.0
+KEEP_HOUSE_SECONDS = 10.0
+POINT_SECONDS = 60.0  # how often a training model gets a recovery point
+GAP_SECONDS = 330.0  # clients give up on a submission after 300 s; then what waits behind it goes on
+
+
+@dataclass(slots=True)
+class Lane:
+    """One model's place: what waits, which seq comes next, and what went wrong since its last step."""
+
+    next_seq: int
+    waiting: dict[int, Header] = field(default_factory=dict)
+    gap_since: float | None = None
+    lost_chunk: str | None = None  # a part of a larger forward_backward failed: the gradient is incomplete
+    stepped: bool = False  # since its recovery point
+    used_at: float = 0.0
+
+
+class Engine:
+    """Runs the jobs of one base model. `run` returns when `stop` is set; everything else is its own business."""
+
+    def __init__(
+        self,
+        ledger: "Ledger",
+        trainer: Trainer,
+        sampler: Sampler,
+        new_checkpoint: "MakeCheckpoint",
+        *,
+        data_dir: Path,
+        max_models: int,
+        future_seconds: float,
+    ) -> None:
+        self._ledger = ledger
+        self._trainer = trainer
+        self._sampler = sampler
+        self._data_dir = data_dir
+        self._max_models = max_models
+        self._future_seconds = future_seconds
+        recovery = Recovery(ledger, trainer, data_dir / "recovery")
+        self._residency = Residency(
+            ledger,
+            trainer,
+            sampler,
+            recovery,
+            data_dir / "snapshots",
+            max_models=max_models,
+            max_snapshots=2 * max_models,
+        )
+        self._operations = Operations(ledger, trainer, self._residency, data_dir / "checkpoints", new_checkpoint)
+        self._lanes: dict[str, Lane] = {}
+        self._served: dict[str, float] = {}
+        self._sampling: dict[str, Header] = {}
+        self._kept_house_at = time.monotonic()
+        self._pointed_at = time.monotonic()
+
+    # The loop
+
+    def run(self, stop: threading.Event) -> None:
+        """Serves until `stop` is set; then leaves every model's state on disk."""
+        sweep(self._data_dir)
+        released = self._ledger.release()
+        if released:
+            log.info("took over %d unfinished jobs", released)
+        bell = self._ledger.listen()
+        capabilities = self._trainer.capabilities().to_dict()
+        beating = threading.Thread(target=self._beat, args=(stop, capabilities), name="heartbeat", daemon=True)
+        self._ledger.announce("ready", "", capabilities)
+        beating.start()
+        more = True
+        try:
+            while not stop.is_set():
+                rung = bool(bell.wait(0.0 if more else IDLE_SECONDS))
+                more = self._turn(claim=rung or not more)
+        finally:
+            bell.close()
+            stop.set()
+            beating.join()
+            self._close()
+
+    def _beat(self, stop: threading.Event, capabilities: dict[str, object]) -> None:
+        while not stop.wait(BEAT_SECONDS):
+            self._ledger.announce("ready", "", capabilities)
+
+    def _turn(self, *, claim: bool) -> bool:
+        """One round. Returns whether there is more to do at once."""
+        full = self._claim() if claim else False
+        self._close_gaps()
+        work = self._plan()
+        began = time.monotonic()
+        self._train(work)
+        self._sample(time.monotonic() - began)
+        self._keep_house()
+        return bool(full or work or self._sampler.load)
+
+    def _close(self) -> None:
+        for model_id in self._residency.models:
+            self._guard(model_id, lambda model_id=model_id: self._residency.write_point(model_id))
+        self._ledger.release()
+        self._ledger.announce("stopped", "")
+
+    # Taking in
+
+    def _claim(self) -> bool:
+        room = MAX_SAMPLING - self._sampler.load
+        if room <= 0:
+            return False
+        limit = min(CLAIM_LIMIT, room)
+        headers = self._ledger.claim(limit)
+        sampling = [header for header in headers if header.kind == "sample"]
+        for header in headers:
+            if header.kind != "sample":
+                self._enqueue(header)
+        if sampling:
+            self._start_sampling(sampling)
+        return len(headers) == limit
+
+    def _enqueue(self, header: Header) -> None:
+        lane = self._lanes.get(header.subject)
+        if lane is None:
+            lane = self._lanes[header.subject] = self._open_lane(header.subject)
+        if not lane.waiting:
+            self._served[header.subject] = rejoin(header.subject, self._served, self._waiting())
+        lane.waiting[header.seq] = header
+
+    def _open_lane(self, model_id: str) -> Lane:
+        record = self._ledger.find_model(model_id)
+        after = -1 if record is None or record.recovery_seq is None else record.recovery_seq
+        lane = Lane(after + 1)
+        self._catch_up(model_id, lane)
+        return lane
+
+    def _catch_up(self, model_id: str, lane: Lane) -> None:
+        """Moves past operations that ended without this engine: refused at the door, or done before it started."""
+        for past in self._ledger.history(model_id, lane.next_seq - 1):
+            lane.next_seq = past.header.seq + 1
+            self._note_end(lane, past.header, failed=past.state != "done", chunked=past.chunked)
+
+    def _waiting(self) -> dict[str, dict[int, Header]]:
+        return {model_id: lane.waiting for model_id, lane in self._lanes.items() if lane.waiting}
+
+    def _next_seqs(self) -> dict[str, int]:
+        return {model_id: lane.next_seq for model_id, lane in self._lanes.items()}
+
+    def _close_gaps(self) -> None:
+        now = time.monotonic()
+        for model_id in gaps(self._waiting(), self._next_seqs()):
+            lane = self._lanes[model_id]
+            self._catch_up(model_id, lane)
+            if lane.next_seq in lane.waiting:
+                lane.gap_since = None
+            elif lane.gap_since is None:
+                lane.gap_since = now
+            elif now - lane.gap_since > GAP_SECONDS:
+                self._ledger.skip(lane.waiting[min(lane.waiting)], lane.next_seq)
+
+    # Training
+
+    def _plan(self) -> Plan:
+        return plan(self._waiting(), self._next_seqs(), self._served, budget=BATCH_TOKENS, max_models=self._max_models)
+
+    def _train(self, work: Plan) -> None:
+        for header in work.barriers:
+            self._run_barrier(header)
+        if work.batch:
+            self._run_batch(work.batch)
+
+    def _run_barrier(self, header: Header) -> None:
+        lane = self._lanes[header.subject]
+        error = self._attempt(header, lambda: self._perform(header, lane))
+        if error is not None:
+            self._ledger.complete([_failed(header, error)])
+            self._undo(header)
+        self._end(header, failed=error is not None)
+
+    def _perform(self, header: Header, lane: Lane) -> None:
+        body = self._ledger.payloads([header])[header.number]
+        if header.seq > 0:
+            self._residency.require_model(header.subject)
+        if header.kind == "optim_step" and lane.lost_chunk is not None:
+            raise UserError(
+                f"no step was taken: {lane.lost_chunk}, so the accumulated gradient was incomplete. It has been "
+                "cleared; send the whole forward_backward again, then optim_step"
+            )
+        self._operations.perform(header, body)
+        lane.stepped |= header.kind in ("optim_step", "load_weights")
+
+    def _undo(self, header: Header) -> None:
+        """What a failed barrier leaves behind: no half-created model, and no gradient that a step refused."""
+        if header.seq == 0:
+            self._residency.discard_model(header.subject)
+            self._ledger.update_model(header.subject, state="failed")
+        elif header.kind == "optim_step" and header.subject in self._residency.models:
+            self._trainer.discard_gradient(header.subject)
+
+    def _run_batch(self, batch: tuple[Header, ...]) -> None:
+        bodies = self._ledger.payloads(batch)
+        wanted = frozenset(header.subject for header in batch)
+        ready: list[Header] = []
+        outcomes: dict[int, Outcome] = {}
+        for header in batch:
+            error = self._attempt(header, lambda header=header: self._residency.require_model(header.subject, wanted))
+            if error is None:
+                ready.append(header)
+            else:
+                outcomes[header.number] = _failed(header, error)
+        calls = [ModelCall(header.subject, TrainCall.from_bytes(bodies[header.number])) for header in ready]
+        outcomes |= self._forward_backward(ready, calls)
+        self._ledger.complete([outcomes[header.number] for header in batch])
+        for header in batch:
+            self._served[header.subject] += header.tokens
+            self._end(header, failed=outcomes[header.number].error is not None)
+
+    def _forward_backward(self, headers: list[Header], calls: list[ModelCall]) -> dict[int, Outcome]:
+        if not calls:
+            return {}
+        try:
+            results = self._trainer.forward_backward(calls)
+        except Exception as error:  # the trainer itself broke: nobody's gradient can be trusted
+            log.exception("a batch of %d requests failed", len(calls))
+            for header in headers:
+                if header.kind == "forward_backward":
+                    self._lanes[header.subject].lost_chunk = f"{header.request_id} met a server error"
+            return {header.number: _failed(header, error) for header in headers}
+        return {
+            header.number: _failed(header, result)
+            if isinstance(result, TinsmithError)
+            else Outcome(header.number, result.to_bytes())
+            for header, result in zip(headers, results, strict=True)
+        }
+
+    def _end(self, header: Header, *, failed: bool) -> None:
+        lane = self._lanes[header.subject]
+        lane.waiting.pop(header.seq, None)
+        lane.next_seq = header.seq + 1
+        lane.used_at = time.monotonic()
+        self._residency.advance(header.subject, header.seq)
+        chunked = failed and header.kind in BATCHED and self._ledger.was_chunked(header)
+        self._note_end(lane, header, failed=failed, chunked=chunked)
+
+    def _note_end(self, lane: Lane, header: Header, *, failed: bool, chunked: bool) -> None:
+        if header.kind == "optim_step":
+            lane.lost_chunk = None
+        elif header.kind == "forward_backward" and failed and chunked:
+            lane.lost_chunk = f"request {header.request_id}, a part of a larger forward_backward, failed"
+
+    # Sampling
+
+    def _start_sampling(self, headers: list[Header]) -> None:
+        bodies = self._ledger.payloads(headers)
+        failures = []
+        for header in headers:
+            error = self._attempt(header, lambda header=header: self._submit(header, bodies[header.number]))
+            if error is not None:
+                failures.append(_failed(header, error))
+        self._ledger.complete(failures)
+
+    def _submit(self, header: Header, body: bytes) -> None:
+        record = self._ledger.find_sampler(header.subject)
+        if record is None:
+            raise UserError(f"no sampling session {header.subject}")
+        snapshot_id = self._residency.require_snapshot(record.snapshot, record.model_id)
+        call = SnapshotCall(header.request_id, snapshot_id, record.session_id, SampleCall.from_bytes(body))
+        self._sampler.submit(call)
+        self._sampling[header.request_id] = header
+
+    def _sample(self, seconds: float) -> None:
+        """Steps the sampler at least once, and for as long as training has just had the device."""
+        until = time.monotonic() + seconds
+        while self._sampler.load:
+            outcomes = []
+            for finished in self._sampler.step():
+                header = self._sampling.pop(finished.request_id)
+                output = finished.output
+                failed = isinstance(output, TinsmithError)
+                outcomes.append(_failed(header, output) if failed else Outcome(header.number, output.to_bytes()))
+            self._ledger.complete(outcomes)
+            if time.monotonic() >= until:
+                return
+
+    # House-keeping
+
+    def _keep_house(self) -> None:
+        now = time.monotonic()
+        if now - self._pointed_at > POINT_SECONDS:
+            self._pointed_at = now
+            self._write_points()
+        if now - self._kept_house_at > KEEP_HOUSE_SECONDS:
+            self._kept_house_at = now
+            self._close_models()
+            for folder in self._ledger.drop_expired_checkpoints(time.time()):
+                remove_folder(folder)
+            self._ledger.prune(time.time() - self._future_seconds)
+
+    def _write_points(self) -> None:
+        for model_id, lane in self._lanes.items():
+            if lane.stepped and model_id in self._residency.models:
+                self._guard(model_id, lambda model_id=model_id: self._residency.write_point(model_id))
+                lane.stepped = False
+
+    def _close_models(self) -> None:
+        for model_id in self._ledger.closing_models():
+            lane = self._lanes.get(model_id)
+            if lane is not None and lane.waiting:
+                continue
+            self._residency.close_model(model_id)
+            self._ledger.update_model(model_id, state="closed", recovery_seq=None, recovery_folder=None)
+            self._lanes.pop(model_id, None)
+            self._served.pop(model_id, None)
+
+    # Errors
+
+    def _attempt(self, header: Header, action: Callable[[], None]) -> Exception | None:
+        """Runs one job's action; its error is the job's alone."""
+        try:
+            action()
+        except TinsmithError as error:
+            return error
+        except Exception as error:
+            log.exception("job %s (%s) failed", header.request_id, header.kind)
+            return error
+        return None
+
+    def _guard(self, model_id: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception:
+            log.exception("no recovery point for %s", model_id)
+
+
+def _failed(header: Header, error: Exception) -> Outcome:
+    if isinstance(error, TinsmithError):
+        return Outcome(header.number, error=str(error), category=error.category)
+    message = f"{header.kind} failed on the server: {type(error).__name__}: {error}"
+    return Outcome(header.number, error=message, category="server")

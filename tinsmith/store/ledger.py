@@ -1,0 +1,167 @@
+"""The engine's side of the store: every method is one transaction, and rings whoever waits for what it changed."""
+
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from tinsmith.store import queue, records
+from tinsmith.store.database import Database
+from tinsmith.store.doorbell import Bell, Doorbell
+from tinsmith.wire.jobs import Header, Outcome, Past
+
+
+@dataclass(frozen=True, slots=True)
+class NewCheckpoint:
+    """A folder of weights that an operation wrote, to be recorded together with the operation's result."""
+
+    path: str
+    kind: str
+    name: str
+    folder: Path
+    size_bytes: int
+    ttl_seconds: int | None = None
+    overwrite: bool = False
+    user_metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class Ledger:
+    """Jobs and records of one base model, for one engine process."""
+
+    def __init__(self, database: Database, doorbell: Doorbell, base: str) -> None:
+        self.base = base
+        self.engine_id = secrets.token_hex(8)
+        self._database = database
+        self._doorbell = doorbell
+
+    def listen(self) -> Bell:
+        """Rings when work was submitted."""
+        return self._doorbell.listen("jobs")
+
+    # Jobs
+
+    def release(self) -> int:
+        """Queues again what a dead engine was running. Returns how many jobs."""
+        return self._database.write(queue.release, self.base)
+
+    def claim(self, limit: int) -> list[Header]:
+        return self._database.write(queue.claim, self.base, self.engine_id, limit)
+
+    def payloads(self, headers: Sequence[Header]) -> dict[int, bytes]:
+        """The packed request of each job, by its number."""
+        return self._database.read(queue.payloads, [header.number for header in headers])
+
+    def complete(self, outcomes: Sequence[Outcome]) -> None:
+        if outcomes:
+            self._ring_done(self._database.write(queue.complete, outcomes))
+
+    def complete_with(
+        self,
+        outcome: Outcome,
+        model_id: str,
+        *,
+        model: dict[str, Any] | None = None,
+        sampler: tuple[str, str] | None = None,
+        checkpoint: NewCheckpoint | None = None,
+    ) -> None:
+        """Ends a job together with what it did to the records: all of it, or (with UserError) nothing.
+
+        `model` are changes of the model's record, `sampler` is (sampler id, snapshot) for a sampler that follows an
+        inflight snapshot, `checkpoint` is a folder to be recorded.
+        """
+        self._ring_done(self._database.write(_complete_with, outcome, model_id, model, sampler, checkpoint))
+
+    def history(self, model_id: str, after: int) -> list[Past]:
+        """The ended jobs of a model behind seq `after`, in order, up to the first that has not ended."""
+        return self._database.read(queue.history, model_id, after)
+
+    def skip(self, header: Header, seq: int) -> None:
+        """Gives up on an operation that never arrived while `header` waited behind it."""
+        lost = queue.Job(header.subject, seq, "lost", header.owner, self.base, b"")
+        self._database.write(queue.reject, lost, f"request {lost.request_id} did not arrive in time and was skipped")
+
+    def prune(self, finished_before: float) -> int:
+        return self._database.write(queue.prune, finished_before)
+
+    def _ring_done(self, request_ids: list[str]) -> None:
+        self._doorbell.ring("done", request_ids)
+
+    # Records
+
+    def find_model(self, model_id: str) -> records.Model | None:
+        return self._database.read(records.find_model, model_id)
+
+    def update_model(self, model_id: str, **changes: Any) -> None:
+        self._database.write(records.update_model, model_id, **changes)
+
+    def closed_models(self, model_ids: list[str]) -> list[str]:
+        """Those whose session is over."""
+        return self._database.read(records.closed_models, self.base, model_ids)
+
+    def find_sampler(self, sampler_id: str) -> records.SamplerRecord | None:
+        return self._database.read(records.find_sampler, sampler_id)
+
+    def find_checkpoint(self, path: str) -> records.Checkpoint | None:
+        return self._database.read(records.find_checkpoint, path)
+
+    def drop_expired_checkpoints(self, now: float) -> list[Path]:
+        """Forgets checkpoints whose time is over; returns their folders, for removal."""
+        return self._database.write(_drop_expired, now)
+
+    def announce(self, state: str, progress: str, capabilities: dict[str, Any] | None = None) -> None:
+        """Publishes the engine's state (loading, ready, stopped, failed) and beats its heart."""
+        record = records.EngineRecord(
+            self.base, self.engine_id, os.getpid(), state, progress, capabilities, time.time()
+        )
+        self._database.write(records.put_engine, record)
+        self._doorbell.ring("engine")
+
+
+def _complete_with(
+    conn: sa.Connection,
+    outcome: Outcome,
+    model_id: str,
+    model: dict[str, Any] | None,
+    sampler: tuple[str, str] | None,
+    checkpoint: NewCheckpoint | None,
+) -> list[str]:
+    if model:
+        records.update_model(conn, model_id, **model)
+    if sampler:
+        records.update_sampler(conn, sampler[0], snapshot=sampler[1])
+    if checkpoint:
+        _record_checkpoint(conn, model_id, checkpoint)
+    return queue.complete(conn, [outcome])
+
+
+def _record_checkpoint(conn: sa.Connection, model_id: str, new: NewCheckpoint) -> None:
+    model = records.find_model(conn, model_id)
+    assert model is not None, model_id
+    now = time.time()
+    record = records.Checkpoint(
+        path=new.path,
+        model_id=model_id,
+        kind=new.kind,
+        name=new.name,
+        owner=model.owner,
+        base=model.base,
+        base_name=model.base_name,
+        spec=model.spec,
+        folder=str(new.folder),
+        size_bytes=new.size_bytes,
+        public=False,
+        user_metadata=new.user_metadata,
+        created_at=now,
+        expires_at=now + new.ttl_seconds if new.ttl_seconds else None,
+    )
+    records.create_checkpoint(conn, record, overwrite=new.overwrite)
+
+
+def _drop_expired(conn: sa.Connection, now: float) -> list[Path]:
+    expired = records.expired_checkpoints(conn, now)
+    return [Path(records.delete_checkpoint(conn, checkpoint.path).folder) for checkpoint in expired]

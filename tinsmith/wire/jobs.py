@@ -1,0 +1,72 @@
+"""A job as it is submitted, planned, ended and awaited. Plain records: no SQL, no tensors."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a client submits. `tokens` is its cost; `body` is the packed request (see `packing`) or JSON.
+
+    `seq` orders the jobs of one subject (a model, or a sampler); (subject, seq) makes a retry the same job.
+    """
+
+    subject: str
+    seq: int
+    kind: str
+    owner: str
+    base: str
+    body: bytes
+    tokens: int = 0
+
+    @property
+    def request_id(self) -> str:
+        return f"{self.subject}:{self.seq}"
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A job without its payload: all that planning needs. `number` is the order of arrival."""
+
+    number: int
+    subject: str
+    seq: int
+    kind: str
+    owner: str
+    tokens: int
+    created_at: float
+
+    @property
+    def request_id(self) -> str:
+        return f"{self.subject}:{self.seq}"
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """A job that ended: `state` is done or failed; `chunked` says that it was one part of a client's larger call."""
+
+    header: Header
+    state: str
+    chunked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a job ended: a result, or an error with whose fault it was (`user` or `server`)."""
+
+    number: int
+    body: bytes | None = None
+    error: str | None = None
+    category: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Future:
+    """A job as its client sees it. `body` is the result once the state is `done`."""
+
+    request_id: str
+    kind: str
+    owner: str
+    state: str
+    body: bytes | None
+    error: str | None
+    category: str | None
