@@ -1,0 +1,72 @@
+"""Folders of weights: whole or not at all, and never altered unnoticed."""
+
+from pathlib import Path
+
+import pytest
+
+from tinsmith.engine.checkpoints import (
+    MANIFEST,
+    DamagedCheckpointError,
+    remove_folder,
+    sweep,
+    verify_folder,
+    write_folder,
+)
+
+
+def fill(folder: Path) -> None:
+    (folder / "weights.bin").write_bytes(b"12345")
+    (folder / "config.json").write_text("{}")
+
+
+def test_a_written_folder_verifies_and_knows_its_size(tmp_path: Path) -> None:
+    assert write_folder(tmp_path / "a" / "b", fill) == 7
+    assert verify_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert (tmp_path / "a" / "b" / "weights.bin").read_bytes() == b"12345"
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def break_off(folder: Path) -> None:
+        fill(folder)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_folder(tmp_path / "x", break_off)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "no manifest", "empty manifest", "odd manifest"])
+def test_a_damaged_folder_is_refused_by_name(tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "step-7"
+    write_folder(folder, fill)
+    match damage:
+        case "truncate":
+            (folder / "weights.bin").write_bytes(b"123")
+        case "flip":
+            (folder / "weights.bin").write_bytes(b"12346")
+        case "remove":
+            (folder / "weights.bin").unlink()
+        case "no manifest":
+            (folder / MANIFEST).unlink()
+        case "empty manifest":
+            (folder / MANIFEST).write_text("")
+        case "odd manifest":
+            (folder / MANIFEST).write_text('{"files": {"weights.bin": 3}}')
+    with pytest.raises(DamagedCheckpointError, match="step-7"):
+        verify_folder(folder)
+
+
+def test_a_removed_folder_is_gone_and_removing_it_again_is_no_error(tmp_path: Path) -> None:
+    write_folder(tmp_path / "x", fill)
+    remove_folder(tmp_path / "x")
+    remove_folder(tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sweeping_removes_what_a_crash_left_and_nothing_else(tmp_path: Path) -> None:
+    write_folder(tmp_path / "model" / "good", fill)
+    for leftover in (".good.ab12.part", ".old.cd34.gone"):
+        (tmp_path / "model" / leftover).mkdir()
+        fill(tmp_path / "model" / leftover)
+    sweep(tmp_path)
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["good"]
