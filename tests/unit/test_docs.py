@@ -1,0 +1,26 @@
+"""What the documentation names exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs").glob("*.md")) + [ROOT / "README.md"]
+
+
+def test_every_file_and_name_in_life_of_a_request_exists() -> None:
+    text = (ROOT / "docs" / "life-of-a-request.md").read_text()
+    named = re.findall(r"`(tinsmith/[\w/]+\.py)`(?: `([\w.]+)`)?", text)
+    assert len(named) >= 7
+    for file, name in named:
+        source = (ROOT / file).read_text()
+        for part in filter(None, name.split(".")):
+            assert re.search(rf"(?:def|class) {part}\b", source), f"{file} has no {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
