@@ -7,11 +7,11 @@ import sys
 class _Line(logging.Formatter):
     """Keeps an event on one line, whatever a client put into it; only tracebacks follow, indented."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the base class's name
+    def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = record.message.replace("\r", "\\r").replace("\n", "\\n")
         return super().formatMessage(record)
 
-    def formatException(self, ei: object) -> str:  # noqa: N802 - the base class's name
+    def formatException(self, ei: object) -> str:
         return "    " + super().formatException(ei).replace("\n", "\n    ")  # type: ignore[arg-type]
 
 

@@ -1,0 +1,319 @@
+"""The composition root: the only place that picks store, API, trainer and sampler and puts them together.
+
+`supervise` is the parent process; `run_api` and `run_engine` are its children, started as `python -m tinsmith.serve`.
+Imports are inside the functions because each process loads only what it runs: the parent and the API no torch, the
+engine no web framework.
+"""
+
+import fcntl
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from tinsmith.announce import Announcer
+from tinsmith.config import EMBEDDED, Settings
+from tinsmith.errors import ConfigError, TinsmithError
+from tinsmith.observe import configure_logging
+from tinsmith.supervisor import EXIT_CONFIG, Child, Supervisor
+
+if TYPE_CHECKING:
+    import torch
+
+    from tinsmith.models.loading import BaseModel
+    from tinsmith.protocols import Sampler, Trainer
+    from tinsmith.store.ledger import Ledger
+
+logger = logging.getLogger(__name__)
+
+API_GRACE = 5.0  # seconds to answer what is under way
+ENGINE_GRACE = 60.0  # seconds to finish a slice of work and write what it must
+LOCK_SECONDS = ENGINE_GRACE + API_GRACE  # how long children may outlive a parent that was killed
+KEEP_ALIVE = 120  # seconds; longer than clients keep idle connections, so that they never meet a closed one
+CPU_RUNNING, DEVICE_RUNNING = 64, 256  # sequences sampled at once
+_WEIGHT_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+def supervise(settings: Settings) -> int:
+    """Runs a server until it is told to stop; the exit code. Raises ConfigError before anything is started."""
+    configure_logging(settings.log, "server")
+    settings = replace(settings, data_dir=settings.data_dir.absolute())
+    with _locked(settings.data_dir) as lock, _listen(settings.host, settings.port) as listener:
+        settings = replace(settings, port=listener.getsockname()[1])
+        announcer = Announcer(settings)
+        announcer.chosen()
+        supervisor = Supervisor(_children(settings, listener.fileno(), lock.fileno()))
+        follow = threading.Thread(target=announcer.wait_until_ready, args=(supervisor.stopping,), daemon=True)
+        follow.start()
+        code = supervisor.run()
+        follow.join(timeout=1)
+    return code
+
+
+def run_api(settings: Settings, listener_fd: int, stop: threading.Event) -> None:
+    """Answers HTTP on an inherited listening socket until `stop`."""
+    import uvicorn
+
+    from tinsmith.api.app import create_app
+    from tinsmith.store.database import Database
+    from tinsmith.store.doorbell import Doorbell
+
+    database, doorbell = Database(settings.effective_database_url), Doorbell(settings.effective_database_url)
+    database.migrate()
+    config = uvicorn.Config(
+        create_app(settings, database, doorbell),
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=int(API_GRACE) - 3,
+    )
+    server = uvicorn.Server(config)
+
+    def stop_server() -> None:
+        stop.wait()
+        server.should_exit = True
+
+    threading.Thread(target=stop_server, daemon=True).start()
+    server.run(sockets=[socket.socket(fileno=listener_fd)])
+    doorbell.close()
+    database.close()
+
+
+def run_engine(settings: Settings, stop: threading.Event) -> None:
+    """Loads the model and works on the queue until `stop`. Raises ConfigError if the model cannot be served."""
+    from tinsmith.engine.loop import Engine
+    from tinsmith.store.database import Database
+    from tinsmith.store.doorbell import Doorbell
+    from tinsmith.store.ledger import Ledger, NewCheckpoint
+
+    database, doorbell = Database(settings.effective_database_url), Doorbell(settings.effective_database_url)
+    database.migrate()
+    ledger = Ledger(database, doorbell, settings.served_name)
+    try:
+        trainer, sampler = load_backend(settings, partial(_report, ledger, stop))
+    except TinsmithError as error:
+        ledger.announce("failed", str(error))
+        raise
+    engine = Engine(
+        ledger,
+        trainer,
+        sampler,
+        NewCheckpoint,
+        data_dir=settings.data_dir,
+        max_models=settings.max_lora_adapters,
+        future_seconds=settings.future_hours * 3600,
+    )
+    engine.run(stop)
+    doorbell.close()
+    database.close()
+
+
+def _report(ledger: "Ledger", stop: threading.Event, progress: str) -> None:
+    """Says what a starting engine is doing; ends the process if it was told to stop meanwhile."""
+    if stop.is_set():
+        raise SystemExit(0)
+    ledger.announce("loading", progress)
+
+
+def load_backend(settings: Settings, report: Callable[[str], None]) -> "tuple[Trainer, Sampler]":
+    """The trainer and the sampler of the served model, sized to the memory that is free.
+
+    Needs no database: benchmarks and tests use it too. Raises ConfigError.
+    """
+    report("starting")
+    import torch
+    from transformers import AutoTokenizer
+
+    from tinsmith.models.loading import load_base
+    from tinsmith.sampling.sampler import TorchSampler
+    from tinsmith.training.trainer import TorchTrainer
+
+    device, dtype = choose_device(settings.device, settings.dtype)
+    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    folder = model_folder(settings, report)
+    model = load_base(folder, dtype=dtype, device=device, on_progress=report)
+    _limit_context(model, settings.max_context)
+    report("making room for the cache")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    running = CPU_RUNNING if device.type == "cpu" else DEVICE_RUNNING
+    kv_tokens, train_tokens = _token_budgets(settings, model, running)
+    trainer = TorchTrainer(
+        model,
+        micro_batch_tokens=train_tokens,
+        max_adapters=settings.max_lora_adapters,
+        max_rank=settings.max_lora_rank,
+    )
+    sampler = TorchSampler(model, tokenizer, kv_tokens=kv_tokens, max_running=running)
+    logger.info(
+        "%s: %s, %.4g M parameters, %s on %s, %d threads; %d adapters of rank %d at most; context %d tokens, "
+        "cache %d tokens, training %d tokens at a time",
+        settings.model,
+        model.architecture,
+        model.parameters / 1e6,
+        str(dtype).removeprefix("torch."),
+        device,
+        torch.get_num_threads(),
+        settings.max_lora_adapters,
+        settings.max_lora_rank,
+        model.max_context,
+        kv_tokens,
+        train_tokens,
+    )
+    return trainer, sampler
+
+
+def choose_device(device: str, dtype: str) -> "tuple[torch.device, torch.dtype]":
+    """The device and dtype that the settings name, or for `auto` the GPU in bfloat16, else the CPU in float32."""
+    import torch
+
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ConfigError("device 'cuda' was asked for, but torch finds no GPU; use --device cpu or auto")
+    name = ("cuda" if available else "cpu") if device == "auto" else device
+    if dtype == "auto":
+        dtype = "bfloat16" if name == "cuda" else "float32"
+    return torch.device(name), {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def model_folder(settings: Settings, report: Callable[[str], None]) -> Path:
+    """The served model's folder on this machine; a hub model is downloaded first. Raises ConfigError."""
+    if settings.model == EMBEDDED:
+        from tinsmith.demo import tiny_folder
+
+        return tiny_folder()
+    folder = Path(settings.served_name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{folder} has no config.json; give the folder of a Hugging Face model")
+        return folder
+    return _download(settings.model, report)
+
+
+def _download(name: str, report: Callable[[str], None]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    report(f"fetching {name}")
+    try:
+        return Path(snapshot_download(name, allow_patterns=_WEIGHT_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{name!r} is no folder here, and could not be fetched from the hub: {reason}") from error
+
+
+def _limit_context(model: "BaseModel", wanted: int) -> None:
+    if wanted > model.max_context:
+        raise ConfigError(f"max_context is {wanted}, but the model was made for {model.max_context} tokens at most")
+    model.max_context = wanted or model.max_context
+
+
+def _token_budgets(settings: Settings, model: "BaseModel", max_running: int) -> tuple[int, int]:
+    """(cache tokens, training tokens at a time), as set or from free memory."""
+    import torch
+
+    from tinsmith import sizing
+
+    sizes = sizing.ModelSizes(
+        layers=model.num_layers,
+        kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        hidden=model.config.hidden_size,
+        intermediate=model.config.intermediate_size,
+        max_context=model.max_context,
+        item_bytes=model.dtype.itemsize,
+    )
+    on_cpu = model.device.type == "cpu"
+    free = sizing.free_host_memory() if on_cpu else torch.cuda.mem_get_info(model.device)[0]
+    return (
+        settings.kv_cache_tokens or sizing.kv_cache_tokens(sizes, free, max_running),
+        settings.train_tokens or sizing.train_tokens(sizes, free, on_cpu=on_cpu),
+    )
+
+
+def _children(settings: Settings, listener_fd: int, lock_fd: int) -> list[Child]:
+    """The API first, so that requests are taken while the model loads; they stop in reverse order."""
+    # -P: nothing in the user's current folder may shadow an installed package.
+    command, line = [sys.executable, "-P", "-m", "tinsmith.serve"], settings.to_json()
+    return [
+        Child("api", [*command, "api", str(listener_fd)], line, (listener_fd, lock_fd), API_GRACE),
+        Child("engine", [*command, "engine"], line, (lock_fd,), ENGINE_GRACE),
+    ]
+
+
+def _locked(data_dir: Path) -> IO[str]:
+    """A lock on the data folder, held as long as this server or one of its children lives. Raises ConfigError."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        lock = (data_dir / "lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"cannot write to the data folder {data_dir}: {error.strerror}") from error
+    deadline, told = time.monotonic() + LOCK_SECONDS, False
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                lock.close()
+                raise ConfigError(f"another server uses the data folder {data_dir}; give --data-dir") from None
+        if not told:
+            logger.warning("another server uses %s; waiting up to %g s for it to end", data_dir, LOCK_SECONDS)
+            told = True
+        time.sleep(0.2)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        reason = f"cannot listen on {host} port {port}: {error.strerror}"
+        raise ConfigError(f"{reason}; choose others with --host and --port (0: any free port)") from error
+
+
+def _read_first_line() -> str:
+    """From standard input, unbuffered: the rest of it must stay readable for `_stop_at_end_of_input`."""
+    line = b""
+    while not line.endswith(b"\n"):
+        part = os.read(0, 65536)
+        if not part:
+            raise SystemExit("this process is started by `tinsmith serve`; it needs settings on its standard input")
+        line += part
+    return line.decode()
+
+
+def _stop_at_end_of_input(stop: threading.Event, grace: float) -> None:
+    while os.read(0, 4096):
+        pass
+    stop.set()
+    time.sleep(grace)
+    os._exit(1)  # the parent may be gone, so nobody else would end a process that hangs
+
+
+def _child_main(role: str, *arguments: str) -> int:
+    settings = Settings.from_json(_read_first_line())
+    configure_logging(settings.log, role)
+    stop = threading.Event()
+    grace = API_GRACE if role == "api" else ENGINE_GRACE
+    threading.Thread(target=_stop_at_end_of_input, args=(stop, grace), daemon=True).start()
+    try:
+        if role == "api":
+            run_api(settings, int(arguments[0]), stop)
+        else:
+            run_engine(settings, stop)
+    except ConfigError as error:
+        logger.error("%s", error)
+        return EXIT_CONFIG
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_child_main(*sys.argv[1:]))

@@ -1,0 +1,87 @@
+"""How much memory a server may use, and what it buys: cache tokens, and tokens in one training micro-batch.
+
+Estimates from sizes, made before anything is allocated; knows no tensors of its own.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+KV_SHARE = 0.35  # of free memory
+TRAIN_SHARE = 0.25
+CPU_TRAIN_TOKENS = 4096  # larger micro-batches gain nothing on a CPU
+DEVICE_TRAIN_TOKENS = 65536
+CGROUP = Path("/sys/fs/cgroup")
+_CGROUP_FILES = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """What decides about memory: counts, and bytes per number in the model's dtype."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    intermediate: int
+    max_context: int
+    item_bytes: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of one token's keys and values."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.item_bytes
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of one token in a training forward pass that keeps everything for backward (about 16 hidden-size and 6
+        intermediate-size vectors per layer)."""
+        return self.layers * (16 * self.hidden + 6 * self.intermediate) * self.item_bytes
+
+
+def kv_cache_tokens(sizes: ModelSizes, free_bytes: int, max_running: int) -> int:
+    """Tokens that fit into the cache's share of memory, at most what `max_running` full contexts need.
+
+    At least one full context, since a smaller cache could not serve every valid request.
+    """
+    fitting = int(free_bytes * KV_SHARE) // sizes.kv_bytes
+    return max(sizes.max_context, min(fitting, max_running * sizes.max_context))
+
+
+def train_tokens(sizes: ModelSizes, free_bytes: int, *, on_cpu: bool) -> int:
+    """Tokens of one micro-batch that fit into training's share of memory; at least 256."""
+    fitting = int(free_bytes * TRAIN_SHARE) // sizes.activation_bytes
+    return max(256, min(fitting, CPU_TRAIN_TOKENS if on_cpu else DEVICE_TRAIN_TOKENS))
+
+
+def free_host_memory(cgroup: Path = CGROUP) -> int:
+    """Bytes that can be used without swapping, also inside a container (control groups of either version)."""
+    available = psutil.virtual_memory().available
+    for limit_file, used_file in _CGROUP_FILES:
+        limit, used = _read_number(cgroup / limit_file), _read_number(cgroup / used_file)
+        if limit is not None and used is not None:
+            reclaimable = _inactive_file_bytes((cgroup / limit_file).with_name("memory.stat"))
+            return max(0, min(available, limit - used + reclaimable))
+    return available
+
+
+def _read_number(path: Path) -> int | None:
+    """None where the file is missing, or says `max`."""
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _inactive_file_bytes(path: Path) -> int:
+    """Of page cache that counts as used but is given up on demand."""
+    try:
+        rows = dict(line.split(" ", 1) for line in path.read_text().splitlines())
+    except OSError:
+        return 0
+    return int(rows.get("total_inactive_file", rows.get("inactive_file", "0")))

@@ -1,0 +1,175 @@
+"""Keeps a server's processes running: starts them, restarts those that crash, stops them in order.
+
+A child gets one line on its standard input; the end of that input tells it to stop, so that children also stop when
+this process is killed. Knows commands and exit codes, nothing of settings, models or HTTP.
+"""
+
+import logging
+import queue
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+logger = logging.getLogger(__name__)
+
+EXIT_CONFIG = 78
+"""A child that cannot work with its settings ends with this code and is not restarted."""
+
+MAX_CRASHES = 5
+CRASH_WINDOW = 300.0  # seconds
+FIRST_DELAY = 0.25  # seconds; doubles with every crash in the window
+LONGEST_DELAY = 15.0
+
+
+@dataclass
+class Child:
+    """One process to keep running. `grace` is how many seconds it may take to stop before it is killed."""
+
+    name: str
+    command: Sequence[str]
+    first_line: str
+    pass_fds: tuple[int, ...] = ()
+    grace: float = 10.0
+    process: subprocess.Popen[str] | None = None
+    crashed_at: deque[float] = field(default_factory=deque)
+
+    def start(self) -> subprocess.Popen[str]:
+        """A new process, in a session of its own so that Ctrl-C reaches only the supervisor."""
+        self.process = subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, text=True, pass_fds=self.pass_fds, start_new_session=True
+        )
+        self._write(self.first_line + "\n")
+        return self.process
+
+    def ask_to_stop(self) -> None:
+        """Ends the child's input."""
+        self._write(None)
+
+    def next_delay(self, now: float) -> float | None:
+        """Notes a crash at `now`; how long to wait before a restart, or None after too many."""
+        self.crashed_at.append(now)
+        while self.crashed_at[0] < now - CRASH_WINDOW:
+            self.crashed_at.popleft()
+        if len(self.crashed_at) > MAX_CRASHES:
+            return None
+        return min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** (len(self.crashed_at) - 1))
+
+    def _write(self, text: str | None) -> None:
+        assert self.process is not None and self.process.stdin is not None
+        try:
+            if text is None:
+                self.process.stdin.close()
+            else:
+                self.process.stdin.write(text)
+                self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it is dead already; its exit is reported by the thread that waits for it
+
+
+@dataclass(frozen=True)
+class _Exited:
+    child: Child
+    process: subprocess.Popen[str]
+
+
+@dataclass(frozen=True)
+class _RestartDue:
+    child: Child
+
+
+@dataclass(frozen=True)
+class _Signalled:
+    number: int
+
+
+class Supervisor:
+    """Runs `children` until a signal, or until one cannot be kept running. They stop in reverse order."""
+
+    def __init__(self, children: Sequence[Child]) -> None:
+        self._children = children
+        self._events: queue.SimpleQueue[_Exited | _RestartDue | _Signalled] = queue.SimpleQueue()
+        self.stopping = threading.Event()
+
+    def run(self) -> int:
+        """The server's exit code: 0 after a signal, 2 for settings that do not work, 1 after too many crashes."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda number, _: self._events.put(_Signalled(number)))
+        for child in self._children:
+            self._start(child)
+        code = None
+        while code is None:
+            code = self._handle(self._events.get())
+        self.stopping.set()
+        self._stop_all()
+        return code
+
+    def _start(self, child: Child) -> None:
+        process = child.start()
+        logger.debug("started %s as process %d", child.name, process.pid)
+
+        def wait() -> None:
+            process.wait()
+            self._events.put(_Exited(child, process))
+
+        threading.Thread(target=wait, name=f"wait-{child.name}", daemon=True).start()
+
+    def _handle(self, event: _Exited | _RestartDue | _Signalled) -> int | None:
+        """What to do about one event; an exit code when the server is to end."""
+        match event:
+            case _Signalled(number):
+                logger.info("%s: stopping; once more to stop at once", signal.Signals(number).name)
+                return 0
+            case _RestartDue(child):
+                self._start(child)
+                return None
+            case _Exited(child, process):
+                return self._handle_exit(child, process.returncode)
+
+    def _handle_exit(self, child: Child, code: int) -> int | None:
+        child.process = None
+        if code == EXIT_CONFIG:
+            return 2
+        delay = child.next_delay(time.monotonic())
+        if delay is None:
+            logger.error("%s %s; %d crashes in a row, giving up", child.name, _describe(code), MAX_CRASHES + 1)
+            return 1
+        crashes = len(child.crashed_at)
+        logger.warning(
+            "%s %s; restarting in %.2g s (%d of %d)", child.name, _describe(code), delay, crashes, MAX_CRASHES
+        )
+        timer = threading.Timer(delay, self._events.put, (_RestartDue(child),))
+        timer.daemon = True
+        timer.start()
+        return None
+
+    def _stop_all(self) -> None:
+        patient = True
+        for child in reversed(self._children):
+            if child.process is not None:
+                patient = self._stop(child, patient)
+
+    def _stop(self, child: Child, patient: bool) -> bool:
+        """Ends one child; whether the others may take their time too (no second signal came)."""
+        process = child.process
+        assert process is not None
+        child.ask_to_stop()
+        deadline = time.monotonic() + child.grace
+        while process.poll() is None and patient:
+            try:
+                event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                logger.error("%s did not stop within %g s; killing it", child.name, child.grace)
+                break
+            patient = not isinstance(event, _Signalled)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        return patient
+
+
+def _describe(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
