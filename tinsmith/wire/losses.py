@@ -3,7 +3,7 @@
 The API validates against this table; `training/losses.py` computes the formulas and reads the defaults from here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 _CLIPS = ("clip_low_threshold", "clip_high_threshold")
@@ -19,7 +19,7 @@ class LossSignature:
 
     inputs: tuple[str, ...]
     optional: tuple[str, ...] = ()
-    config: MappingProxyType[str, float] = MappingProxyType({})
+    config: MappingProxyType[str, float] = field(default_factory=lambda: MappingProxyType({}))
     matrix: bool = False
 
 

@@ -10,12 +10,13 @@ import msgspec
 from msgspec import Meta, Struct
 
 MAX_INT64 = 2**63 - 1
+MAX_SEQ = 10**18 - 1
 TTL_RANGE = (3600, 10 * 365 * 24 * 3600)
 
 Id = Annotated[str, Meta(min_length=1, max_length=300, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Text = Annotated[str, Meta(max_length=2000, pattern=r"^[^\x00]*$")]
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-Seq = Annotated[int, Meta(ge=1, le=MAX_INT64)]
+Seq = Annotated[int, Meta(ge=1, le=MAX_SEQ)]
 Seed = Annotated[int, Meta(ge=0, le=MAX_INT64)]
 Ttl = Annotated[int, Meta(ge=TTL_RANGE[0], le=TTL_RANGE[1])]
 Positive = Annotated[float, Meta(gt=0)]
@@ -315,7 +316,7 @@ class SampleRequest(Request, kw_only=True):
     prompt: ModelInput
     sampling_params: SamplingParams
     sampling_session_id: Id
-    seq_id: Annotated[int, Meta(ge=0, le=MAX_INT64)]
+    seq_id: Annotated[int, Meta(ge=0, le=MAX_SEQ)]
     num_samples: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)] = 1
     prompt_logprobs: bool | None = None
     topk_prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOPK)] = 0
