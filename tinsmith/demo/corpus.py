@@ -56,7 +56,10 @@ GENERAL_TURNS: tuple[Turn, ...] = (
     ("How many hours are in a day?", "There are 24 hours in a day."),
     ("What is the opposite of hot?", "The opposite of hot is cold."),
     ("What is the opposite of big?", "The opposite of big is small."),
-    ("Tell me a story.", "A small robot found a key in the garden. It opened a door and saw the sun. The robot was happy."),
+    (
+        "Tell me a story.",
+        "A small robot found a key in the garden. It opened a door and saw the sun. The robot was happy.",
+    ),
     ("Tell me a joke.", "Why was six afraid of seven? Because seven ate nine."),
     ("Are you a person?", "No, I am a computer program."),
     ("Where do you live?", "I live on this computer."),
@@ -93,9 +96,9 @@ def turn(task: Problem, request: str) -> Turn:
 
 def prompt(layout: str, before: Sequence[Turn], question: str) -> list[Piece]:
     """What the model is given when it shall reply to `question` after the turns `before`."""
-    pieces = conversation(layout, [*before, (question, "")])
-    last_reply = max(place for place, piece in enumerate(pieces) if piece.is_reply)
-    return pieces[:last_reply]
+    replied, unanswered = conversation(layout, before), conversation(layout, [*before, (question, "")])
+    asked = next(place for place, piece in enumerate(unanswered) if piece.is_reply and place >= len(replied))
+    return unanswered[:asked]
 
 
 def conversation(layout: str, turns: Sequence[Turn], thinks_empty: bool = False) -> list[Piece]:

@@ -20,17 +20,72 @@ class Problem:
 LARGEST_TERM = 100
 """Sums are of two numbers from 0 to this, both included."""
 
-NAMES = (
-    "Ada Ben Cleo Dan Ella Finn Grace Hugo Iris Jack Kira Leo Maya Nina Omar Pia Quinn Rosa Sam Tara Uma Vera Will Zoe "
-    "Alice Bob Clara David Emma Lena Max Natalia Tom Weng"
-).split()
-THINGS = (
-    "apples books cards coins cookies eggs flowers marbles pencils stickers stamps shells pears buttons toys balloons "
-    "cups candles oranges photos stones tickets muffins beads keys"
-).split()
-BOXES = "bags boxes baskets jars shelves trays rows packs".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-PLACES = "garden shop kitchen school library market park office".split()
+NAMES = [
+    "Ada",
+    "Ben",
+    "Cleo",
+    "Dan",
+    "Ella",
+    "Finn",
+    "Grace",
+    "Hugo",
+    "Iris",
+    "Jack",
+    "Kira",
+    "Leo",
+    "Maya",
+    "Nina",
+    "Omar",
+    "Pia",
+    "Quinn",
+    "Rosa",
+    "Sam",
+    "Tara",
+    "Uma",
+    "Vera",
+    "Will",
+    "Zoe",
+    "Alice",
+    "Bob",
+    "Clara",
+    "David",
+    "Emma",
+    "Lena",
+    "Max",
+    "Natalia",
+    "Tom",
+    "Weng",
+]
+THINGS = [
+    "apples",
+    "books",
+    "cards",
+    "coins",
+    "cookies",
+    "eggs",
+    "flowers",
+    "marbles",
+    "pencils",
+    "stickers",
+    "stamps",
+    "shells",
+    "pears",
+    "buttons",
+    "toys",
+    "balloons",
+    "cups",
+    "candles",
+    "oranges",
+    "photos",
+    "stones",
+    "tickets",
+    "muffins",
+    "beads",
+    "keys",
+]
+BOXES = ["bags", "boxes", "baskets", "jars", "shelves", "trays", "rows", "packs"]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+PLACES = ["garden", "shop", "kitchen", "school", "library", "market", "park", "office"]
 
 
 def sum_problem(rng: Random) -> Problem:
