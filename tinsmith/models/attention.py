@@ -1,0 +1,95 @@
+"""Attention over packed sequences, and how a Hugging Face module comes to call ours.
+
+Every forward pass brings an `Attention` object along (a keyword argument that transformers hands down to the attention
+function), so there is no state between passes. Knows no adapters and no requests.
+
+Shapes: `H` query heads, `G` key/value heads, `T` rows of all sequences, `L` rows of one, `d` head dimension.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from tinsmith.errors import ConfigError
+
+IMPLEMENTATION = "tinsmith"
+ATTENTION_KEYWORD = "tinsmith_attention"
+
+_HARMLESS_KEYWORDS = frozenset(
+    {"position_ids", "cache_position", "use_cache", "is_causal", "output_attentions", "output_hidden_states"}
+)
+
+
+class Attention(Protocol):
+    """What a forward pass is given; called once per layer."""
+
+    def __call__(
+        self, layer: int, query_HTd: Tensor, key_GTd: Tensor, value_GTd: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        """Returns [T, H, d]. A row sees itself and what precedes it, at most `window` rows in all."""
+
+
+class PackedAttention:
+    """Causal attention within each of the packed sequences whose row boundaries are `cu_seqlens` ([0, …, T])."""
+
+    def __init__(self, cu_seqlens: Sequence[int]) -> None:
+        self.bounds = list(itertools.pairwise(cu_seqlens))
+
+    def __call__(
+        self,
+        layer: int,
+        query_HTd: Tensor,
+        key_GTd: Tensor,
+        value_GTd: Tensor,
+        scaling: float,
+        window: int | None,
+    ) -> Tensor:
+        gqa = query_HTd.shape[0] != key_GTd.shape[0]
+        outputs = []
+        for start, end in self.bounds:
+            query, key, value = (part[None, :, start:end] for part in (query_HTd, key_GTd, value_GTd))
+            mask = None if window is None or end - start <= window else _band(end - start, window, query.device)
+            output_HLd = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
+            )[0]
+            outputs.append(output_HLd.transpose(0, 1))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _band(length: int, window: int, device: torch.device) -> Tensor:
+    """Boolean [L, L]: True where a query row may see a key row."""
+    ones = torch.ones(length, length, dtype=torch.bool, device=device)
+    return ones.tril().triu(1 - window)
+
+
+def _delegate(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **keywords: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in every layer, with [1, heads, T, d]; passes on to the pass's own `Attention`."""
+    attention: Attention | None = keywords.pop(ATTENTION_KEYWORD, None)
+    if attention is None:
+        raise ConfigError(f"{type(module).__name__} does not hand keyword arguments to its attention function")
+    unknown = [name for name, given in keywords.items() if given is not None and name not in _HARMLESS_KEYWORDS]
+    if unknown or dropout or attention_mask is not None:
+        what = ", ".join(unknown) or ("dropout" if dropout else "attention_mask")
+        raise ConfigError(f"{type(module).__name__} asks for attention with {what}, which Tinsmith cannot do")
+    output_THd = attention(module.layer_idx, query[0], key[0], value[0], scaling, sliding_window)  # type: ignore[arg-type]
+    return output_THd[None], None
+
+
+# No mask function is registered beside it: transformers then makes no masks at all.
+AttentionInterface.register(IMPLEMENTATION, _delegate)

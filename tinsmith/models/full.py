@@ -1,0 +1,43 @@
+"""Full-parameter models: a copy of all base weights, trainable as one flat buffer.
+
+Autograd computes the gradients, as for any module; they end up in the flat fp32 gradient. Where the model computes in
+a narrower dtype, the module's parameters are a rounded copy of the fp32 master weights.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from tinsmith.models.flat import FlatWeights, Layout
+from tinsmith.protocols import ModelSpec
+
+
+class FullModel(FlatWeights):
+    """A tenant's own module, whose parameters are views of `compute`; tied parameters exist once."""
+
+    def __init__(self, spec: ModelSpec, module: nn.Module) -> None:
+        parameters = dict(module.named_parameters())
+        layout = Layout(list(parameters), [tuple(parameter.shape) for parameter in parameters.values()])
+        dtype = next(iter(parameters.values())).dtype
+        flat = torch.cat([parameter.detach().reshape(-1) for parameter in parameters.values()])
+        super().__init__(layout, flat.float(), dtype)
+        self.spec = spec
+        self.module = module
+        self._parameters = list(parameters.values())
+        for parameter, view in zip(self._parameters, layout.views(self.compute), strict=True):
+            parameter.data = view
+            parameter.requires_grad_(True)
+
+    def _grad_allocated(self, grad: Tensor) -> None:
+        for parameter, view in zip(self._parameters, self.layout.views(grad), strict=True):
+            if parameter.dtype == grad.dtype:
+                parameter.grad = view
+            else:
+                parameter.register_post_accumulate_grad_hook(partial(_add_to_flat, view))
+
+
+def _add_to_flat(total: Tensor, parameter: Tensor) -> None:
+    if parameter.grad is not None:
+        total.add_(parameter.grad)
+        parameter.grad = None

@@ -1,0 +1,193 @@
+"""Loads a Hugging Face causal language model and makes it multi-adapter; one forward pass for everyone.
+
+Knows modules, adapters and attention; neither requests nor losses nor sampling.
+
+Shapes: `T` rows of a packed batch, `D` hidden size.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from tinsmith.errors import ConfigError
+from tinsmith.models.attention import ATTENTION_KEYWORD, IMPLEMENTATION, Attention, PackedAttention
+from tinsmith.models.families import Target, find_targets
+from tinsmith.models.head import target_logprobs
+from tinsmith.models.lora import Adapter, AdapterLayout, CurrentPass, MultiAdapterLinear, Segment, initial_weights
+from tinsmith.protocols import ModelSpec
+
+_PROBE_LENGTHS = (11, 6)
+_PROBE_TOLERANCE = {torch.float32: 2e-3}
+_PROBE_TOLERANCE_LOW_PRECISION = 0.25
+
+
+class BaseModel:
+    """One base model on one device: its frozen module, and how to run it with adapters."""
+
+    def __init__(self, folder: str, module: Any, targets: Sequence[Target], device: torch.device) -> None:
+        config = module.config.get_text_config()
+        self.folder = folder
+        self.config = config
+        self.module = module
+        self.targets = tuple(targets)
+        self.device = device
+        self.dtype: torch.dtype = module.dtype
+        self.vocab_size: int = config.vocab_size
+        self.max_context: int = config.max_position_embeddings
+        self.num_layers: int = config.num_hidden_layers
+        self.num_kv_heads: int = config.num_key_value_heads
+        self.head_dim: int = module.model.layers[0].self_attn.head_dim
+        self.parameters = sum(parameter.numel() for parameter in module.parameters())
+        self.architecture: str = type(module).__name__
+        self.head_linear = len(targets) - 1
+        self._current = CurrentPass()
+        self._layouts: dict[tuple[int, bool, bool, bool], AdapterLayout] = {}
+        for index, target in enumerate(targets[:-1]):
+            parent_path, _, name = target.path.rpartition(".")
+            parent = module.get_submodule(parent_path)
+            setattr(parent, name, MultiAdapterLinear(getattr(parent, name), index, self._current))
+
+    def hidden(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        segments: Sequence[Segment],
+        attention: Attention,
+        module: nn.Module | None = None,
+    ) -> Tensor:
+        """[T, D] after the final norm, of packed sequences; with gradients if autograd is on.
+
+        `module` is a full-parameter model's own, to be run instead of the shared base.
+        """
+        owner: Any = self.module if module is None else module
+        self._current.segments = segments
+        embedded = owner.get_input_embeddings()(tokens_T[None])
+        if torch.is_grad_enabled() and not embedded.requires_grad:
+            embedded.requires_grad_(True)
+        output = owner.model(
+            inputs_embeds=embedded, position_ids=positions_T[None], use_cache=False, **{ATTENTION_KEYWORD: attention}
+        )
+        return output.last_hidden_state[0]
+
+    def layout(self, spec: ModelSpec) -> AdapterLayout:
+        """The flat layout of an adapter with this rank and these targets."""
+        key = (spec.rank, spec.train_attn, spec.train_mlp, spec.train_unembed)
+        if key not in self._layouts:
+            self._layouts[key] = _adapter_layout(self.targets, spec)
+        return self._layouts[key]
+
+    def new_adapter(self, spec: ModelSpec) -> Adapter:
+        """A fresh adapter: A drawn from `spec.seed`, B zero."""
+        layout = self.layout(spec)
+        return Adapter(spec, layout, initial_weights(layout, spec.seed).to(self.device), self.dtype)
+
+    def full_copy(self, *, trainable: bool) -> nn.Module:
+        """A plain Hugging Face module with its own copy of every weight."""
+        module: nn.Module = copy.deepcopy(self.module)
+        for path, child in list(module.named_modules()):
+            if isinstance(child, MultiAdapterLinear):
+                parent_path, _, name = path.rpartition(".")
+                setattr(module.get_submodule(parent_path), name, child.to_linear())
+        return module.requires_grad_(trainable)
+
+    def checkpoint_gradients(self, enabled: bool) -> None:
+        """Whether backward recomputes the inside of each decoder layer; holds for copies made later, too."""
+        recompute: Any = _checkpointing(self._current)
+        for layer in self.module.model.layers:
+            if not isinstance(layer, GradientCheckpointingLayer):
+                raise ConfigError(f"{type(layer).__name__} does not support gradient checkpointing")
+            layer.gradient_checkpointing = enabled
+            # transformers checkpoints only layers in training mode; their submodules stay in evaluation mode
+            layer.training = enabled
+            layer._gradient_checkpointing_func = recompute
+
+
+def _checkpointing(current: CurrentPass) -> Callable[..., Any]:
+    def run(layer: Callable[..., Any], *args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return layer(*args)
+        segments = current.segments
+
+        def run_in_same_pass(*args: Any) -> Any:
+            current.segments = segments
+            return layer(*args)
+
+        return checkpoint(run_in_same_pass, *args, use_reentrant=False, preserve_rng_state=False)
+
+    return run
+
+
+def _adapter_layout(targets: Sequence[Target], spec: ModelSpec) -> AdapterLayout:
+    trained = {"attn": spec.train_attn, "mlp": spec.train_mlp, "unembed": spec.train_unembed}
+    names: list[str] = []
+    shapes: list[tuple[int, ...]] = []
+    linears: list[int] = []
+    for index, target in enumerate(targets):
+        if trained[target.group]:
+            names += [f"base_model.model.{target.name}.lora_{part}.weight" for part in "AB"]
+            shapes += [(spec.rank, target.inputs), (target.outputs, spec.rank)]
+            linears.append(index)
+    return AdapterLayout(names, shapes, linears)
+
+
+def load_base(
+    folder: str | Path, *, dtype: torch.dtype, device: torch.device, on_progress: Callable[[str], None]
+) -> BaseModel:
+    """Loads a local folder or a hub name. Raises ConfigError, with the reason, for a model that cannot be served."""
+    on_progress(f"loading {folder}")
+    try:
+        module: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa", local_files_only=Path(folder).is_dir()
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load a causal language model from {str(folder)!r}: {error}") from error
+    module = module.to(device).eval().requires_grad_(False)
+    if not isinstance(getattr(getattr(module, "model", None), "layers", None), nn.ModuleList):
+        raise ConfigError(f"{type(module).__name__} has no list of decoder layers at model.layers")
+    targets = find_targets(module)
+    on_progress("comparing with the original computation")
+    prompts = _probe_prompts(module.config.get_text_config().vocab_size, device)
+    expected = [_original_logprobs(module, prompt) for prompt in prompts]
+    module.set_attn_implementation(IMPLEMENTATION)
+    model = BaseModel(str(folder), module, targets, device)
+    _check_same_results(model, prompts, torch.cat(expected))
+    on_progress(f"loaded {model.architecture}, {model.parameters / 1e6:,.1f} M parameters")
+    return model
+
+
+def _probe_prompts(vocab_size: int, device: torch.device) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(vocab_size, (length,), generator=generator).to(device) for length in _PROBE_LENGTHS]
+
+
+@torch.no_grad()
+def _original_logprobs(module: Any, prompt_T: Tensor) -> Tensor:
+    logits_TV = module(input_ids=prompt_T[None], use_cache=False).logits[0].float()
+    return logits_TV[:-1].log_softmax(-1).gather(1, prompt_T[1:, None])[:, 0]
+
+
+@torch.no_grad()
+def _check_same_results(model: BaseModel, prompts: Sequence[Tensor], expected_M: Tensor) -> None:
+    """Our packed computation against the module's own, run before it was changed."""
+    ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0).tolist()
+    tokens_T = torch.cat(list(prompts))
+    positions_T = torch.cat([torch.arange(len(prompt), device=model.device) for prompt in prompts])
+    rows_M = [row for end, prompt in zip(ends, prompts, strict=True) for row in range(end - len(prompt), end - 1)]
+    segments = [Segment(None, 0, len(tokens_T))]
+    hidden_TD = model.hidden(tokens_T, positions_T, segments, PackedAttention([0, *ends]))
+    rows = torch.tensor(rows_M, device=model.device)
+    ours_M = target_logprobs(model, hidden_TD, segments, rows, tokens_T[rows + 1])
+    difference = (ours_M - expected_M).abs().max().item()
+    allowed = _PROBE_TOLERANCE.get(model.dtype, _PROBE_TOLERANCE_LOW_PRECISION)
+    if not difference <= allowed:
+        raise ConfigError(
+            f"{model.architecture} computes something that Tinsmith does not know of: logprobs differ by "
+            f"{difference:.3g} from the original module's, {allowed:.3g} is allowed"
+        )

@@ -1,0 +1,156 @@
+"""Weights as immutable snapshots and as files: PEFT's layout for adapters, Hugging Face's for full models.
+
+Sizes, names, shapes and ranks are checked on reading; what does not fit is refused with UserError.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tinsmith.errors import UserError
+from tinsmith.models.flat import Layout
+from tinsmith.models.loading import BaseModel
+from tinsmith.models.lora import Adapter
+from tinsmith.protocols import ModelSpec
+
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+MODEL_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class LoraWeights:
+    """A snapshot of an adapter; nobody writes to it."""
+
+    adapter: Adapter
+    base: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.adapter.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class FullWeights:
+    """A snapshot of a full-parameter model: a module of its own."""
+
+    module: Any
+
+    @property
+    def nbytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.module.parameters())
+
+
+def save_weights(weights: LoraWeights | FullWeights, folder: Path) -> None:
+    """Writes a snapshot into an existing folder."""
+    if isinstance(weights, LoraWeights):
+        save_adapter(weights.adapter, weights.base, folder)
+    else:
+        save_full(dict(weights.module.named_parameters()), weights.module.config, folder)
+
+
+def load_weights(model: BaseModel, folder: Path) -> LoraWeights | FullWeights:
+    """Reads what `save_weights` wrote (or PEFT, or Hugging Face), for this base model. Raises UserError."""
+    if (folder / ADAPTER_CONFIG).exists():
+        spec = adapter_spec(folder)
+        layout = model.layout(spec)
+        flat = read_flat(folder / ADAPTER_FILE, layout).to(model.device)
+        return LoraWeights(Adapter(spec, layout, flat, model.dtype), model.folder)
+    module = model.full_copy(trainable=False)
+    parameters = dict(module.named_parameters())
+    full_layout = Layout(list(parameters), [tuple(parameter.shape) for parameter in parameters.values()])
+    views = full_layout.named_views(read_flat(folder / MODEL_FILE, full_layout))
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(views[name])
+    return FullWeights(module)
+
+
+def save_adapter(adapter: Adapter, base: str, folder: Path) -> None:
+    """Writes adapter_model.safetensors (fp32) and adapter_config.json."""
+    write_tensors(adapter.layout.named_views(adapter.weights), folder / ADAPTER_FILE)
+    modules = {name.split(".lora_")[0].rpartition(".")[2] for name in adapter.layout.names}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": adapter.spec.rank,
+        "lora_alpha": adapter.spec.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(modules),
+        "inference_mode": True,
+    }
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def save_full(tensors: Mapping[str, Tensor], config: Any, folder: Path) -> None:
+    """Writes model.safetensors and config.json, as `from_pretrained` reads them; tied tensors are written once."""
+    write_tensors(tensors, folder / MODEL_FILE)
+    config.save_pretrained(folder)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """One safetensors file; every tensor is written contiguous, from the CPU."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+
+
+def adapter_spec(folder: Path) -> ModelSpec:
+    """Rank, alpha and targets of an adapter folder. The seed is not known any more, and is 0."""
+    config = _read_json(folder / ADAPTER_CONFIG)
+    with _open(folder / ADAPTER_FILE) as file:
+        names = list(file.keys())
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise UserError(f"{ADAPTER_CONFIG}: r and lora_alpha must be positive numbers, not {rank!r} and {alpha!r}")
+    spec = ModelSpec(rank=rank, seed=0, alpha=float(alpha))
+    return replace(
+        spec,
+        train_attn=any(".self_attn." in name for name in names),
+        train_mlp=any(".mlp." in name for name in names),
+        train_unembed=any(".unembed_tokens." in name for name in names),
+    )
+
+
+def read_flat(path: Path, layout: Layout, *, prefix: str = "") -> Tensor:
+    """Flat fp32 CPU weights of a safetensors file that holds exactly the layout's tensors.
+
+    With a `prefix`, reads only the names that start with it. Raises UserError.
+    """
+    flat = torch.empty(layout.total)
+    with _open(path) as file:
+        found = {name for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+        wanted = {prefix + name for name in layout.names}
+        if found != wanted:
+            missing, surplus = sorted(wanted - found), sorted(found - wanted)
+            raise UserError(f"{path.name} does not fit this model: missing {missing[:3]}, not expected {surplus[:3]}")
+        for name, view in layout.named_views(flat).items():
+            tensor = file.get_tensor(prefix + name)
+            if tensor.shape != view.shape:
+                raise UserError(
+                    f"{path.name}: {prefix + name} has shape {list(tensor.shape)}, this model has {list(view.shape)}"
+                )
+            view.copy_(tensor)
+    return flat
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path.name} is missing or not a safetensors file: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path.name} is missing or not JSON: {error}") from error
+    return dict(config)
