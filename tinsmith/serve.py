@@ -137,7 +137,8 @@ def load_backend(settings: Settings, report: Callable[[str], None]) -> "tuple[Tr
     from tinsmith.training.trainer import TorchTrainer
 
     device, dtype = choose_device(settings.device, settings.dtype)
-    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     folder = model_folder(settings, report)
     model = load_base(folder, dtype=dtype, device=device, on_progress=report)
     _limit_context(model, settings.max_context)

@@ -1,0 +1,51 @@
+# setup: an environment in .venv.  demo: one command to see it work.  test, check, bench: what a change must pass.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON := .venv/bin/python
+UV := .venv/bin/uv pip install --quiet --python $(PYTHON)
+COOKBOOK := tinker-cookbook==0.6.1
+export UV_FIND_LINKS := $(PIP_FIND_LINKS)
+
+.PHONY: help setup demo test check format bench proto
+
+help:
+	@echo "make setup | demo | test | check | format | bench | proto"
+
+setup: .venv/installed
+
+$(PYTHON):
+	@for name in python3.12 python3.11 python3.13 python3; do \
+	  if "$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    exec "$$name" -m venv .venv; \
+	  fi; \
+	done; \
+	echo "Tinsmith needs Python 3.11 or newer on PATH" >&2; exit 1
+
+.venv/installed: pyproject.toml | $(PYTHON)
+	@[[ -x .venv/bin/uv ]] || $(PYTHON) -m pip install --quiet uv
+	@$(UV) --editable '.[dev]'
+	@$(UV) --no-deps '$(COOKBOOK)'
+	@touch $@
+
+demo: setup
+	@$(PYTHON) -m tinsmith.demo.walkthrough
+
+test: setup
+	@$(PYTHON) -m pytest -n 2
+
+check: setup
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+format: setup
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format
+
+bench: setup
+	@for file in benchmarks/*.py; do echo "== $$file"; $(PYTHON) "$$file"; done
+
+proto: setup
+	$(PYTHON) -m grpc_tools.protoc -I . --python_out=. --pyi_out=. tinsmith/wire/*.proto
