@@ -1,0 +1,117 @@
+"""One packed forward pass: rows of many samples in, hidden states out, and from those scores and next tokens.
+
+Knows samples and the model; not who is admitted, nor what becomes of a token. Rows of the same adapter lie side by
+side, decoding rows and prefill chunks alike.
+
+Legend: T rows of the batch, D hidden size, R rows that get a token, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinsmith.models import head
+from tinsmith.models.loading import BaseModel
+from tinsmith.sampling.attention import PagedAttention, Span
+from tinsmith.sampling.decoding import SAMPLE_STREAM, TokenDistributions, uniforms
+from tinsmith.sampling.kv_cache import KVCache
+from tinsmith.sampling.requests import NextToken, Sample
+from tinsmith.sampling.scoring import ScoringJob, score, segments_of
+
+LEAST_ROWS = 8
+"""Smaller batches are padded: below it, matrix products round differently from larger ones."""
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """What one sample runs in this step: its next `rows` tokens, which are batch rows `start` to `start + rows`."""
+
+    sample: Sample
+    rows: int
+    start: int = 0
+
+
+def forward(model: BaseModel, cache: KVCache, works: Sequence[Work]) -> Tensor:
+    """Hidden states [T, D] of all works' rows, sorted by snapshot, with the same base weights; fills the cache."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    spans = []
+    for work in works:
+        sample, past = work.sample, work.sample.computed
+        work.start = len(tokens)
+        tokens += sample.slice(past, past + work.rows)
+        positions += range(past, past + work.rows)
+        spans.append(Span(work.start, work.rows, past, sample.blocks))
+    padding = max(0, LEAST_ROWS - len(tokens))
+    segments = segments_of((work.sample.adapter, work.rows) for work in works)
+    segments[-1].end += padding
+    attention = PagedAttention(cache, spans, len(tokens) + padding)
+    return model.hidden(
+        torch.tensor(tokens + [0] * padding, device=model.device),
+        torch.tensor(positions + [0] * padding, device=model.device),
+        segments,
+        attention,
+        works[0].sample.request.snapshot.module,
+    )
+
+
+def score_prompts(model: BaseModel, works: Sequence[Work], hidden_TD: Tensor) -> None:
+    """Scores those rows whose requests asked for it. Call before the works' samples advance."""
+    jobs = []
+    for work in works:
+        sample = work.sample
+        scores, past = sample.request.scores, sample.computed
+        rows = scores.wanted(past, past + work.rows)
+        if rows:
+            jobs.append(ScoringJob(scores, sample.adapter, work.start + rows.start - past, rows))
+    if jobs:
+        score(model, hidden_TD, jobs, works[0].sample.request.snapshot.module)
+
+
+def next_tokens(
+    model: BaseModel, ready: Sequence[tuple[Work, Sequence[Sample]]], hidden_TD: Tensor
+) -> Iterator[NextToken]:
+    """A token for each sample that goes on from the last row of a work."""
+    samples = [sample for _, group in ready for sample in group]
+    logits_RV = _last_logits(model, ready, hidden_TD)
+    if len(samples) > len(ready):
+        index = [row for row, (_, group) in enumerate(ready) for _ in group]
+        logits_RV = logits_RV[torch.tensor(index, device=logits_RV.device)]
+    calls = [sample.request.call.call for sample in samples]
+    distributions = TokenDistributions(logits_RV, np.array([call.temperature for call in calls]))
+    uniform_R = uniforms(
+        [call.seed for call in calls],
+        SAMPLE_STREAM,
+        [sample.index for sample in samples],
+        [len(sample.tokens) for sample in samples],
+    )
+    tokens_R = distributions.choose(
+        uniform_R, np.array([call.top_k for call in calls]), np.array([call.top_p for call in calls])
+    )
+    tokens, logprobs = tokens_R.tolist(), distributions.logprobs(tokens_R).tolist()
+    tops = _top_tokens(distributions, [call.topk_sample_logprobs for call in calls])
+    for row, sample in enumerate(samples):
+        yield NextToken(sample, tokens[row], logprobs[row], bool(distributions.finite_R[row]), *tops.get(row, ()))
+
+
+def _last_logits(model: BaseModel, ready: Sequence[tuple[Work, Sequence[Sample]]], hidden_TD: Tensor) -> Tensor:
+    """fp32 [R, V] of the works' last rows."""
+    rows = [work.start + work.rows - 1 for work, _ in ready]
+    padding = max(0, LEAST_ROWS - len(rows))
+    segments = segments_of((work.sample.adapter, 1) for work, _ in ready)
+    segments[-1].end += padding
+    index = torch.tensor(rows + rows[-1:] * padding, device=hidden_TD.device)
+    module = ready[0][0].sample.request.snapshot.module
+    return head.logits(model, hidden_TD[index], segments, module)[: len(rows)]
+
+
+def _top_tokens(distributions: TokenDistributions, widths: Sequence[int]) -> dict[int, tuple[list[int], list[float]]]:
+    """The most likely ids and their logprobs of the rows that want any, as many as each wants."""
+    rows = [row for row, width in enumerate(widths) if width]
+    if not rows:
+        return {}
+    ids, logprobs = (part.tolist() for part in distributions.top(rows, max(widths)))
+    return {row: (ids[position][: widths[row]], logprobs[position][: widths[row]]) for position, row in enumerate(rows)}

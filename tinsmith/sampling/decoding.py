@@ -1,0 +1,150 @@
+"""From logits to tokens: temperature, top-k, top-p, seeds and log-probabilities, for all rows of a batch at once.
+
+Knows no sequences and no cache. Every row is computed from that row alone, so a token never depends on who shares the
+batch. Legend: R rows, V vocabulary, C chunks of the vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+Uint64 = NDArray[np.uint64]
+Float64 = NDArray[np.float64]
+
+MASK_LOGPROB = -99999.0
+"""The log-probability of an empty top-k cell; its token id is 0."""
+
+SAMPLE_STREAM, ALTERNATIVE_STREAM = 0, 1
+"""Separate random streams of one seed: for sampled tokens, and for alternatives to prompt tokens."""
+
+_CHUNK = 128  # of the vocabulary, in the first level of the search for a quantile
+_WINDOW = 1024  # most likely tokens in which top-k and top-p are tried first
+_LARGEST_INVERSE = 1e30  # of a temperature; beyond it only the maximum has any weight anyway
+
+
+def _mix(value: Uint64) -> Uint64:
+    """The finalizer of splitmix64 (Steele, Lea, Flood 2014): every input bit changes half of the output bits."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def uniforms(seeds: Sequence[int], stream: int, major: Sequence[int], minor: Sequence[int]) -> Float64:
+    """A number in [0, 1) for each (seed, major, minor), the same on every machine and in every batch.
+
+    For sampled tokens `major` is the sample's index in its request and `minor` the token's position in the sample.
+    """
+    step = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        state = _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], np.uint64) + np.uint64(stream + 1) * step)
+        state = _mix(state + np.asarray(major, np.uint64) * step + np.uint64(1))
+        state = _mix(state + np.asarray(minor, np.uint64) * step + np.uint64(2))
+    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+class TokenDistributions:
+    """The next-token distribution of each row at its own temperature (0 stands for greedy, reported at 1).
+
+    `finite_R` is False for rows whose logits hold NaN or infinity; whatever else is said of those is meaningless.
+    """
+
+    def __init__(self, logits_RV: Tensor, temperature_R: Float64) -> None:
+        """`logits_RV` is fp32; temperatures are ≥ 0."""
+        self.greedy_R = temperature_R == 0
+        divisors_R = np.where(self.greedy_R, 1.0, temperature_R)
+        inverse_R = np.minimum(1.0 / np.maximum(divisors_R, 1 / _LARGEST_INVERSE), _LARGEST_INVERSE)
+        self._scaled_RV = logits_RV - logits_RV.amax(-1, keepdim=True)
+        if (inverse_R != 1.0).any():
+            self._scaled_RV *= torch.from_numpy(inverse_R.astype(np.float32)).to(logits_RV.device)[:, None]
+        self._weights_RV = F.pad(self._scaled_RV.exp(), (0, -logits_RV.shape[-1] % _CHUNK))
+        self._sums_RC = self._weights_RV.unflatten(-1, (-1, _CHUNK)).sum(-1, dtype=torch.float64)
+        self._total_R = self._sums_RC.sum(-1)
+        self.finite_R: NDArray[np.bool_] = torch.isfinite(self._total_R).cpu().numpy()
+
+    def choose(self, uniform_R: Float64, top_k_R: NDArray[np.int64], top_p_R: Float64) -> Tensor:
+        """Tokens [R] by inverting each row's cumulative distribution at `uniform_R`; greedy rows take the maximum.
+
+        top-k (-1: off) cuts the distribution at the row's temperature; top-p cuts what top-k left, renormalised.
+        """
+        vocab = self._scaled_RV.shape[-1]
+        greedy_R = torch.from_numpy(self.greedy_R).to(self._scaled_RV.device)
+        if self.greedy_R.all():
+            return self._scaled_RV.argmax(-1)
+        tokens_R = self.draw(uniform_R)
+        is_cut_R = ~self.greedy_R & (((top_k_R > 0) & (top_k_R < vocab)) | (top_p_R < 1.0))
+        rows = np.flatnonzero(is_cut_R)
+        if len(rows):
+            limits = np.where(top_k_R > 0, np.minimum(top_k_R, vocab), vocab)
+            tokens_R[rows] = self._draw_cut(rows, uniform_R[rows], limits[rows], top_p_R[rows])
+        if self.greedy_R.any():
+            tokens_R = torch.where(greedy_R, self._scaled_RV.argmax(-1), tokens_R)
+        return tokens_R
+
+    def draw(self, uniform_R: Float64) -> Tensor:
+        """Tokens [R] from the uncut distributions: finds the chunk first, then the token in it, summing in float64."""
+        target_R = torch.from_numpy(uniform_R).to(self._total_R.device) * self._total_R
+        chunk_R, before_R = _invert(self._sums_RC, target_R)
+        chunks_RCc = self._weights_RV.unflatten(-1, (-1, _CHUNK))
+        inner_Rc = chunks_RCc[torch.arange(len(chunk_R), device=chunk_R.device), chunk_R].double()
+        offset_R, _ = _invert(inner_Rc, target_R - before_R)
+        return chunk_R * _CHUNK + offset_R
+
+    def logprobs(self, tokens_R: Tensor) -> Tensor:
+        """Log-probabilities [R] (fp32) of one token per row, in the distribution before any cut."""
+        scaled_R = self._scaled_RV.gather(-1, tokens_R[:, None])[:, 0]
+        return (scaled_R.double() - self._total_R.log()).float()
+
+    def top(self, rows: Sequence[int], k: int) -> tuple[Tensor, Tensor]:
+        """Ids and log-probabilities [len(rows), k] of the most likely tokens of some rows, descending."""
+        values, ids = self._scaled_RV[rows].topk(k)
+        return ids, (values.double() - self._total_R[rows, None].log()).float()
+
+    def _draw_cut(self, rows: NDArray[np.int64], uniform: Float64, limits: NDArray[np.int64], top_p: Float64) -> Tensor:
+        """Tokens of the given rows after top-k and top-p; sorts all of a row only if a window doesn't hold its cut."""
+        device = self._scaled_RV.device
+        index = torch.from_numpy(rows).to(device)
+        limit = torch.from_numpy(limits).to(device)[:, None]
+        part = torch.from_numpy(top_p).to(device)[:, None]
+        vocab = self._scaled_RV.shape[-1]
+        values, ids = self._scaled_RV[index].topk(min(_WINDOW, vocab))
+        mass = values.double().exp().sum(-1, keepdim=True)
+        enough = (limit <= values.shape[-1]) | ((limit == vocab) & (mass >= part * self._total_R[index, None]))
+        point = torch.from_numpy(uniform).to(device)
+        tokens = _draw_sorted(values, ids, limit, part, self._total_R[index], point)
+        missing = (~enough[:, 0]).nonzero()[:, 0]
+        if len(missing):
+            values, ids = self._scaled_RV[index[missing]].sort(dim=-1, descending=True, stable=True)
+            total = self._total_R[index[missing]]
+            tokens[missing] = _draw_sorted(values, ids, limit[missing], part[missing], total, point[missing])
+        return tokens
+
+
+def _draw_sorted(values: Tensor, ids: Tensor, limit: Tensor, part: Tensor, total: Tensor, point: Tensor) -> Tensor:
+    """Draws from rows sorted in descending order, of which `values` holds at least what the cuts keep.
+
+    A row's first `limit` tokens stay, then the shortest beginning whose mass reaches `part` of theirs.
+    """
+    ranks = torch.arange(values.shape[-1], device=values.device)
+    weights = values.double().exp() * (ranks < limit)
+    after_top_k = torch.where(limit[:, 0] <= values.shape[-1], weights.sum(-1), total)
+    before = weights.cumsum(-1) - weights
+    kept = weights * ((before < part * after_top_k[:, None]) | (ranks == 0))
+    choice, _ = _invert(kept, point * kept.sum(-1))
+    return ids.gather(-1, choice[:, None])[:, 0]
+
+
+def _invert(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The first index [R] where the cumulative sum of `weights` (float64) exceeds `target`, and the sum before it.
+
+    Rounding can put the target at or past the end; it is then moved back, so that no index of weight 0 is chosen.
+    """
+    cumulative = weights.cumsum(-1)
+    end = cumulative[:, -1]
+    target = torch.minimum(target, torch.nextafter(end, torch.zeros_like(end))).clamp(min=0)
+    index = torch.searchsorted(cumulative, target[:, None], right=True).clamp(max=weights.shape[-1] - 1)
+    before = (cumulative - weights).gather(-1, index)
+    return index[:, 0], before[:, 0]

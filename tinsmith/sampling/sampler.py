@@ -1,0 +1,362 @@
+"""The sampler on one device: a continuously running batch over a paged KV cache, with many adapters side by side.
+
+One `step` preempts if blocks run out, admits what fits, runs one packed forward pass per set of base weights (decoding
+rows and prefill chunks together), and gives every sequence that reached its end one more token. Decisions are made in
+`scheduling`, tokens chosen in `decoding`; this file carries them out. It knows no jobs, no SQL and no clock.
+
+Legend: T rows of a packed batch, D hidden size.
+"""
+
+from bisect import insort
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinsmith.errors import NotFoundError, UserError
+from tinsmith.models.loading import BaseModel
+from tinsmith.models.weights import FullWeights, LoraWeights, load_weights, save_weights
+from tinsmith.protocols import BASE_SNAPSHOT, Capabilities, Finished, SnapshotCall, Weights
+from tinsmith.sampling import scheduling
+from tinsmith.sampling.batch import Work, forward, next_tokens, score_prompts
+from tinsmith.sampling.kv_cache import BlockPool, KVCache, chain_digests
+from tinsmith.sampling.requests import NextToken, Request, Sample, Snapshot, check
+from tinsmith.sampling.scoring import PromptScores
+from tinsmith.sampling.stopping import StopStrings, end_of_sequence_tokens
+
+PREFILL_TOKENS = 512
+"""Prompt tokens that one step runs at most: what a decoding sequence may have to wait for."""
+
+
+class TorchSampler:
+    """Implements `protocols.Sampler` with the modules of `models`."""
+
+    def __init__(
+        self,
+        model: BaseModel,
+        tokenizer: Any,
+        *,
+        kv_tokens: int,
+        max_running: int,
+        block_size: int = 16,
+        prefill_tokens: int = PREFILL_TOKENS,
+    ) -> None:
+        """`kv_tokens` is the cache's size (its memory: that, × layers × 2 × K/V heads × head dimension × dtype).
+
+        At most `max_running` sequences run at once; the others wait.
+        """
+        self._model = model
+        self._max_running = max_running
+        self._block_size = block_size
+        self._prefill_tokens = prefill_tokens
+        self._max_context = min(model.max_context, kv_tokens // block_size * block_size)
+        self._stop_strings = StopStrings(tokenizer)
+        self._end_tokens = end_of_sequence_tokens(model.module.generation_config, tokenizer)
+        self._pool = BlockPool(kv_tokens // block_size)
+        self._cache = KVCache(
+            num_layers=model.num_layers,
+            num_blocks=self._pool.num_blocks,
+            block_size=block_size,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        self._versions = count()
+        self._arrivals = count()
+        self._snapshots = {BASE_SNAPSHOT: Snapshot(BASE_SNAPSHOT, next(self._versions))}
+        self._requests: dict[str, Request] = {}
+        self._running: dict[int, Sample] = {}
+        self._waiting: dict[int, Sample] = {}
+        self._queues: dict[str, list[int]] = defaultdict(list)  # by tenant, the keys of `_waiting` in order
+
+    @property
+    def load(self) -> int:
+        return len(self._requests)
+
+    def capabilities(self) -> Capabilities:
+        model = self._model
+        return Capabilities(
+            architecture=model.architecture,
+            vocab_size=model.vocab_size,
+            max_context=self._max_context,
+            max_lora_rank=0,
+            max_adapters=0,
+            parameters=model.parameters,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(model.device),
+        )
+
+    # Snapshots
+
+    def publish(self, snapshot_id: str, weights: Weights | Path) -> None:
+        """Raises UserError for the base model's name, and for files that don't fit the base model."""
+        if snapshot_id == BASE_SNAPSHOT:
+            raise UserError(f"{BASE_SNAPSHOT!r} always names the base model; publish under another id.")
+        loaded = load_weights(self._model, weights) if isinstance(weights, Path) else weights
+        adapter = loaded.adapter if isinstance(loaded, LoraWeights) else None
+        module = loaded.module if isinstance(loaded, FullWeights) else None
+        if adapter is None and module is None:
+            raise TypeError(f"{type(loaded).__name__} is neither LoraWeights nor FullWeights")
+        self._snapshots[snapshot_id] = Snapshot(snapshot_id, next(self._versions), loaded, adapter, module)
+
+    def retract(self, snapshot_id: str) -> None:
+        """Unknown ids are ignored. Requests under way keep the weights until they end."""
+        if snapshot_id != BASE_SNAPSHOT:
+            self._snapshots.pop(snapshot_id, None)
+
+    def save(self, snapshot_id: str, folder: Path) -> None:
+        weights = self._require_snapshot(snapshot_id).weights
+        if not isinstance(weights, (LoraWeights, FullWeights)):
+            raise UserError(f"{snapshot_id!r} is the base model; it has no weights of its own to save.")
+        save_weights(weights, folder)
+
+    def _require_snapshot(self, snapshot_id: str) -> Snapshot:
+        try:
+            return self._snapshots[snapshot_id]
+        except KeyError:
+            raise NotFoundError(f"There is no snapshot {snapshot_id!r} to sample from; it may be retracted.") from None
+
+    # Requests
+
+    def submit(self, call: SnapshotCall) -> None:
+        if call.request_id in self._requests:
+            raise UserError(f"Request {call.request_id!r} is already being sampled.")
+        snapshot = self._require_snapshot(call.snapshot_id)
+        asked = call.call
+        check(asked, vocab_size=self._model.vocab_size, max_context=self._max_context)
+        prompt = asked.prompt_P.tolist()
+        room = self._max_context - len(prompt)
+        root = f"{snapshot.version}".encode()
+        request = Request(
+            call=call,
+            snapshot=snapshot,
+            prompt=prompt,
+            limit=room if asked.max_tokens is None else min(asked.max_tokens, room),
+            stop_tokens=frozenset(asked.stop_tokens) | (self._end_tokens if asked.stop_at_eos else frozenset()),
+            scores=PromptScores(asked),
+            root=root,
+            digests=chain_digests(root, prompt, self._block_size),
+            unfinished=asked.num_samples,
+        )
+        request.samples = [Sample(request, index, next(self._arrivals)) for index in range(asked.num_samples)]
+        self._requests[call.request_id] = request
+        self._enqueue(request.samples[0])  # the others follow once it has run the prompt
+
+    def cancel(self, request_id: str) -> None:
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            self._drop(request, forget=False)
+
+    def step(self) -> list[Finished]:
+        self._preempt()
+        self._admit()
+        finished: list[Finished] = []
+        for batch in self._batches():
+            finished += self._run(batch)
+        return finished
+
+    def check(self) -> None:
+        """Raises AssertionError unless cache and sequences agree; for tests, after each step."""
+        self._pool.check(sample.blocks for sample in self._running.values())
+        assert all(not sample.blocks and not sample.computed for sample in self._waiting.values())
+        assert sorted(self._waiting) == sorted(key for queue in self._queues.values() for key in queue)
+        assert len(self._running) <= self._max_running
+        for sample in self._running.values():
+            assert sample.computed < sample.length <= self._max_context
+            assert sample.computed <= len(sample.blocks) * self._block_size
+
+    # Waiting and running
+
+    def _enqueue(self, sample: Sample) -> None:
+        self._waiting[sample.key] = sample
+        insort(self._queues[sample.tenant], sample.key)
+
+    def _dequeue(self, sample: Sample) -> None:
+        del self._waiting[sample.key]
+        queue = self._queues[sample.tenant]
+        queue.remove(sample.key)
+        if not queue:
+            del self._queues[sample.tenant]
+
+    def _growth(self, sample: Sample) -> int:
+        """Blocks that the sample needs before its next rows: a new one, or its own copy of a shared one."""
+        index = sample.computed // self._block_size
+        return int(index >= len(sample.blocks) or self._pool.references(sample.blocks[index]) > 1)
+
+    def _preempt(self) -> None:
+        growth = {key: self._growth(sample) for key, sample in self._running.items()}
+        if sum(growth.values()) <= self._pool.available:
+            return
+        growing = [
+            scheduling.Growing(key, growth[key], sum(self._pool.references(block) == 1 for block in sample.blocks))
+            for key, sample in self._running.items()
+        ]
+        for key in scheduling.victims(growing, self._pool.available):
+            sample = self._running.pop(key)
+            self._release(sample)
+            self._enqueue(sample)
+
+    def _admit(self) -> None:
+        slots = self._max_running - len(self._running)
+        if not slots or not self._waiting:
+            return
+        tenants = [sample.tenant for sample in self._running.values()]
+        candidates = [self._waiting[key] for key in scheduling.fair_order(tenants, self._queues, slots)]
+        growth = sum(self._growth(sample) for sample in self._running.values())
+        shared = [self._reusable(sample) for sample in candidates]
+        costs = [
+            self._pool.cost(self._blocks_for(sample) - len(blocks), blocks)
+            for sample, blocks in zip(candidates, shared, strict=True)
+        ]
+        admitted = scheduling.admissible(costs, self._pool.available - growth, len(self._running))
+        for sample in candidates[:admitted]:
+            self._dequeue(sample)
+            self._start(sample)
+
+    def _start(self, sample: Sample) -> None:
+        blocks = self._reusable(sample)
+        sample.blocks = self._pool.allocate(self._blocks_for(sample) - len(blocks), blocks)
+        sample.computed = len(blocks) * self._block_size
+        sample.digests = sample.request.digests[: len(blocks)]
+        if sample.request.cache_hit_tokens is None:
+            sample.request.cache_hit_tokens = sample.computed
+        self._running[sample.key] = sample
+
+    def _blocks_for(self, sample: Sample) -> int:
+        return -(-sample.length // self._block_size)
+
+    def _reusable(self, sample: Sample) -> list[int]:
+        """Cached blocks of the sample's beginning; its last token, and prompt rows to be scored, must run again."""
+        limit = min(sample.length - 1, sample.request.scores.next_row) // self._block_size
+        return self._pool.match(sample.request.digests[:limit])
+
+    def _release(self, sample: Sample, *, forget: bool = False) -> None:
+        self._pool.release(sample.blocks, forget=forget)
+        sample.blocks, sample.digests, sample.computed = [], [], 0
+
+    def _drop(self, request: Request, *, forget: bool) -> None:
+        """Takes all of a request's samples out."""
+        for sample in request.samples:
+            if self._running.pop(sample.key, None):
+                self._release(sample, forget=forget)
+            elif sample.key in self._waiting:
+                self._dequeue(sample)
+
+    # One step
+
+    def _batches(self) -> Iterator[list[Work]]:
+        """The step's work, one batch for each set of base weights, rows of the same snapshot side by side."""
+        prefilling = [
+            scheduling.Prefilling(key, sample.tenant, sample.pending)
+            for key, sample in self._running.items()
+            if sample.pending > 1
+        ]
+        shares = scheduling.prefill_shares(prefilling, self._prefill_tokens)
+        batches: dict[int, list[Work]] = defaultdict(list)
+        for key, sample in list(self._running.items()):
+            rows = shares.get(key, 0) if sample.pending > 1 else 1
+            if rows:
+                snapshot = sample.request.snapshot
+                batches[-1 if snapshot.module is None else snapshot.version].append(Work(sample, rows))
+        for batch in batches.values():
+            batch.sort(key=lambda work: work.sample.request.snapshot.version)
+            yield batch
+
+    def _run(self, works: list[Work]) -> list[Finished]:
+        self._make_room(works)
+        with torch.inference_mode():
+            hidden_TD = forward(self._model, self._cache, works)
+            score_prompts(self._model, works, hidden_TD)
+            for work in works:
+                self._advance(work.sample, work.rows)
+            ready = [(work, [work.sample, *self._fork(work.sample)]) for work in works if work.sample.pending == 0]
+            return self._accept(next_tokens(self._model, ready, hidden_TD)) if ready else []
+
+    def _make_room(self, works: Sequence[Work]) -> None:
+        """Gives every sample a block of its own for its next row."""
+        sources, targets = [], []
+        for sample in (work.sample for work in works if self._growth(work.sample)):
+            block = self._pool.allocate(1)[0]
+            index = sample.computed // self._block_size
+            if index == len(sample.blocks):
+                sample.blocks.append(block)
+                continue
+            sources.append(sample.blocks[index])
+            targets.append(block)
+            self._pool.release([sample.blocks[index]])
+            sample.blocks[index] = block
+        if sources:
+            self._cache.copy_blocks(sources, targets)
+
+    def _advance(self, sample: Sample, rows: int) -> None:
+        """Counts rows as computed, and makes the blocks that they filled known for reuse."""
+        sample.computed += rows
+        for index in range(len(sample.digests), sample.computed // self._block_size):
+            parent = sample.digests[-1] if index else sample.request.root
+            tokens = sample.slice(index * self._block_size, (index + 1) * self._block_size)
+            sample.digests += chain_digests(parent, tokens, self._block_size)
+            self._pool.register(sample.blocks[index], sample.digests[index])
+
+    def _fork(self, leader: Sample) -> list[Sample]:
+        """The samples that go on from the prompt that `leader` has just run, sharing its blocks; the others wait."""
+        request = leader.request
+        if request.forked:
+            return []
+        request.forked = True
+        waiting = request.samples[1:]
+        tenants = [sample.tenant for sample in self._running.values()]
+        growth = sum(self._growth(sample) for sample in self._running.values())
+        allowed = scheduling.fork_allowance(
+            leader.tenant,
+            tenants,
+            self._queues,
+            self._max_running - len(self._running),
+            self._pool.available - growth - len(self._running),
+        )
+        for sample in waiting[:allowed]:
+            sample.blocks = self._pool.allocate(0, leader.blocks)
+            sample.digests, sample.computed = leader.digests.copy(), leader.computed
+            self._running[sample.key] = sample
+        for sample in waiting[allowed:]:
+            self._enqueue(sample)
+        return waiting[:allowed]
+
+    def _accept(self, chosen: Iterator[NextToken]) -> list[Finished]:
+        """Appends the new tokens; ends samples, and requests whose last sample has ended or whose logits are broken."""
+        finished = []
+        for new in chosen:
+            sample, request = new.sample, new.sample.request
+            if request.request_id not in self._requests:
+                continue  # an earlier sample of it has just failed
+            if not new.finite:
+                finished.append(self._fail(request))
+                continue
+            sample.append(new)
+            sample.stopped = self._stops(sample)
+            if sample.stopped or len(sample.tokens) == request.limit:
+                del self._running[sample.key]
+                self._release(sample)
+                request.unfinished -= 1
+                if not request.unfinished:
+                    del self._requests[request.request_id]
+                    finished.append(Finished(request.request_id, request.output()))
+        return finished
+
+    def _stops(self, sample: Sample) -> bool:
+        strings = sample.request.call.call.stop_strings
+        return sample.tokens[-1] in sample.request.stop_tokens or (
+            bool(strings) and self._stop_strings.found(strings, sample.tokens)
+        )
+
+    def _fail(self, request: Request) -> Finished:
+        del self._requests[request.request_id]
+        blocks = {block for sample in request.samples for block in sample.blocks}
+        self._drop(request, forget=True)
+        self._cache.clear_blocks([block for block in blocks if not self._pool.references(block)])
+        snapshot_id = request.snapshot.snapshot_id
+        message = f"Snapshot {snapshot_id!r} gives logits that are not finite; its weights have probably diverged."
+        return Finished(request.request_id, UserError(message))
