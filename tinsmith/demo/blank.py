@@ -58,8 +58,8 @@ def make_blank(folder: Path, seed: int = 0) -> None:
     tokenizer = _wrap(_learn_tokenizer(seed))
     _save_tokenizer(tokenizer, folder)
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(_configuration(tokenizer)).to(torch.bfloat16)
-    model.generation_config = GenerationConfig(
+    model = Qwen3ForCausalLM(_configuration(tokenizer)).bfloat16()
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         eos_token_id=[_id(tokenizer, "<|im_end|>"), _id(tokenizer, "<|endoftext|>")],
         pad_token_id=_id(tokenizer, "<|endoftext|>"),
         do_sample=True,
@@ -125,7 +125,7 @@ def _texts(seed: int) -> Iterator[str]:
 
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
