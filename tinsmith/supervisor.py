@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 logger = logging.getLogger(__name__)
@@ -34,20 +35,25 @@ class Child:
     first_line: str
     pass_fds: tuple[int, ...] = ()
     grace: float = 10.0
-    process: subprocess.Popen[str] | None = None
+    process: subprocess.Popen[bytes] | None = None
     crashed_at: deque[float] = field(default_factory=deque)
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self) -> subprocess.Popen[bytes]:
         """A new process, in a session of its own so that Ctrl-C reaches only the supervisor."""
         self.process = subprocess.Popen(
-            self.command, stdin=subprocess.PIPE, text=True, pass_fds=self.pass_fds, start_new_session=True
+            self.command, stdin=subprocess.PIPE, pass_fds=self.pass_fds, start_new_session=True
         )
-        self._write(self.first_line + "\n")
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # it may have died at once; its exit is noticed elsewhere
+            self.process.stdin.write(self.first_line.encode() + b"\n")
+            self.process.stdin.flush()
         return self.process
 
-    def ask_to_stop(self) -> None:
-        """Ends the child's input."""
-        self._write(None)
+    def end_input(self) -> None:
+        """What tells the process to stop; also to be called once it has ended."""
+        assert self.process is not None and self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
 
     def next_delay(self, now: float) -> float | None:
         """Notes a crash at `now`; how long to wait before a restart, or None after too many."""
@@ -58,22 +64,11 @@ class Child:
             return None
         return min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** (len(self.crashed_at) - 1))
 
-    def _write(self, text: str | None) -> None:
-        assert self.process is not None and self.process.stdin is not None
-        try:
-            if text is None:
-                self.process.stdin.close()
-            else:
-                self.process.stdin.write(text)
-                self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it is dead already; its exit is reported by the thread that waits for it
-
 
 @dataclass(frozen=True)
 class _Exited:
     child: Child
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
 
 
 @dataclass(frozen=True)
@@ -130,6 +125,7 @@ class Supervisor:
                 return self._handle_exit(child, process.returncode)
 
     def _handle_exit(self, child: Child, code: int) -> int | None:
+        child.end_input()
         child.process = None
         if code == EXIT_CONFIG:
             return 2
@@ -156,7 +152,7 @@ class Supervisor:
         """Ends one child; whether the others may take their time too (no second signal came)."""
         process = child.process
         assert process is not None
-        child.ask_to_stop()
+        child.end_input()
         deadline = time.monotonic() + child.grace
         while process.poll() is None and patient:
             try:

@@ -1,0 +1,36 @@
+"""Memory budgets: what fits is used, what must fit is kept."""
+
+from pathlib import Path
+
+import pytest
+
+from tinsmith.sizing import ModelSizes, free_host_memory, kv_cache_tokens, train_tokens
+
+SIZES = ModelSizes(layers=4, kv_heads=2, head_dim=32, hidden=128, intermediate=384, max_context=2048, item_bytes=4)
+GIB = 2**30
+
+
+def test_a_cached_token_costs_keys_and_values_of_all_layers() -> None:
+    assert SIZES.kv_bytes == 2 * 4 * 2 * 32 * 4
+
+
+@pytest.mark.parametrize("free", [0, GIB, 100 * GIB])
+def test_the_cache_holds_one_context_at_least_and_all_running_ones_at_most(free: int) -> None:
+    assert 2048 <= kv_cache_tokens(SIZES, free, 64) <= 64 * 2048
+
+
+def test_the_cache_and_a_micro_batch_stay_within_their_shares() -> None:
+    free = GIB // 8
+    assert kv_cache_tokens(SIZES, free, 64) * SIZES.kv_bytes <= 0.35 * free
+    assert train_tokens(SIZES, free, on_cpu=False) * SIZES.activation_bytes <= 0.25 * free
+    assert train_tokens(SIZES, 0, on_cpu=False) == 256
+
+
+def test_a_containers_limit_counts_but_its_page_cache_does_not(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("700000\n")
+    assert free_host_memory(tmp_path) == 300_000
+    (tmp_path / "memory.stat").write_text("anon 500000\ninactive_file 200000\n")
+    assert free_host_memory(tmp_path) == 500_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_host_memory(tmp_path) > 1_000_000

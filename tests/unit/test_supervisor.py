@@ -1,0 +1,146 @@
+"""The supervisor with real processes: order, restarts, giving up, stopping."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tinsmith import supervisor
+from tinsmith.supervisor import EXIT_CONFIG, Child, Supervisor
+
+UNTIL_END_OF_INPUT = "import sys; first = sys.stdin.readline(); {begin}; sys.stdin.read(); {end}"
+
+
+def child(name: str, log: Path, end: str = "pass", grace: float = 10.0) -> Child:
+    """A process that notes its first line and pid, waits for the end of its input, and notes that."""
+    note = f"open({str(log)!r}, 'a').write"
+    code = UNTIL_END_OF_INPUT.format(
+        begin=f"import os; {note}('{name} began ' + first.strip() + ' ' + str(os.getpid()) + chr(10))",
+        end=f"{end}; {note}('{name} ended' + chr(10))",
+    )
+    return Child(name, [sys.executable, "-c", code], f"settings-of-{name}", grace=grace)
+
+
+def lines(log: Path) -> list[str]:
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def wait_for(log: Path, count: int) -> list[str]:
+    """Until the log has `count` lines; the test's own time limit ends the wait."""
+    while len(lines(log)) < count:
+        time.sleep(0.01)
+    return lines(log)
+
+
+def in_background(action: object) -> None:
+    threading.Thread(target=action, daemon=True).start()  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def _keep_signal_handlers(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(supervisor, "FIRST_DELAY", 0.01)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_a_signal_stops_the_children_last_one_first_and_the_exit_code_is_zero(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    def stop_when_both_run() -> None:
+        wait_for(log, 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    in_background(stop_when_both_run)
+    assert Supervisor([child("api", log), child("engine", log)]).run() == 0
+    assert lines(log)[2:] == ["engine ended", "api ended"]
+    assert sorted(line.rsplit(" ", 1)[0] for line in lines(log)[:2]) == [
+        "api began settings-of-api",
+        "engine began settings-of-engine",
+    ]
+
+
+def test_a_killed_child_is_started_again(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    def kill_then_stop() -> None:
+        os.kill(int(wait_for(log, 1)[0].split()[-1]), signal.SIGKILL)
+        wait_for(log, 2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    in_background(kill_then_stop)
+    assert Supervisor([child("engine", log)]).run() == 0
+    pids = [line.split()[-1] for line in lines(log)[:2]]
+    assert pids[0] != pids[1]
+
+
+def test_a_child_that_keeps_crashing_ends_the_server_and_the_other_child_stops(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    crashing = Child("engine", [sys.executable, "-c", "raise SystemExit(3)"], "")
+    assert Supervisor([child("api", log), crashing]).run() == 1
+    assert len(crashing.crashed_at) == supervisor.MAX_CRASHES + 1
+
+
+def test_settings_that_do_not_work_end_the_server_at_once() -> None:
+    wrong = Child("engine", [sys.executable, "-c", f"raise SystemExit({EXIT_CONFIG})"], "")
+    assert Supervisor([wrong]).run() == 2
+    assert len(wrong.crashed_at) == 0
+
+
+def test_a_second_signal_kills_what_does_not_end(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    stubborn = child("engine", log, end="import time; time.sleep(600)", grace=600)
+
+    def stop_twice() -> None:
+        wait_for(log, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not server.stopping.is_set():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    server = Supervisor([stubborn])
+    in_background(stop_twice)
+    assert server.run() == 0
+    assert lines(log)[1:] == []
+
+
+def test_a_child_that_does_not_end_in_its_time_is_killed(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    def stop() -> None:
+        wait_for(log, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    in_background(stop)
+    assert Supervisor([child("engine", log, end="import time; time.sleep(600)", grace=0.1)]).run() == 0
+
+
+def test_children_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    code = (
+        "import sys; sys.path.insert(0, '.')\n"
+        "from pathlib import Path\n"
+        "from tests.unit.test_supervisor import child\n"
+        "from tinsmith.supervisor import Supervisor\n"
+        f"Supervisor([child('engine', Path({str(log)!r}))]).run()"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    wait_for(log, 1)
+    parent.kill()
+    parent.wait()
+    assert wait_for(log, 2)[1] == "engine ended"
+
+
+def test_delays_double_up_to_a_limit_and_old_crashes_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_DELAY", 1.0)
+    crashing = Child("engine", [], "")
+    assert [crashing.next_delay(now) for now in range(5)] == [1.0, 2.0, 4.0, 8.0, 15.0]
+    assert crashing.next_delay(5.0) is None
+    assert crashing.next_delay(5.0 + supervisor.CRASH_WINDOW + 1) == 1.0
