@@ -1,0 +1,118 @@
+"""The API process as an ASGI application: which route leads where, and how errors become answers."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from tinsmith.api import futures, runs, sampling, service, sessions, training, weights
+from tinsmith.api.calls import Handler, Services, answer, endpoint
+from tinsmith.api.catalog import Catalog
+from tinsmith.api.waiting import Waiters
+from tinsmith.config import Settings
+from tinsmith.errors import TinsmithError
+from tinsmith.store.database import Database
+from tinsmith.store.doorbell import Doorbell
+
+PREFIX = "/api/v1"
+_CHECKPOINT = "/training_runs/{run_id}/checkpoints/{segment}/{name}"
+
+ROUTES: tuple[tuple[str, str, Handler], ...] = (
+    ("POST", "/client/config", service.client_config),
+    ("POST", "/client/dynamic_config", service.client_dynamic_config),
+    ("GET", "/get_server_capabilities", service.server_capabilities),
+    ("POST", "/telemetry", service.telemetry),
+    ("POST", "/create_session", sessions.create_session),
+    ("POST", "/session_heartbeat", sessions.session_heartbeat),
+    ("POST", "/sessions/{session_id}/finish", sessions.finish_session),
+    ("GET", "/sessions", sessions.list_sessions),
+    ("GET", "/sessions/{session_id}", sessions.get_session),
+    ("POST", "/create_model", training.create_model),
+    ("POST", "/get_info", training.get_info),
+    ("POST", "/forward_backward", training.forward_backward),
+    ("POST", "/optim_step", training.optim_step),
+    ("POST", "/create_custom_loss", training.create_custom_loss),
+    ("POST", "/save_weights", weights.save_weights),
+    ("POST", "/save_weights_for_sampler", weights.save_weights_for_sampler),
+    ("POST", "/save_weights_external", weights.save_weights_external),
+    ("POST", "/load_weights", weights.load_weights),
+    ("POST", "/weights_info", weights.weights_info),
+    ("POST", "/create_sampling_session", sampling.create_sampling_session),
+    ("POST", "/asample", sampling.asample),
+    ("GET", "/samplers/{sampler_id}", sampling.get_sampler),
+    ("POST", "/retrieve_future", futures.retrieve_future),
+    ("GET", "/training_runs", runs.list_runs),
+    ("GET", "/training_runs/{run_id}", runs.get_run),
+    ("GET", "/training_runs/{run_id}/checkpoints", runs.list_run_checkpoints),
+    ("GET", "/checkpoints", runs.list_checkpoints),
+    ("DELETE", _CHECKPOINT, runs.delete_checkpoint),
+    ("POST", f"{_CHECKPOINT}/publish", runs.publish),
+    ("DELETE", f"{_CHECKPOINT}/publish", runs.unpublish),
+    ("PUT", f"{_CHECKPOINT}/ttl", runs.set_ttl),
+)
+
+log = logging.getLogger(__name__)
+
+
+def create_app(settings: Settings, database: Database, doorbell: Doorbell) -> Starlette:
+    """The application. Database and doorbell are the caller's to open, migrate and close."""
+    services = Services(settings, database, doorbell, Catalog(settings, database, doorbell), Waiters(doorbell))
+
+    async def health(_request: Request) -> Response:
+        return service.health(services)
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        services.catalog.start()
+        services.waiters.start()
+        try:
+            yield
+        finally:
+            services.catalog.close()
+            services.waiters.close()
+
+    routes = [Route(f"{PREFIX}/healthz", health, methods=["GET"])]
+    routes += [Route(PREFIX + path, endpoint(services, handler), methods=[method]) for method, path, handler in ROUTES]
+    return Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        exception_handlers={
+            TinsmithError: _on_error,
+            HTTPException: _on_http_error,
+            ClientDisconnect: _on_disconnect,
+            Exception: _on_bug,
+        },
+    )
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    status = error.status if isinstance(error, TinsmithError) else 500
+    if status >= 500:
+        log.warning("%s %s: %d %s", request.method, request.url.path, status, error)
+    response = answer({"detail": str(error)}, status)
+    if status in (429, 503):
+        response.headers["x-should-retry"] = "true"
+    return response
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own: no such route, or not with this method."""
+    assert isinstance(error, HTTPException)
+    detail = f"there is no {request.method} {request.url.path} here"
+    if error.status_code == 405:
+        detail = f"{request.url.path} does not take {request.method}, only {(error.headers or {}).get('Allow', '')}"
+    return answer({"detail": detail if error.status_code in (404, 405) else error.detail}, error.status_code)
+
+
+async def _on_disconnect(_request: Request, _error: Exception) -> Response:
+    return answer({"detail": "the client went away before its body had arrived"}, 400)
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return answer({"detail": "the server failed on this request; its log says why"}, 500)

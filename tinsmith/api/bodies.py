@@ -1,0 +1,56 @@
+"""Request bodies, off the wire and bounded: streamed, decompressed, decoded from JSON. Knows no route."""
+
+from typing import TypeVar
+
+import msgspec
+from starlette.requests import Request
+
+from tinsmith.errors import TooLargeError, UserError
+from tinsmith.wire.codec import decompress
+
+SMALL_BODY = 2**20  # bytes, of every request that carries no tokens
+
+Body = TypeVar("Body")
+
+
+class OverlongBodyError(TooLargeError):
+    """The body is larger than the server takes; `beginning` is what was read of it."""
+
+    def __init__(self, limit: int, beginning: bytes) -> None:
+        super().__init__(f"the body is larger than {limit} bytes, the most that this server takes here")
+        self.beginning = beginning
+
+
+async def read_raw(request: Request, limit: int) -> bytes:
+    """The body as sent. Raises OverlongBodyError beyond `limit` bytes."""
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size <= limit:
+            parts.append(part)
+        elif size > 2 * limit:  # a client hears of an error only once its body has been taken off its hands
+            break
+    if size > limit:
+        raise OverlongBodyError(limit, b"".join(parts))
+    return b"".join(parts)
+
+
+def plain(request: Request, raw: bytes, limit: int) -> bytes:
+    """The body's content, at most `limit` bytes of it, by its Content-Encoding. Raises TooLargeError, UserError."""
+    encoding = request.headers.get("content-encoding", "identity").lower()
+    if encoding == "identity":
+        return raw
+    if encoding != "zstd":
+        raise UserError(f"Content-Encoding {encoding!r} is not taken; use zstd, or none")
+    return decompress(raw, limit)
+
+
+def decode_json(content: bytes, kind: type[Body]) -> Body:
+    """The body as a `kind`. Raises UserError that names the field and what it may be."""
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except msgspec.ValidationError as error:
+        raise UserError(f"the request is not valid: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"the body is not JSON: {error}") from error

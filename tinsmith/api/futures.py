@@ -1,0 +1,74 @@
+"""retrieve_future: holds the request until its job has ended, then gives the result in the form its kind has."""
+
+import asyncio
+import time
+
+from starlette.responses import Response
+
+from tinsmith.api.calls import Call, answer
+from tinsmith.errors import GoneError, NotFoundError
+from tinsmith.store import queue
+from tinsmith.wire.codec import encode_train_output
+from tinsmith.wire.jobs import Future
+from tinsmith.wire.packing import SampleOutput, TrainOutput
+from tinsmith.wire.sample_codec import encode_sample_output
+from tinsmith.wire.types import RequestFailed, RetrieveFutureRequest, TryAgain
+
+PROTOBUF = "application/x-protobuf"
+# The doorbell wakes us; these looks at the database only make good for a lost ring.
+_FIRST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 1.0, 8.0
+
+
+async def retrieve_future(call: Call) -> Response:
+    """POST /retrieve_future. After `poll_seconds` without a result: 408, which clients answer by asking again."""
+    body = await call.json(RetrieveFutureRequest)
+    future = await _ended(call, body.request_id)
+    return _try_again(call, body.request_id) if future is None else _result(future)
+
+
+async def _ended(call: Call, request_id: str) -> Future | None:
+    """The job once it has ended; None if that takes longer than a request is held. Raises NotFoundError."""
+    services = call.services
+    deadline = time.monotonic() + services.settings.poll_seconds
+    patience = _FIRST_LOOK_SECONDS
+    with services.waiters.watch(request_id) as rung:
+        while True:
+            rung.clear()  # before the look: what rings during it is not lost
+            future = await services.database.read_async(queue.find, request_id)
+            if future is None or future.owner != call.owner:
+                raise NotFoundError(f"there is no request {request_id!r}")
+            if future.state in queue.TERMINAL:
+                return future
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                return None
+            await _wait(rung, min(patience, remaining))
+            patience = min(2 * patience, _LONGEST_LOOK_SECONDS)
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return
+
+
+def _result(future: Future) -> Response:
+    if future.state == "expired":
+        raise GoneError(f"the result of {future.request_id!r} has expired")
+    if future.state == "failed":
+        return answer(RequestFailed(future.error or "failed", future.category or "unknown"))
+    body = future.body or b""
+    if future.kind in ("forward", "forward_backward"):
+        return Response(encode_train_output(TrainOutput.from_bytes(body)), media_type=PROTOBUF)
+    if future.kind == "sample":
+        return Response(encode_sample_output(SampleOutput.from_bytes(body)), media_type=PROTOBUF)
+    return Response(body, media_type="application/json")
+
+
+def _try_again(call: Call, request_id: str) -> Response:
+    state, progress = call.services.catalog.state
+    if state == "ready":
+        return answer(TryAgain(request_id, "active"), 408)
+    return answer(TryAgain(request_id, "paused_capacity", f"the engine is {state}: {progress}"), 408)

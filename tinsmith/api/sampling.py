@@ -1,0 +1,105 @@
+"""Samplers and requests to sample from them."""
+
+import time
+from dataclasses import replace
+
+import sqlalchemy as sa
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from tinsmith.api.bodies import decode_json
+from tinsmith.api.calls import Call, answer
+from tinsmith.api.paths import SCHEME, parse_path
+from tinsmith.api.submission import require_open_session
+from tinsmith.api.weights import require_same_base
+from tinsmith.errors import UserError
+from tinsmith.protocols import BASE_SNAPSHOT
+from tinsmith.store import queue, records
+from tinsmith.wire import types
+from tinsmith.wire.codec import Limits
+from tinsmith.wire.jobs import Job
+from tinsmith.wire.sample_codec import sample_call, sample_cost
+from tinsmith.wire.types import SampleRequest
+
+_THREAD_BYTES = 2**18  # larger bodies are decoded beside the event loop
+
+
+async def create_sampling_session(call: Call) -> Response:
+    """POST /create_sampling_session: a sampler of the base model, or of a checkpoint."""
+    body = await call.json(types.CreateSamplingSessionRequest)
+    catalog = call.services.catalog
+    if body.base_model is not None:
+        catalog.require_served(body.base_model)
+    snapshot, base_name, model_id = BASE_SNAPSHOT, body.base_model, None
+    if body.model_path is not None:
+        checkpoint = await _require_weights(call, body.model_path)
+        snapshot, model_id = checkpoint.path, checkpoint.model_id
+        base_name = body.base_model or checkpoint.base_name
+    if base_name is None:
+        raise UserError("create_sampling_session needs a base_model or a model_path")
+    sampler = records.SamplerRecord(
+        id=f"{body.session_id}:sample:{body.sampling_session_seq_id}",
+        session_id=body.session_id,
+        owner=call.owner,
+        base=catalog.base,
+        base_name=base_name,
+        snapshot=snapshot,
+        model_id=model_id,
+        created_at=time.time(),
+    )
+    await call.services.database.write_async(_create_sampler, sampler)
+    return answer(types.CreateSamplingSessionResponse(sampler.id))
+
+
+async def _require_weights(call: Call, text: str) -> records.Checkpoint:
+    """The checkpoint to sample from. Raises UserError, NotFoundError."""
+    path = parse_path(text)
+    if path.kind == "external":
+        raise UserError(f"{path} is an export and cannot be sampled from; use .../sampler_weights/NAME")
+    checkpoint = await call.services.database.read_async(records.require_checkpoint, str(path), call.owner)
+    require_same_base(call, checkpoint)
+    return checkpoint
+
+
+def _create_sampler(conn: sa.Connection, sampler: records.SamplerRecord) -> None:
+    require_open_session(conn, sampler.session_id, sampler.owner)
+    existing = records.create_sampler(conn, sampler)
+    if existing.snapshot != sampler.snapshot:
+        raise UserError(
+            f"sampler {sampler.id!r} exists already, with other weights; use the next sampling_session_seq_id"
+        )
+
+
+async def asample(call: Call) -> Response:
+    """POST /asample. Sequences are named before they exist: later training requests refer to them."""
+    services = call.services
+    content = await call.content(services.settings.max_body_bytes)
+    limits = services.limits()
+    if len(content) > _THREAD_BYTES:
+        request, job = await run_in_threadpool(_decode, content, limits, call.owner)
+    else:
+        request, job = _decode(content, limits, call.owner)
+    request_id = await services.database.write_async(_submit, job)
+    services.doorbell.ring("jobs")
+    sequence_ids = [f"{request_id}-{index}" for index in range(request.num_samples)]
+    return answer(types.SampleFuture(request_id, sequence_ids))
+
+
+def _decode(content: bytes, limits: Limits, owner: str) -> tuple[SampleRequest, Job]:
+    """The request, and its job as far as the request says it: the base is the sampler's."""
+    request = decode_json(content, SampleRequest)
+    packed = sample_call(request, limits)
+    tokens = sample_cost(packed, limits.max_context)
+    return request, Job(request.sampling_session_id, request.seq_id, "sample", owner, "", packed.to_bytes(), tokens)
+
+
+def _submit(conn: sa.Connection, job: Job) -> str:
+    sampler = records.require_sampler(conn, job.subject, job.owner)
+    return queue.submit(conn, replace(job, base=sampler.base))
+
+
+async def get_sampler(call: Call) -> Response:
+    """GET /samplers/{sampler_id}."""
+    sampler = await call.services.database.read_async(records.require_sampler, call.path("sampler_id"), call.owner)
+    path = sampler.snapshot if sampler.snapshot.startswith(SCHEME) else None
+    return answer(types.SamplerInfo(sampler.id, sampler.base_name, path))

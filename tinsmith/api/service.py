@@ -1,0 +1,37 @@
+"""What clients ask about the server itself: health, switches, the served model. Telemetry is taken and dropped."""
+
+from starlette.responses import Response
+
+from tinsmith.api.calls import Call, Services, answer
+from tinsmith.wire import types
+
+
+def health(services: Services) -> Response:
+    """GET /healthz: 200 once requests can be worked on, 503 with the engine's progress before. Needs no key."""
+    state, progress = services.catalog.state
+    return answer(types.Health("ok")) if state == "ready" else answer(types.Health(state, progress), 503)
+
+
+async def client_config(call: Call) -> Response:
+    """POST /client/config."""
+    await call.json(types.ClientConfigRequest)
+    return answer(types.ClientConfigResponse())
+
+
+async def client_dynamic_config(call: Call) -> Response:
+    """POST /client/dynamic_config."""
+    await call.json(types.ClientConfigRequest)
+    return answer(types.ClientDynamicConfigResponse())
+
+
+async def server_capabilities(call: Call) -> Response:
+    """GET /get_server_capabilities: the served model, once under each of its names."""
+    catalog = call.services.catalog
+    longest = catalog.capabilities().max_context
+    return answer(types.ServerCapabilities([types.SupportedModel(name, longest) for name in catalog.names]))
+
+
+async def telemetry(call: Call) -> Response:
+    """POST /telemetry."""
+    await call.json(types.TelemetryRequest, call.services.settings.max_body_bytes)
+    return answer(types.TelemetryResponse())

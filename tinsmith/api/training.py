@@ -1,0 +1,170 @@
+"""The operations on a model: create it, forward and backward, optimizer steps, and what it is."""
+
+import secrets
+import time
+from functools import partial
+
+import msgspec
+import sqlalchemy as sa
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from tinsmith.api.bodies import OverlongBodyError, plain, read_raw
+from tinsmith.api.calls import Call, Services, answer
+from tinsmith.api.submission import Draft, json_draft, refuse, require_open_session, submit, submit_json
+from tinsmith.errors import UserError
+from tinsmith.protocols import Capabilities, ModelSpec
+from tinsmith.store import queue, records
+from tinsmith.wire import types
+from tinsmith.wire.codec import (
+    Address,
+    Limits,
+    decompress_beginning,
+    parse_forward_backward,
+    peek_address,
+    train_call,
+)
+from tinsmith.wire.jobs import Job
+from tinsmith.wire.packing import TrainCall
+
+OPTIMIZER = "adamw"
+_THREAD_BYTES = 2**18  # larger bodies are decoded beside the event loop
+_ADDRESS_BYTES = 1024  # of the beginning, which hold model and seq
+
+
+async def create_model(call: Call) -> Response:
+    """POST /create_model: a record and, as its seq 0, the job that makes it."""
+    body = await call.json(types.CreateModelRequest)
+    services = call.services
+    services.catalog.require_served(body.base_model)
+    check_optimizer(body.optimizer_config)
+    spec = _spec(body.lora_config, services.catalog.capabilities())
+    model = new_model(
+        call, body.session_id, body.model_seq_id, base_name=body.base_model, spec=spec, metadata=body.user_metadata
+    )
+    request_id = await services.database.write_async(create_with_job, model, json_draft("create_model"))
+    services.doorbell.ring("jobs")
+    return answer(types.UntypedFuture(request_id, model.id))
+
+
+def new_model(
+    call: Call, session_id: str, number: int, *, base_name: str, spec: ModelSpec, metadata: types.Metadata | None
+) -> records.Model:
+    """The record of a model that is about to be created."""
+    now = time.time()
+    return records.Model(
+        id=f"{session_id}:train:{number}",
+        session_id=session_id,
+        owner=call.owner,
+        base=call.services.catalog.base,
+        base_name=base_name,
+        spec=spec.to_dict(),
+        user_metadata=metadata or {},
+        state="creating",
+        recovery_seq=None,
+        recovery_folder=None,
+        created_at=now,
+        used_at=now,
+    )
+
+
+def create_with_job(conn: sa.Connection, model: records.Model, draft: Draft) -> str:
+    """Adds the model and its first job, or finds both; returns the request id. Raises NotFoundError, GoneError."""
+    require_open_session(conn, model.session_id, model.owner)
+    records.create_model(conn, model)
+    return queue.submit(conn, Job(model.id, 0, draft.kind, model.owner, model.base, draft.body))
+
+
+def check_optimizer(config: types.OptimizerConfig | None) -> None:
+    if config is not None and config.type != OPTIMIZER:
+        raise UserError(f"optimizer {config.type!r} is not supported; this server trains with {OPTIMIZER!r}")
+
+
+def _spec(lora: types.LoraConfig | None, capabilities: Capabilities) -> ModelSpec:
+    """What the request asks for; without a LoRA configuration, or at rank 0, a full-parameter model."""
+    if lora is None:
+        return ModelSpec(rank=0, seed=secrets.randbits(63))
+    if lora.rank > capabilities.max_lora_rank:
+        raise UserError(
+            f"lora rank is {lora.rank}; 1 to {capabilities.max_lora_rank} are allowed "
+            "(tinsmith serve --max-lora-rank), or 0 to train all parameters"
+        )
+    if not (lora.train_attn or lora.train_mlp or lora.train_unembed):
+        raise UserError("lora_config trains nothing; one of train_attn, train_mlp, train_unembed must be true")
+    seed = secrets.randbits(63) if lora.seed is None else lora.seed
+    return ModelSpec(lora.rank, seed, lora.train_attn, lora.train_mlp, lora.train_unembed)
+
+
+async def get_info(call: Call) -> Response:
+    """POST /get_info."""
+    body = await call.json(types.GetInfoRequest)
+    services = call.services
+    model = await services.database.read_async(records.require_model, body.model_id, call.owner)
+    spec = ModelSpec(**model.spec)
+    data = types.ModelData(services.catalog.capabilities().architecture, model.base_name, services.catalog.tokenizer)
+    return answer(
+        types.GetInfoResponse(
+            model_id=model.id,
+            model_data=data,
+            is_lora=spec.is_lora,
+            lora_rank=spec.rank if spec.is_lora else None,
+            model_name=model.base_name,
+            optimizer_config=types.OptimizerConfig(spec.optimizer),
+        )
+    )
+
+
+async def forward_backward(call: Call) -> Response:
+    """POST /forward_backward: protobuf, perhaps zstd; with forward_only it is a forward."""
+    limit = call.services.settings.max_body_bytes
+    raw = b""
+    try:
+        raw = await read_raw(call.request, limit)
+        address, draft = await _decoded(call.services, partial(plain, call.request, raw, limit), len(raw))
+        return await submit(call, address, lambda _conn, _model: draft)
+    except UserError as refusal:
+        beginning = refusal.beginning if isinstance(refusal, OverlongBodyError) else raw
+        return await refuse(call, "forward_backward", _address(call, beginning), refusal)
+
+
+def _address(call: Call, beginning: bytes) -> Address | None:
+    """Model and seq of a request that cannot be taken, if its beginning tells them."""
+    if call.request.headers.get("content-encoding", "").lower() == "zstd":
+        beginning = decompress_beginning(beginning, _ADDRESS_BYTES)
+    return peek_address(beginning[:_ADDRESS_BYTES])
+
+
+async def _decoded(services: Services, content: partial[bytes], size: int) -> tuple[Address, Draft]:
+    limits = services.limits()
+    if size > _THREAD_BYTES:
+        return await run_in_threadpool(_decode, content, limits)
+    return _decode(content, limits)
+
+
+def _decode(content: partial[bytes], limits: Limits) -> tuple[Address, Draft]:
+    message = parse_forward_backward(content())
+    if message.seq_id < 1:
+        raise UserError(f"seq_id is {message.seq_id}; a model's requests count from 1")
+    packed: TrainCall = train_call(message, limits)
+    kind = "forward" if packed.forward_only else "forward_backward"
+    return Address(message.model_id, message.seq_id), Draft(kind, packed.to_bytes(), packed.num_tokens)
+
+
+async def optim_step(call: Call) -> Response:
+    """POST /optim_step."""
+    return await submit_json(call, "optim_step", types.OptimStepRequest, _prepare_step)
+
+
+def _prepare_step(body: types.OptimStepRequest, conn: sa.Connection, model: records.Model) -> Draft:
+    check_optimizer(body.optimizer_params)
+    if body.adam_params is None:
+        raise UserError("optim_step needs adam_params")
+    return Draft("optim_step", msgspec.json.encode(body.adam_params))
+
+
+async def create_custom_loss(call: Call) -> Response:
+    """POST /create_custom_loss: refused. Custom losses work, computed by the client."""
+    raise UserError(
+        "custom losses are not computed on this server; forward_backward_custom computes them in the client, "
+        "which client/config tells it to (custom_loss_server_side is off)"
+    )

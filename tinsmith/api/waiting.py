@@ -1,0 +1,62 @@
+"""Requests that wait for jobs to end, woken by the doorbell. Knows ids only; the caller looks up results."""
+
+import asyncio
+import logging
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from tinsmith.store.doorbell import Doorbell
+
+_WAIT_SECONDS = 1.0
+
+log = logging.getLogger(__name__)
+
+
+class Waiters:
+    """One thread that listens for finished jobs, and the events that it sets. `start` belongs in the event loop."""
+
+    def __init__(self, doorbell: Doorbell) -> None:
+        self._doorbell = doorbell
+        self._events: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._listen, args=(loop,), name="finished-jobs", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread, within a second."""
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    @contextmanager
+    def watch(self, request_id: str) -> Iterator[asyncio.Event]:
+        """An event that is set whenever the job is said to have ended."""
+        event = asyncio.Event()
+        self._events[request_id].add(event)
+        try:
+            yield event
+        finally:
+            self._events[request_id].discard(event)
+            if not self._events[request_id]:
+                del self._events[request_id]
+
+    def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
+        bell = self._doorbell.listen("done")
+        try:
+            while not self._closing.is_set():
+                request_ids = bell.wait(_WAIT_SECONDS)
+                if request_ids and not loop.is_closed():
+                    loop.call_soon_threadsafe(self._wake, request_ids)
+        finally:
+            bell.close()
+
+    def _wake(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            for event in self._events.get(request_id, ()):
+                event.set()
