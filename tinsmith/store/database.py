@@ -1,29 +1,158 @@
-"""One database behind one writer thread (group commit) and a few readers; SQLite by default, Postgres by URL."""
+"""One database behind one writer thread (group commit) and a few readers; SQLite by default, Postgres by URL.
 
+Knows connections and transactions; what is read and written are functions of a connection (`queue`, `records`).
+"""
+
+import asyncio
+import sqlite3
+import time
 from collections.abc import Callable
-from concurrent.futures import Future as ThreadFuture
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import psycopg
 import sqlalchemy as sa
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.pool import NullPool
+
+from tinsmith.errors import ConfigError, UnavailableError
+from tinsmith.store import migrations
+from tinsmith.store.writer import Writer
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_READERS = 4
+_LOCK_SECONDS = 30.0  # how long one process waits for another one's write to an SQLite file
+_RETRY_SECONDS = 0.05
+
+_SQLITE_PRAGMAS = ("busy_timeout = 30000", "journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON")
+_POSTGRES_OPTIONS = {
+    "application_name": "tinsmith",
+    "connect_timeout": "5",
+    "keepalives_idle": "30",  # a server that vanished is noticed in a minute, not in hours
+    "keepalives_interval": "10",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "60000",
+}
 
 
 class Database:
     """`write` and `read` run a function of (connection, *args) in a transaction and return its value.
 
-    Writes that arrive together share one commit, each in its own savepoint: one that raises fails alone.
+    Writes that arrive together share one commit, each in its own savepoint: one that raises fails alone. Functions may
+    run more than once (a lost connection, a deadlock), but are committed once; they must not commit themselves. While
+    the database is away, calls wait up to `patience` seconds, then raise UnavailableError.
     """
 
-    def __init__(self, url: str) -> None: ...
-    def migrate(self) -> None: ...
+    def __init__(self, url: str, patience: float = 10.0) -> None:
+        """Connects with the first call. Raises ConfigError for a URL that is neither SQLite's nor Postgres's."""
+        parsed = parse_url(url)
+        self._patience = patience
+        self._reading = _create_engine(parsed, writes=False)
+        self._writing = _create_engine(parsed, writes=True)
+        self._writer = Writer(self._writing, patience)
+        self._threads = ThreadPoolExecutor(_READERS, thread_name_prefix="tinsmith-reader")
+
+    def migrate(self) -> None:
+        """Brings the tables to this version. Raises ConfigError if they belong to a newer one."""
+        self.write(migrations.upgrade)
+
     def write(self, function: Callable[Concatenate[sa.Connection, P], R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        raise NotImplementedError
-    async def write_async(self, function: Callable[Concatenate[sa.Connection, P], R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        raise NotImplementedError
+        """Returns what `function` returned, once that is committed; raises what it raised, with nothing written."""
+        return self._add(function, *args, **kwargs).result()
+
+    async def write_async(
+        self, function: Callable[Concatenate[sa.Connection, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """`write` without blocking the event loop. A cancelled call may still be written."""
+        return await asyncio.wrap_future(self._add(function, *args, **kwargs))
+
     def read(self, function: Callable[Concatenate[sa.Connection, P], R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        raise NotImplementedError
-    async def read_async(self, function: Callable[Concatenate[sa.Connection, P], R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        raise NotImplementedError
-    def close(self) -> None: ...
+        """Returns what `function` returned; it sees everything committed before. Writing raises."""
+        give_up_at = time.monotonic() + self._patience
+        while True:
+            try:
+                conn = self._reading.connect()
+            except OperationalError as error:
+                _wait(error, give_up_at)
+                continue
+            with conn:
+                try:
+                    return function(conn, *args, **kwargs)
+                except DBAPIError as error:
+                    if not error.connection_invalidated:
+                        raise
+                    _wait(error, give_up_at)
+
+    async def read_async(
+        self, function: Callable[Concatenate[sa.Connection, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """`read` without blocking the event loop."""
+        run = partial(self.read, function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, run)
+
+    def close(self) -> None:
+        """Finishes the writes that wait; later ones raise UnavailableError."""
+        self._writer.close()
+        self._threads.shutdown()
+        self._reading.dispose()
+        self._writing.dispose()
+
+    def _add(
+        self, function: Callable[Concatenate[sa.Connection, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> "Future[R]":
+        return self._writer.add(lambda conn: function(conn, *args, **kwargs))
+
+
+def parse_url(url: str) -> sa.URL:
+    """The URL with its driver named and its file absolute, so that all processes agree. Raises ConfigError."""
+    try:
+        parsed = sa.make_url(url)
+    except ArgumentError as error:
+        raise ConfigError(f"the database URL {url!r} is malformed; {_URLS}") from error
+    if parsed.drivername in ("postgres", "postgresql", "postgresql+psycopg"):
+        return parsed.set(drivername="postgresql+psycopg")
+    if parsed.drivername not in ("sqlite", "sqlite+pysqlite"):
+        raise ConfigError(f"the database {parsed.drivername!r} is not supported; {_URLS}")
+    if parsed.database in (None, "", ":memory:"):
+        raise ConfigError(f"an SQLite database in memory cannot be shared between processes; {_URLS}")
+    return parsed.set(drivername="sqlite+pysqlite", database=str(Path(str(parsed.database)).resolve()))
+
+
+_URLS = "use sqlite:///path/to/file or postgresql://user:password@host/database"
+
+
+def _create_engine(url: sa.URL, *, writes: bool) -> sa.Engine:
+    pool: dict[str, Any] = {"poolclass": NullPool} if writes else {"pool_size": _READERS, "max_overflow": 4}
+    if url.get_backend_name() == "sqlite":
+        Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
+        engine = sa.create_engine(url, **pool)
+        sa.event.listen(engine, "connect", partial(_prepare_sqlite, writes=writes))
+        # The driver would begin late, and then fail at once where it should wait for the lock.
+        begin = "BEGIN IMMEDIATE" if writes else "BEGIN"
+        sa.event.listen(engine, "begin", lambda conn: conn.exec_driver_sql(begin))
+        return engine
+    missing = {key: value for key, value in _POSTGRES_OPTIONS.items() if key not in url.query}
+    engine = sa.create_engine(url, connect_args=missing, **pool)
+    if not writes:
+        sa.event.listen(engine, "connect", _make_read_only)
+    return engine
+
+
+def _prepare_sqlite(conn: sqlite3.Connection, _record: object, *, writes: bool) -> None:
+    conn.isolation_level = None
+    for pragma in (*_SQLITE_PRAGMAS, f"query_only = {not writes}"):
+        conn.execute(f"PRAGMA {pragma}")
+
+
+def _make_read_only(conn: "psycopg.Connection[Any]", _record: object) -> None:
+    conn.read_only = True
+
+
+def _wait(cause: BaseException, give_up_at: float) -> None:
+    if time.monotonic() > give_up_at:
+        raise UnavailableError(f"the database is away ({cause}): try again") from cause
+    time.sleep(_RETRY_SECONDS)

@@ -2,126 +2,268 @@
 
 Functions take a connection inside a transaction (`Database.write`, `Database.read`), so that callers can do several
 things in one. A request id is `"{subject}:{seq}"`; the unique (subject, seq) makes a retry the same job.
+
+A job is `queued`, then `running`, then `done` or `failed`; once its result has been deleted it is `expired`. Only a
+job that ended in an error has a `category`, also when it has expired. Nothing here knows what kinds of jobs mean.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import operator
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from tinsmith.store.tables import jobs, models, results
+from tinsmith.store.tables import payloads as payloads_table
+from tinsmith.wire.jobs import Future, Header, Job, Outcome, Past
 
 TERMINAL = ("done", "failed", "expired")
 
+_SLICE = 1000  # numbers in one IN (…): databases limit the parameters of a statement
+_CHUNKS = 1000  # more chunks than any single call has
+_FORGET_SECONDS = 7 * 86400.0
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What `submit` takes. `tokens` is its cost; `body` is the packed request (see `wire.packing`) or JSON."""
+# Conditions are spelt out instead of parameters: only then do the databases use the partial indexes.
+_QUEUED = sa.text("jobs.state = 'queued'")
+_RUNNING = sa.text("jobs.state = 'running'")
+_OPEN = jobs.c.state.in_([sa.literal_column("'queued'"), sa.literal_column("'running'")])
+_FINISHED = sa.text("jobs.state IN ('done', 'failed')")
+_EXPIRED = sa.text("jobs.state = 'expired'")
+_IS_OVER = models.c.id.is_(None) | models.c.state.in_(["closed", "failed"])  # the subject is no living model
 
-    subject: str
-    seq: int
-    kind: str
-    owner: str
-    base: str
-    body: bytes
-    tokens: int = 0
+_HEADER = (jobs.c.number, jobs.c.subject, jobs.c.seq, jobs.c.kind, jobs.c.owner, jobs.c.tokens, jobs.c.created_at)
+_SUBJECT = sa.bindparam("of_subject", type_=sa.Text)
+_SEQ = sa.bindparam("at_seq", type_=sa.BigInteger)
+_NOW = sa.bindparam("now", type_=sa.Float)
+_NUMBERS = sa.bindparam("numbers", type_=sa.BigInteger, expanding=True)
 
-    @property
-    def request_id(self) -> str:
-        return f"{self.subject}:{self.seq}"
+_ADD_JOB = {
+    name: dialect.insert(jobs).on_conflict_do_nothing(index_elements=["subject", "seq"]).returning(jobs.c.number)
+    for name, dialect in (("sqlite", sqlite), ("postgresql", postgresql))
+}
+_ADD_PAYLOAD = sa.insert(payloads_table)
+_ADD_RESULT = sa.insert(results)
+_PAYLOADS = sa.select(payloads_table.c.number, payloads_table.c.body).where(payloads_table.c.number.in_(_NUMBERS))
 
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """A job without its payload: all that planning needs. `number` is the order of arrival."""
-
-    number: int
-    subject: str
-    seq: int
-    kind: str
-    owner: str
-    tokens: int
-    created_at: float
-
-    @property
-    def request_id(self) -> str:
-        return f"{self.subject}:{self.seq}"
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a job ended: a result, or an error with whose fault it was (`user` or `server`)."""
-
-    number: int
-    body: bytes | None = None
-    error: str | None = None
-    category: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Future:
-    """A job as its client sees it. `body` is the result once the state is `done`."""
-
-    request_id: str
-    kind: str
-    owner: str
-    state: str
-    body: bytes | None
-    error: str | None
-    category: str | None
+_PICKED = (
+    sa.select(jobs.c.number)
+    .where(jobs.c.base == sa.bindparam("of_base"), _QUEUED)
+    .order_by(jobs.c.number)
+    .limit(sa.bindparam("at_most"))
+    .with_for_update(skip_locked=True)
+    .cte("picked")
+)
+_CLAIM = (
+    sa.update(jobs)
+    .where(jobs.c.number.in_(sa.select(_PICKED.c.number)))
+    .values(state="running", engine=sa.bindparam("by_engine"))
+    .returning(*_HEADER)
+)
+_FINISH = (
+    sa.update(jobs)
+    .where(jobs.c.number.in_(_NUMBERS), _OPEN)
+    .values(state="done", finished_at=_NOW)
+    .returning(jobs.c.number, jobs.c.subject, jobs.c.seq)
+)
+_FAIL = (
+    sa.update(jobs)
+    .where(jobs.c.number == sa.bindparam("of_number"), _OPEN)
+    .values(state="failed", finished_at=_NOW, error=sa.bindparam("with_error"), category=sa.bindparam("whose_fault"))
+    .returning(jobs.c.number, jobs.c.subject, jobs.c.seq)
+)
+_FIND = (
+    sa.select(jobs.c.kind, jobs.c.owner, jobs.c.state, results.c.body, jobs.c.error, jobs.c.category)
+    .select_from(jobs.outerjoin(results, results.c.number == jobs.c.number))
+    .where(jobs.c.subject == _SUBJECT, jobs.c.seq == _SEQ)
+)
+_PAST = (
+    sa.select(*_HEADER, jobs.c.state, jobs.c.category)
+    .where(jobs.c.subject == _SUBJECT, jobs.c.seq >= _SEQ)
+    .order_by(jobs.c.seq)
+)
+_ARRIVALS = (
+    sa.select(jobs.c.seq, jobs.c.number)
+    .where(jobs.c.subject == _SUBJECT, jobs.c.seq.between(sa.bindparam("first"), sa.bindparam("last")))
+    .order_by(jobs.c.seq)
+)
+_UNNEEDED_PAYLOADS = (
+    sa.select(payloads_table.c.number)
+    .join(jobs, jobs.c.number == payloads_table.c.number)
+    .outerjoin(models, models.c.id == jobs.c.subject)
+    .where(~_OPEN, _IS_OVER | (jobs.c.seq <= models.c.recovery_seq) | jobs.c.category.is_not(None))
+)
+_FORGETTABLE = (
+    sa.select(jobs.c.number)
+    .outerjoin(models, models.c.id == jobs.c.subject)
+    .where(_EXPIRED, _IS_OVER, ~sa.exists().where(payloads_table.c.number == jobs.c.number))
+)
 
 
 def submit(conn: sa.Connection, job: Job) -> str:
     """Adds a job; the same (subject, seq) again changes nothing. Returns the request id."""
-    raise NotImplementedError
+    number = _add(conn, job, state="queued")
+    if number is not None:
+        conn.execute(_ADD_PAYLOAD, {"number": number, "body": job.body})
+    return job.request_id
 
 
 def reject(conn: sa.Connection, job: Job, error: str) -> None:
     """Marks a refused request's seq as consumed, so that the next ones do not wait for it. Keeps no payload."""
-    raise NotImplementedError
+    _add(conn, job, state="failed", error=_storable(error), category="user", finished_at=time.time())
 
 
 def claim(conn: sa.Connection, base: str, engine: str, limit: int) -> list[Header]:
     """Takes up to `limit` queued jobs, oldest first, as running under `engine`."""
-    raise NotImplementedError
+    rows = conn.execute(_CLAIM, {"of_base": base, "by_engine": engine, "at_most": limit})
+    return sorted((Header(*row) for row in rows), key=lambda header: header.number)
 
 
 def release(conn: sa.Connection, base: str) -> int:
     """Makes every running job of `base` queued again: what a starting engine does with a dead one's work."""
-    raise NotImplementedError
+    statement = sa.update(jobs).where(jobs.c.base == base, _RUNNING).values(state="queued", engine=None)
+    return conn.execute(statement).rowcount
 
 
 def payloads(conn: sa.Connection, numbers: Sequence[int]) -> dict[int, bytes]:
     """The packed requests of these jobs."""
-    raise NotImplementedError
+    return {number: body for part in _slices(numbers) for number, body in conn.execute(_PAYLOADS, {"numbers": part})}
 
 
 def complete(conn: sa.Connection, outcomes: Sequence[Outcome]) -> list[str]:
-    """Ends running jobs with their results or errors. Returns the request ids whose waiters are to be rung."""
-    raise NotImplementedError
+    """Ends running (or queued) jobs with their results or errors; leaves jobs alone that have ended already.
+
+    Returns the request ids whose waiters are to be rung.
+    """
+    now = time.time()
+    bodies = {outcome.number: outcome.body for outcome in outcomes if outcome.error is None}
+    ended = [row for part in _slices(list(bodies)) for row in conn.execute(_FINISH, {"numbers": part, "now": now})]
+    stored = [{"number": number, "body": body} for number, _, _ in ended if (body := bodies[number]) is not None]
+    if stored:
+        conn.execute(_ADD_RESULT, stored)
+    for outcome in outcomes:
+        if outcome.error is not None:
+            ended += conn.execute(_FAIL, _failure(outcome.number, outcome.error, outcome.category, now))
+    return [f"{subject}:{seq}" for _, subject, seq in ended]
 
 
 def find(conn: sa.Connection, request_id: str) -> Future | None:
     """A job's state and, when done, its result."""
-    raise NotImplementedError
+    subject, _, seq = request_id.rpartition(":")
+    if not (seq.isascii() and seq.isdigit() and len(seq) < 19 and "\0" not in subject):
+        return None
+    row = conn.execute(_FIND, {"of_subject": subject, "at_seq": int(seq)}).first()
+    return Future(f"{subject}:{int(seq)}", *row) if row else None
 
 
-def settled(conn: sa.Connection, subject: str) -> int:
-    """The highest seq S such that every seq from 0 to S of `subject` is terminal; -1 if seq 0 is not."""
-    raise NotImplementedError
+def history(conn: sa.Connection, subject: str, after: int) -> list[Past]:
+    """The jobs of a model behind seq `after` that have ended, in order, up to the first that has not (or is missing).
 
-
-def log(conn: sa.Connection, subject: str, after: int) -> list[Header]:
-    """The finished (`done`) jobs of a model behind its recovery point, in order: what a recovery re-executes."""
-    raise NotImplementedError
+    Their payloads exist from the model's recovery point on, if they were done. A result that has expired makes no
+    difference here.
+    """
+    ended: list[tuple[Header, str]] = []
+    for *header, state, category in conn.execute(_PAST, {"of_subject": subject, "at_seq": after + 1}):
+        if state not in TERMINAL or header[2] != after + 1 + len(ended):
+            break
+        ended.append((Header(*header), "done" if category is None else "failed"))
+    chunked = _chunked(conn, subject, [header.seq for header, _ in ended])
+    return [Past(header, state, header.seq in chunked) for header, state in ended]
 
 
 def was_chunked(conn: sa.Connection, subject: str, seq: int) -> bool:
-    """Whether a neighbour's arrival shows that this request was one chunk of a larger call.
-
-    Clients send a call's later chunks before its first one, and everything else in order of seq.
-    """
-    raise NotImplementedError
+    """Whether a neighbour's arrival shows that this request was one chunk of a larger call."""
+    return seq in _chunked(conn, subject, [seq])
 
 
 def prune(conn: sa.Connection, finished_before: float, limit: int = 1000) -> int:
-    """Deletes old results (their futures are `expired`) and the payloads that no recovery needs. Returns how many."""
-    raise NotImplementedError
+    """Deletes old results (their futures are `expired`) and the payloads that no recovery needs. Returns how many.
+
+    A week later the expired jobs themselves go, unless they are a living model's: its seqs stay consumed. Each of the
+    three kinds is limited to `limit` rows a call; call again while the return value is at least that.
+    """
+    old = sa.select(jobs.c.number).where(_FINISHED, jobs.c.finished_at < finished_before)
+    expired = _numbers(conn, old.order_by(jobs.c.finished_at).limit(limit))
+    _delete(conn, results, expired)
+    for part in _slices(expired):
+        conn.execute(sa.update(jobs).where(jobs.c.number.in_(part)).values(state="expired"))
+    idle = _numbers(conn, _UNNEEDED_PAYLOADS.limit(limit))
+    _delete(conn, payloads_table, idle)
+    forgettable = _FORGETTABLE.where(jobs.c.finished_at < finished_before - _FORGET_SECONDS)
+    forgotten = _numbers(conn, forgettable.order_by(jobs.c.finished_at).limit(limit))
+    _delete(conn, jobs, forgotten)
+    return len(expired) + len(idle) + len(forgotten)
+
+
+def _add(
+    conn: sa.Connection,
+    job: Job,
+    *,
+    state: str,
+    error: str | None = None,
+    category: str | None = None,
+    finished_at: float | None = None,
+) -> int | None:
+    """Inserts the job's row; returns its number, or None if there is one for its (subject, seq) already."""
+    row = {
+        "subject": job.subject,
+        "seq": job.seq,
+        "kind": job.kind,
+        "owner": job.owner,
+        "base": job.base,
+        "tokens": job.tokens,
+        "state": state,
+        "error": error,
+        "category": category,
+        "created_at": time.time(),
+        "finished_at": finished_at,
+    }
+    return conn.scalars(_ADD_JOB[conn.dialect.name], row).first()
+
+
+def _chunked(conn: sa.Connection, subject: str, seqs: Sequence[int]) -> set[int]:
+    """Those of `seqs` (ascending) that were chunks of larger calls.
+
+    Clients send a call's later chunks before its first one, and everything else in order of seq. So a later chunk has
+    a lower seq that arrived after it, and a first chunk has a higher one that arrived before it.
+    """
+    if not seqs:
+        return set()
+    span = {"of_subject": subject, "first": seqs[0] - _CHUNKS, "last": seqs[-1] + _CHUNKS}
+    arrivals = [(seq, number) for seq, number in conn.execute(_ARRIVALS, span)]
+    overtaken = _overtaken(arrivals, operator.gt) | _overtaken(arrivals[::-1], operator.lt)
+    return overtaken.intersection(seqs)
+
+
+def _overtaken(arrivals: list[tuple[int, int]], is_beyond: Callable[[int, int], bool]) -> set[int]:
+    """The seqs whose number some earlier entry of `arrivals` lies beyond."""
+    found: set[int] = set()
+    farthest = arrivals[0][1] if arrivals else 0
+    for seq, number in arrivals:
+        if is_beyond(farthest, number):
+            found.add(seq)
+        else:
+            farthest = number
+    return found
+
+
+def _failure(number: int, error: str, category: str | None, now: float) -> dict[str, object]:
+    return {"of_number": number, "with_error": _storable(error), "whose_fault": category or "server", "now": now}
+
+
+def _storable(text: str) -> str:
+    """`text` as both databases can hold it: an error must never be lost for quoting a strange character."""
+    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+
+
+def _slices(numbers: Sequence[int]) -> Iterator[Sequence[int]]:
+    return (numbers[start : start + _SLICE] for start in range(0, len(numbers), _SLICE))
+
+
+def _numbers(conn: sa.Connection, statement: sa.Select[int]) -> Sequence[int]:
+    return conn.scalars(statement).all()
+
+
+def _delete(conn: sa.Connection, table: sa.Table, numbers: Sequence[int]) -> None:
+    for part in _slices(numbers):
+        conn.execute(sa.delete(table).where(table.c.number.in_(part)))

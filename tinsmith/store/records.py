@@ -4,11 +4,22 @@
 foreign id cannot be told from one that never was. Functions take a connection inside a transaction.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import sqlalchemy as sa
+
+from tinsmith.errors import GoneError, NotFoundError, UserError
+from tinsmith.store.tables import checkpoints, engines, insert, models, samplers, sessions
+
+Record = TypeVar("Record", bound="_Row")
+
+
+class _Row(Protocol):
+    """A dataclass whose fields are a table's columns."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,52 +94,213 @@ class EngineRecord:
     beat_at: float
 
 
-def create_session(conn: sa.Connection, session: Session) -> None: raise NotImplementedError
-def require_session(conn: sa.Connection, session_id: str, owner: str) -> Session: raise NotImplementedError
+def create_session(conn: sa.Connection, session: Session) -> None:
+    """Adds a session under a new id."""
+    conn.execute(sa.insert(sessions), asdict(session))
+
+
+def require_session(conn: sa.Connection, session_id: str, owner: str) -> Session:
+    """The owner's session, open or finished. Raises NotFoundError."""
+    session = _find(conn, Session, sessions.c.id, session_id)
+    if session is None or session.owner != owner:
+        raise NotFoundError(f"there is no session {session_id!r}")
+    return session
+
+
 def touch_session(conn: sa.Connection, session_id: str, owner: str, now: float) -> Session:
     """Notes a heartbeat. Raises NotFoundError, or GoneError for a finished session."""
-    raise NotImplementedError
-def finish_session(conn: sa.Connection, session_id: str, owner: str, reason: str) -> None: raise NotImplementedError
-def list_sessions(conn: sa.Connection, owner: str, limit: int, offset: int) -> tuple[list[Session], int]: raise NotImplementedError
+    session = require_session(conn, session_id, owner)
+    if session.state != "open":
+        raise GoneError(f"session {session_id!r} is over ({session.finish_reason}); create a new one")
+    conn.execute(sa.update(sessions).where(sessions.c.id == session_id).values(seen_at=now))
+    return replace(session, seen_at=now)
+
+
+def finish_session(conn: sa.Connection, session_id: str, owner: str, reason: str) -> None:
+    """Ends a session; one that is over keeps its first reason. Raises NotFoundError."""
+    require_session(conn, session_id, owner)
+    is_open = (sessions.c.id == session_id) & (sessions.c.state == "open")
+    conn.execute(sa.update(sessions).where(is_open).values(state="finished", finish_reason=reason))
+
+
+def list_sessions(conn: sa.Connection, owner: str, limit: int, offset: int) -> tuple[list[Session], int]:
+    """Newest first, with the total count."""
+    return _page(conn, Session, sessions, sessions.c.id, [sessions.c.owner == owner], limit, offset)
+
 
 def create_model(conn: sa.Connection, model: Model) -> Model:
     """Adds a model; the same id again returns the one that exists, unchanged."""
-    raise NotImplementedError
-def require_model(conn: sa.Connection, model_id: str, owner: str) -> Model: raise NotImplementedError
-def find_model(conn: sa.Connection, model_id: str) -> Model | None: raise NotImplementedError
-def update_model(conn: sa.Connection, model_id: str, **changes: Any) -> None: raise NotImplementedError
+    return _create(conn, Model, models, model)
+
+
+def require_model(conn: sa.Connection, model_id: str, owner: str) -> Model:
+    """The owner's model, in whatever state. Raises NotFoundError."""
+    model = find_model(conn, model_id)
+    if model is None or model.owner != owner:
+        raise NotFoundError(f"there is no model {model_id!r}")
+    return model
+
+
+def find_model(conn: sa.Connection, model_id: str) -> Model | None:
+    return _find(conn, Model, models.c.id, model_id)
+
+
+def update_model(conn: sa.Connection, /, model_id: str, **changes: Any) -> None:
+    """Sets columns of a model. Raises NotFoundError."""
+    _update(conn, models.c.id, model_id, changes)
+
+
 def list_models(conn: sa.Connection, owner: str, limit: int, offset: int) -> tuple[list[Model], int]:
     """Newest first, with the total count."""
-    raise NotImplementedError
+    return _page(conn, Model, models, models.c.id, [models.c.owner == owner], limit, offset)
+
+
 def closed_models(conn: sa.Connection, base: str, model_ids: list[str]) -> list[str]:
     """Those of `model_ids` whose session is over."""
-    raise NotImplementedError
-def models_of_session(conn: sa.Connection, session_id: str) -> list[Model]: raise NotImplementedError
+    statement = (
+        sa.select(models.c.id)
+        .join(sessions, sessions.c.id == models.c.session_id)
+        .where(models.c.base == base, models.c.id.in_(model_ids), sessions.c.state == "finished")
+    )
+    return list(conn.scalars(statement))
+
+
+def models_of_session(conn: sa.Connection, session_id: str) -> list[Model]:
+    """Oldest first."""
+    return _of_session(conn, Model, models, session_id)
+
 
 def create_sampler(conn: sa.Connection, sampler: SamplerRecord) -> SamplerRecord:
     """Adds a sampler; the same id again returns the one that exists, unchanged."""
-    raise NotImplementedError
-def require_sampler(conn: sa.Connection, sampler_id: str, owner: str) -> SamplerRecord: raise NotImplementedError
-def find_sampler(conn: sa.Connection, sampler_id: str) -> SamplerRecord | None: raise NotImplementedError
-def samplers_of_session(conn: sa.Connection, session_id: str) -> list[SamplerRecord]: raise NotImplementedError
+    return _create(conn, SamplerRecord, samplers, sampler)
+
+
+def require_sampler(conn: sa.Connection, sampler_id: str, owner: str) -> SamplerRecord:
+    """The owner's sampler. Raises NotFoundError."""
+    sampler = find_sampler(conn, sampler_id)
+    if sampler is None or sampler.owner != owner:
+        raise NotFoundError(f"there is no sampler {sampler_id!r}")
+    return sampler
+
+
+def find_sampler(conn: sa.Connection, sampler_id: str) -> SamplerRecord | None:
+    return _find(conn, SamplerRecord, samplers.c.id, sampler_id)
+
+
+def update_sampler(conn: sa.Connection, /, sampler_id: str, **changes: Any) -> None:
+    """Sets columns of a sampler. Raises NotFoundError."""
+    _update(conn, samplers.c.id, sampler_id, changes)
+
+
+def samplers_of_session(conn: sa.Connection, session_id: str) -> list[SamplerRecord]:
+    """Oldest first."""
+    return _of_session(conn, SamplerRecord, samplers, session_id)
+
 
 def create_checkpoint(conn: sa.Connection, checkpoint: Checkpoint, *, overwrite: bool = False) -> None:
-    """Raises UserError if the path exists and `overwrite` is false."""
-    raise NotImplementedError
+    """Adds a checkpoint. Raises UserError if the path exists (and has not expired) and `overwrite` is false."""
+    row = asdict(checkpoint)
+    replaceable = sa.true() if overwrite else checkpoints.c.expires_at <= time.time()
+    statement = insert(conn, checkpoints).values(row)
+    upsert = statement.on_conflict_do_update(index_elements=["path"], set_=row, where=replaceable)
+    if conn.execute(upsert.returning(checkpoints.c.path)).first() is None:
+        raise UserError(f"checkpoint {checkpoint.path!r} exists; choose another name, or pass overwrite=True")
+
+
 def find_checkpoint(conn: sa.Connection, path: str) -> Checkpoint | None:
     """None also when it has expired."""
-    raise NotImplementedError
+    return _find(conn, Checkpoint, checkpoints.c.path, path, _has_not_expired())
+
+
 def require_checkpoint(conn: sa.Connection, path: str, owner: str) -> Checkpoint:
     """The owner's checkpoint, or a published one. Raises NotFoundError."""
-    raise NotImplementedError
-def list_checkpoints(conn: sa.Connection, owner: str, limit: int, offset: int, model_id: str | None = None) -> tuple[list[Checkpoint], int]: raise NotImplementedError
+    checkpoint = find_checkpoint(conn, path)
+    if checkpoint is None or not (checkpoint.public or checkpoint.owner == owner):
+        raise NotFoundError(f"there is no checkpoint {path!r}")
+    return checkpoint
+
+
+def list_checkpoints(
+    conn: sa.Connection, owner: str, limit: int, offset: int, model_id: str | None = None
+) -> tuple[list[Checkpoint], int]:
+    """The owner's checkpoints that have not expired (of one model), newest first, with the total count."""
+    conditions = [checkpoints.c.owner == owner, _has_not_expired()]
+    if model_id is not None:
+        conditions.append(checkpoints.c.model_id == model_id)
+    return _page(conn, Checkpoint, checkpoints, checkpoints.c.path, conditions, limit, offset)
+
+
 def delete_checkpoint(conn: sa.Connection, path: str) -> Checkpoint:
-    """Removes the record and returns it (the files are the caller's to remove)."""
-    raise NotImplementedError
-def update_checkpoint(conn: sa.Connection, path: str, **changes: Any) -> None: raise NotImplementedError
-def expired_checkpoints(conn: sa.Connection, now: float) -> list[Checkpoint]: raise NotImplementedError
+    """Removes the record and returns it (the files are the caller's to remove). Raises NotFoundError."""
+    row = (
+        conn.execute(sa.delete(checkpoints).where(checkpoints.c.path == path).returning(checkpoints)).mappings().first()
+    )
+    if row is None:
+        raise NotFoundError(f"there is no checkpoint {path!r}")
+    return Checkpoint(**row)
+
+
+def update_checkpoint(conn: sa.Connection, /, path: str, **changes: Any) -> None:
+    """Sets columns of a checkpoint. Raises NotFoundError."""
+    _update(conn, checkpoints.c.path, path, changes)
+
+
+def expired_checkpoints(conn: sa.Connection, now: float) -> list[Checkpoint]:
+    """Those whose time was over before `now`: for somebody to remove their files and records."""
+    rows = conn.execute(sa.select(checkpoints).where(checkpoints.c.expires_at <= now)).mappings()
+    return [Checkpoint(**row) for row in rows]
+
 
 def put_engine(conn: sa.Connection, engine: EngineRecord) -> None:
     """Writes the engine's whole record (an upsert by base)."""
-    raise NotImplementedError
-def find_engine(conn: sa.Connection, base: str) -> EngineRecord | None: raise NotImplementedError
+    row = asdict(engine)
+    conn.execute(insert(conn, engines).values(row).on_conflict_do_update(index_elements=["base"], set_=row))
+
+
+def find_engine(conn: sa.Connection, base: str) -> EngineRecord | None:
+    return _find(conn, EngineRecord, engines.c.base, base)
+
+
+def _has_not_expired() -> sa.ColumnElement[bool]:
+    return checkpoints.c.expires_at.is_(None) | (checkpoints.c.expires_at > time.time())
+
+
+def _create(conn: sa.Connection, record: type[Record], table: sa.Table, value: Record) -> Record:
+    row = asdict(value)
+    conn.execute(insert(conn, table).values(row).on_conflict_do_nothing(index_elements=["id"]))
+    return record(**conn.execute(sa.select(table).where(table.c.id == row["id"])).mappings().one())
+
+
+def _find(
+    conn: sa.Connection, record: type[Record], key: sa.Column[str], value: str, *conditions: sa.ColumnElement[bool]
+) -> Record | None:
+    if "\0" in value:  # which Postgres cannot even look for
+        return None
+    row = conn.execute(sa.select(key.table).where(key == value, *conditions)).mappings().first()
+    return record(**row) if row else None
+
+
+def _update(conn: sa.Connection, key: sa.Column[str], value: str, changes: dict[str, Any]) -> None:
+    table = key.table
+    if not conn.execute(sa.update(table).where(key == value).values(changes)).rowcount:
+        raise NotFoundError(f"there is no {table.name.removesuffix('s')} {value!r}")
+
+
+def _of_session(conn: sa.Connection, record: type[Record], table: sa.Table, session_id: str) -> list[Record]:
+    statement = sa.select(table).where(table.c.session_id == session_id).order_by(table.c.created_at, table.c.id)
+    return [record(**row) for row in conn.execute(statement).mappings()]
+
+
+def _page(
+    conn: sa.Connection,
+    record: type[Record],
+    table: sa.Table,
+    key: sa.Column[str],
+    conditions: list[sa.ColumnElement[bool]],
+    limit: int,
+    offset: int,
+) -> tuple[list[Record], int]:
+    newest_first = sa.select(table).where(*conditions).order_by(table.c.created_at.desc(), key.desc())
+    rows = conn.execute(newest_first.limit(limit).offset(offset)).mappings()
+    total = conn.scalar(sa.select(sa.func.count()).select_from(table).where(*conditions))
+    return [record(**row) for row in rows], total or 0

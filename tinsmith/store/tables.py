@@ -5,6 +5,7 @@ model, the key by which an engine finds its work.
 """
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
 metadata = sa.MetaData(
     naming_convention={
@@ -16,6 +17,17 @@ metadata = sa.MetaData(
 )
 
 Serial = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
+
+def _partial_index(name: str, condition: str, *columns: str) -> sa.Index:
+    """An index of the rows in one state; a query uses it only if it spells `condition` out, without parameters."""
+    return sa.Index(name, *columns, sqlite_where=sa.text(condition), postgresql_where=sa.text(condition))
+
+
+def insert(conn: sa.Connection, table: sa.Table) -> postgresql.Insert | sqlite.Insert:
+    """An INSERT in the database's dialect, for its ON CONFLICT clauses."""
+    return postgresql.insert(table) if conn.dialect.name == "postgresql" else sqlite.insert(table)
+
 
 sessions = sa.Table(
     "sessions",
@@ -70,7 +82,7 @@ samplers = sa.Table(
 checkpoints = sa.Table(
     "checkpoints",
     metadata,
-    sa.Column("path", sa.Text, primary_key=True),  # "tinker://{model id}/{weights|sampler_weights|external_weights}/{name}"
+    sa.Column("path", sa.Text, primary_key=True),  # tinker://{model id}/{weights, sampler_weights, …}/{name}
     sa.Column("model_id", sa.Text, sa.ForeignKey("models.id"), nullable=False),
     sa.Column("kind", sa.Text, nullable=False),  # training, sampler, external
     sa.Column("name", sa.Text, nullable=False),
@@ -106,14 +118,10 @@ jobs = sa.Table(
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("finished_at", sa.Float),
     sa.UniqueConstraint("subject", "seq"),
-    sa.Index(
-        "ix_jobs_open",
-        "base",
-        "number",
-        sqlite_where=sa.text("state IN ('queued', 'running')"),
-        postgresql_where=sa.text("state IN ('queued', 'running')"),
-    ),
-    sa.Index("ix_jobs_finished_at", "finished_at"),
+    _partial_index("ix_jobs_queued", "state = 'queued'", "base", "number"),
+    _partial_index("ix_jobs_running", "state = 'running'", "base", "number"),
+    _partial_index("ix_jobs_finished", "state IN ('done', 'failed')", "finished_at"),
+    _partial_index("ix_jobs_expired", "state = 'expired'", "finished_at"),
     sqlite_autoincrement=True,
 )
 

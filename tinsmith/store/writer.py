@@ -1,0 +1,225 @@
+"""One thread that does all writing of a process: writes that wait together share one commit.
+
+Knows transactions and how they fail, and nothing of what is written. A write that raises fails alone; a batch that
+failed for the database's sake (connection lost, deadlock) runs again, unless it turns out to have been committed.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError, OperationalError
+
+from tinsmith.errors import UnavailableError
+
+R = TypeVar("R")
+
+_BATCH = 64  # Postgres keeps this many subtransactions of a session in shared memory
+_RETRY_SECONDS = 0.05
+_CONFLICTS = ("40001", "40P01")  # serialization failure, deadlock
+_TICKET = sa.text("SELECT CAST(pg_current_xact_id_if_assigned() AS text)")
+_STATUS = sa.text("SELECT pg_xact_status(CAST(:ticket AS xid8))")
+
+
+@dataclass(frozen=True, slots=True)
+class _Write:
+    function: Callable[[sa.Connection], Any]
+    future: "Future[Any]"
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What one write returned or raised, to be told once the batch is committed."""
+
+    value: Any = None
+    error: BaseException | None = None
+
+
+class _ConflictError(Exception):
+    """Another process's transaction was in the way; everything was rolled back."""
+
+
+class _LostError(Exception):
+    """The connection is gone. Nothing was committed, unless `ticket` (a transaction id) says that `outcomes` were."""
+
+    def __init__(self, outcomes: list[_Outcome], ticket: str | None) -> None:
+        self.outcomes = outcomes
+        self.ticket = ticket
+
+
+class Writer:
+    """Runs functions of a connection, in order of arrival, each in a savepoint of a shared transaction.
+
+    `patience` is for how many seconds a database that went away is waited for before writes fail.
+    """
+
+    def __init__(self, engine: sa.Engine, patience: float) -> None:
+        self._engine = engine
+        self._patience = patience
+        self._conn: sa.Connection | None = None
+        self._away_since: float | None = None
+        self._writes: SimpleQueue[_Write | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="tinsmith-writer", daemon=True)
+        self._thread.start()
+
+    def add(self, function: Callable[[sa.Connection], R]) -> "Future[R]":
+        """Queues a write; the future has its value once it is committed. Raises UnavailableError after `close`."""
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("a write cannot wait for another write: call its function with the same connection")
+        future: Future[R] = Future()
+        with self._lock:
+            if self._closed:
+                raise UnavailableError("the database is closed: the server is shutting down")
+            self._writes.put(_Write(function, future))
+        return future
+
+    def close(self) -> None:
+        """Runs what waits, then ends the thread."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._writes.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while batch := self._gather():
+            self._finish(batch)
+        if self._conn is not None:
+            self._conn.close()
+
+    def _gather(self) -> list[_Write]:
+        """Waits for a write, and takes those that came with it; empty at the end."""
+        batch: list[_Write] = []
+        write = self._writes.get()
+        while write is not None:
+            batch.append(write)
+            if len(batch) == _BATCH:
+                return batch
+            try:
+                write = self._writes.get_nowait()
+            except Empty:
+                return batch
+        if batch:
+            self._writes.put(None)
+        return batch
+
+    def _finish(self, batch: list[_Write]) -> None:
+        live = [write for write in batch if write.future.set_running_or_notify_cancel()]
+        try:
+            outcomes = self._commit_at_last(live)
+        except BaseException as error:
+            outcomes = [_Outcome(error=error)] * len(live)
+        for write, outcome in zip(live, outcomes, strict=True):
+            if outcome.error is not None:
+                write.future.set_exception(outcome.error)
+            else:
+                write.future.set_result(outcome.value)
+
+    def _commit_at_last(self, batch: list[_Write]) -> list[_Outcome]:
+        """Commits the batch once, however often that must be tried."""
+        unsure: _LostError | None = None
+        while True:
+            try:
+                conn = self._connection()
+                if unsure and unsure.ticket and _was_committed(conn, unsure.ticket):
+                    return unsure.outcomes
+                unsure = None
+                outcomes = _commit(conn, batch)
+                self._away_since = None
+                return outcomes
+            except _ConflictError as error:
+                if len(batch) > 1:  # what collides in company may not collide alone
+                    return [outcome for write in batch for outcome in self._commit_at_last([write])]
+                self._wait(error.__cause__, unsure)
+            except _LostError as error:
+                unsure = error
+                self._disconnect()
+                self._wait(error.__cause__, unsure)
+            except OperationalError as error:  # no connection, or no answer to the first question on it
+                self._disconnect()
+                self._wait(error, unsure)
+
+    def _connection(self) -> sa.Connection:
+        if self._conn is None:
+            self._conn = self._engine.connect()
+        return self._conn
+
+    def _disconnect(self) -> None:
+        if self._conn is not None:
+            self._conn.invalidate()
+            self._conn.close()
+            self._conn = None
+
+    def _wait(self, cause: BaseException | None, unsure: _LostError | None) -> None:
+        """Sleeps a moment before the next try, or raises UnavailableError when the patience is at an end."""
+        now = time.monotonic()
+        self._away_since = self._away_since or now
+        if now - self._away_since > self._patience:
+            fate = "whether it was written is unknown" if unsure and unsure.ticket else "nothing was written"
+            raise UnavailableError(f"the database is away ({cause}); {fate}: try again") from cause
+        time.sleep(_RETRY_SECONDS)
+
+
+def _commit(conn: sa.Connection, batch: list[_Write]) -> list[_Outcome]:
+    """One transaction of all writes. Raises _ConflictError, _LostError, or what the commit itself raises."""
+    ticket, outcomes = None, []
+    try:
+        with conn.begin() as transaction:
+            outcomes = [_run(conn, write, in_company=len(batch) > 1) for write in batch]
+            if all(outcome.error for outcome in outcomes):
+                transaction.rollback()
+            else:
+                ticket = _ticket(conn)
+    except DBAPIError as error:
+        _raise_if_retriable(conn, error, outcomes, ticket)
+        raise
+    return outcomes
+
+
+def _run(conn: sa.Connection, write: _Write, *, in_company: bool) -> _Outcome:
+    """Runs one write; its error is its own, unless it says that the whole transaction is lost."""
+    try:
+        if in_company:
+            conn.exec_driver_sql("SAVEPOINT one_write")
+        value = write.function(conn)
+        if in_company:
+            conn.exec_driver_sql("RELEASE SAVEPOINT one_write")
+        return _Outcome(value)
+    except BaseException as error:
+        _raise_if_retriable(conn, error, [], None)
+        if in_company:
+            conn.exec_driver_sql("ROLLBACK TO SAVEPOINT one_write")
+            conn.exec_driver_sql("RELEASE SAVEPOINT one_write")
+        return _Outcome(error=error)
+
+
+def _raise_if_retriable(
+    conn: sa.Connection, error: BaseException, outcomes: list[_Outcome], ticket: str | None
+) -> None:
+    if conn.invalidated:
+        raise _LostError(outcomes, ticket) from error
+    if isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) in _CONFLICTS:
+        raise _ConflictError from error
+
+
+def _ticket(conn: sa.Connection) -> str | None:
+    """The transaction's id on Postgres, by which a lost connection can ask how it ended; None if it wrote nothing."""
+    if conn.dialect.name != "postgresql":
+        return None
+    ticket: str | None = conn.scalar(_TICKET)
+    return ticket
+
+
+def _was_committed(conn: sa.Connection, ticket: str) -> bool:
+    """How a transaction of a lost connection ended; waits while it has not."""
+    with conn.begin():
+        while (status := conn.scalar(_STATUS, {"ticket": ticket})) == "in progress":
+            time.sleep(_RETRY_SECONDS)
+    return bool(status == "committed")
