@@ -1,0 +1,216 @@
+"""The API alone, over HTTP on a real store, with an engine that answers every job with something of the right form."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import uvicorn
+
+from tinsmith.api.app import create_app
+from tinsmith.config import Settings
+from tinsmith.protocols import Capabilities
+from tinsmith.store import queue, records
+from tinsmith.store.database import Database
+from tinsmith.store.doorbell import Doorbell
+from tinsmith.wire.jobs import Header, Outcome
+from tinsmith.wire.packing import SampleCall, SampleOutput, TrainCall, TrainOutput
+
+VOCABULARY, CONTEXT = 512, 256
+CAPABILITIES = Capabilities(
+    architecture="qwen3",
+    vocab_size=VOCABULARY,
+    max_context=CONTEXT,
+    max_lora_rank=64,
+    max_adapters=8,
+    parameters=1_000_000,
+    dtype="float32",
+    device="cpu",
+)
+
+
+class CannedEngine:
+    """Claims jobs as an engine does, remembers them, and answers without computing anything."""
+
+    def __init__(self, database: Database, doorbell: Doorbell, base: str) -> None:
+        self.jobs: list[tuple[Header, bytes]] = []
+        self.running = threading.Event()
+        self.running.set()
+        self._database, self._doorbell, self._base = database, doorbell, base
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        self.announce("ready")
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closing.set()
+        self.running.set()
+        self._thread.join()
+
+    def announce(self, state: str, capabilities: Capabilities | None = CAPABILITIES) -> None:
+        known = capabilities.to_dict() if capabilities else None
+        record = records.EngineRecord(self._base, "canned", 1, state, "no progress", known, time.time())
+        self._database.write(records.put_engine, record)
+        self._doorbell.ring("engine")
+
+    def bodies(self, subject: str) -> list[tuple[int, str, bytes]]:
+        """(seq, kind, body) of what was asked of one model or sampler."""
+        return [(header.seq, header.kind, body) for header, body in self.jobs if header.subject == subject]
+
+    def _run(self) -> None:
+        bell = self._doorbell.listen("jobs")
+        while not self._closing.is_set():
+            self.running.wait()
+            headers = self._database.write(queue.claim, self._base, "canned", 100)
+            bodies = self._database.read(queue.payloads, [header.number for header in headers])
+            for header in headers:
+                self._finish(header, bodies[header.number])
+            if not headers:
+                bell.wait(0.2)
+        bell.close()
+
+    def _finish(self, header: Header, body: bytes) -> None:
+        self.jobs.append((header, body))
+        outcome = Outcome(header.number, self._result(header, body))
+        self._doorbell.ring("done", self._database.write(queue.complete, [outcome]))
+
+    def _result(self, header: Header, body: bytes) -> bytes:
+        if header.kind in ("forward", "forward_backward"):
+            return train_output(TrainCall.from_bytes(body)).to_bytes()
+        if header.kind == "sample":
+            return sample_output(SampleCall.from_bytes(body)).to_bytes()
+        request = json.loads(body)
+        if header.kind.startswith("save_weights") and request["path"]:
+            self._database.write(self._record, header.subject, request["path"], request["name"])
+        answers: dict[str, dict[str, Any]] = {
+            "create_model": {"model_id": header.subject},
+            "load_weights": {"model_id": header.subject, "path": request.get("path")},
+            "optim_step": {"metrics": {"grad_norm": 1.0}},
+        }
+        saved = {"path": request.get("path"), "sampling_session_id": request.get("sampler_id")}
+        return json.dumps({"type": header.kind} | answers.get(header.kind, saved)).encode()
+
+    def _record(self, conn: Any, model_id: str, path: str, name: str) -> None:
+        model = records.find_model(conn, model_id)
+        assert model is not None
+        kind = {"weights": "training", "sampler_weights": "sampler"}.get(path.split("/")[-2], "external")
+        checkpoint = records.Checkpoint(
+            path, model_id, kind, name, model.owner, model.base, model.base_name, model.spec, "/nonexistent", 123,
+            False, {}, time.time(), None,
+        )  # fmt: skip
+        records.create_checkpoint(conn, checkpoint, overwrite=True)
+
+
+def train_output(call: TrainCall) -> TrainOutput:
+    """Log-probabilities that count their tokens, so that a wrong order shows."""
+    logprobs_M = -np.arange(len(call.targets_M), dtype=np.float32)
+    return TrainOutput(logprobs_M, call.target_offsets, call.widths_N, {"loss:sum": float(call.num_tokens)})
+
+
+def sample_output(call: SampleCall) -> SampleOutput:
+    """Sequence i is i + 1 times token 7, with everything that was asked for."""
+    lengths = np.arange(1, call.num_samples + 1)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    sampled, prompt = int(offsets[-1]), len(call.prompt_P)
+    extras: dict[str, Any] = {}
+    if call.prompt_logprobs:
+        extras["prompt_logprobs"] = np.concatenate([[np.nan], -np.ones(prompt - 1)]).astype(np.float32)
+    if k := call.topk_prompt_logprobs:
+        extras["topk_prompt_ids"] = np.tile(np.arange(1, k + 1, dtype=np.int32), (prompt, 1))
+        extras["topk_prompt_logprobs"] = -np.tile(np.arange(1, k + 1, dtype=np.float32), (prompt, 1))
+        extras["topk_prompt_ids"][0], extras["topk_prompt_logprobs"][0] = 0, -99999.0
+    if k := call.topk_sample_logprobs:
+        extras["topk_sample_ids"] = np.tile(np.arange(k, dtype=np.int32), (sampled, 1))
+        extras["topk_sample_logprobs"] = -np.tile(np.arange(1, k + 1, dtype=np.float32), (sampled, 1))
+    if call.target_prompt_tokens is not None:
+        asked = call.target_prompt_tokens
+        extras["target_prompt_logprobs"] = np.where(asked >= 0, -asked.astype(np.float32), 0).astype(np.float32)
+    if k := call.prompt_alt_tokens_k:
+        extras["alt_tokens"] = np.full((prompt - 1, k), 3, np.int64)
+        extras["alt_logprobs"] = np.full((prompt - 1, k), -0.5, np.float32)
+    tokens_S = np.full(sampled, 7, np.int32)
+    stopped = np.arange(call.num_samples, dtype=np.int8) % 2
+    return SampleOutput(tokens_S, -np.ones(sampled, np.float32), offsets.astype(np.int64), stopped, 5, extras)
+
+
+class Api:
+    """One running API, its store and its engine."""
+
+    def __init__(self, port: int, settings: Settings, database: Database, engine: CannedEngine) -> None:
+        self.base_url = f"http://127.0.0.1:{port}"
+        self.settings, self.database, self.engine = settings, database, engine
+        self.http = self.client("tml-test")
+
+    def client(self, key: str | None) -> httpx.Client:
+        headers = {} if key is None else {"X-API-Key": key}
+        return httpx.Client(base_url=f"{self.base_url}/api/v1", headers=headers, timeout=30, trust_env=False)
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return self.http.post(path, json=body)
+
+    def session(self) -> str:
+        return str(self.post("/create_session", tags=[], sdk_version="0.38.0").json()["session_id"])
+
+    def model(self, session: str, number: int = 0, rank: int = 8) -> str:
+        answer = self.post(
+            "/create_model", session_id=session, model_seq_id=number, base_model="tiny", lora_config={"rank": rank}
+        )
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["model_id"])
+
+    def sampler(self, session: str, number: int = 0) -> str:
+        answer = self.post(
+            "/create_sampling_session", session_id=session, sampling_session_seq_id=number, base_model="tiny"
+        )
+        return str(answer.json()["sampling_session_id"])
+
+    def result(self, submitted: httpx.Response) -> httpx.Response:
+        assert submitted.status_code == 200, submitted.text
+        return self.post("/retrieve_future", request_id=submitted.json()["request_id"])
+
+
+@contextmanager
+def running_api(folder: Path, **options: Any) -> Iterator[Api]:
+    """An API with its own data directory, on a free port, until the block ends."""
+    settings = Settings(**({"data_dir": folder, "poll_seconds": 5.0} | options))
+    database = Database(settings.effective_database_url)
+    database.migrate()
+    doorbell = Doorbell(settings.effective_database_url)
+    engine = CannedEngine(database, doorbell, settings.served_name)
+    engine.start()
+    listener = socket.create_server(("127.0.0.1", 0))
+    app = create_app(settings, database, doorbell)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    api = Api(listener.getsockname()[1], settings, database, engine)
+    try:
+        _await_ready(api)
+        yield api
+    finally:
+        api.http.close()
+        server.should_exit = True
+        thread.join(10)
+        engine.close()
+        doorbell.close()
+        database.close()
+        listener.close()
+
+
+def _await_ready(api: Api) -> None:
+    for _ in range(500):
+        try:
+            if api.http.get("/healthz").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.02)
+    raise AssertionError("the API did not become ready")
