@@ -168,8 +168,7 @@ def export(client: tinker.TrainingClient, rest: tinker.RestClient, blank: Path, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-url", required=True, help="the server's address")
-    parser.add_argument("--blank", type=Path, required=True, help="the folder of the served blank model")
-    parser.add_argument("--base-model", help="the served model's name in the API (default: the folder's)")
+    parser.add_argument("--blank", type=Path, required=True, help="the folder of the blank model that is served")
     parser.add_argument("--export", type=Path, required=True, help="where the trained folder goes")
     parser.add_argument("--steps", type=int, default=Recipe().steps)
     parser.add_argument("--examine", type=int, default=200, metavar="N", help="held-out problems for each format")
@@ -177,8 +176,8 @@ def main() -> None:
     recipe = Recipe(steps=arguments.steps)
     encoder = Encoder(arguments.blank)
     service = tinker.ServiceClient(base_url=arguments.base_url, display_name="train the embedded model")
-    base_model = arguments.base_model or str(arguments.blank)
-    client = service.create_lora_training_client(base_model=base_model, rank=0, seed=recipe.seed)
+    served = service.get_server_capabilities().supported_models[0].model_name
+    client = service.create_lora_training_client(base_model=str(served), rank=0, seed=recipe.seed)
     train(client, encoder, recipe)
     export(client, service.create_rest_client(), arguments.blank, arguments.export)
     examine(client.save_weights_and_get_sampling_client(), encoder, arguments.examine)
