@@ -44,8 +44,8 @@ class LocalServer:
         self.data_dir = data_dir
         self.log = log
         self.base_url = ""
-        self._command = [sys.executable, "-m", "tinsmith.cli", "serve", model]
-        self._command += ["--port", "0", "--data-dir", str(data_dir), *arguments]
+        tinsmith = [sys.executable, "-c", "from tinsmith.cli import main; main()"]
+        self._command = [*tinsmith, "serve", model, "--port", "0", "--data-dir", str(data_dir), *arguments]
         self._environment = dict(os.environ) | dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
 

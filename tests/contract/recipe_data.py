@@ -1,0 +1,71 @@
+"""Data sets under the names that the cookbook's recipes load, as local folders: written from seeds, no network."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from random import Random
+
+from tinsmith.demo.problems import sum_problem, word_problem
+
+TRAIN, TEST = 400, 16
+PREFERENCES_TEST = 1024  # the recipe takes so many
+GSM8K_README = """---
+configs:
+- config_name: main
+  data_files:
+  - split: train
+    path: main/train.jsonl
+  - split: test
+    path: main/test.jsonl
+---
+"""
+
+
+def write_all(folder: Path) -> None:
+    """Every data set, each at its name below `folder`."""
+    _write_gsm8k(folder / "openai/gsm8k")
+    _write_no_robots(folder / "HuggingFaceH4/no_robots/data")
+    _write_preferences(folder / "Anthropic/hh-rlhf")
+
+
+def _write_gsm8k(folder: Path) -> None:
+    """Sums in GSM8K's form: the answer follows four hash signs."""
+    for split, count, seed in (("train", TRAIN, 1), ("test", TEST, 2)):
+        rng = Random(seed)
+        problems = (sum_problem(rng) for _ in range(count))
+        rows = ({"question": each.question, "answer": f"{each.working}\n#### {each.answer}"} for each in problems)
+        _write_rows(folder / "main" / f"{split}.jsonl", rows)
+    (folder / "README.md").write_text(GSM8K_README)
+
+
+def _write_no_robots(folder: Path) -> None:
+    """Instructions with replies that the tiny model has not seen: prices in words."""
+    for split, count, seed in (("train", TRAIN, 3), ("test", TEST, 4)):
+        rng = Random(seed)
+        _write_rows(folder / f"{split}.jsonl", (_instruction(rng, place) for place in range(count)))
+
+
+def _instruction(rng: Random, place: int) -> dict[str, object]:
+    fruit, price = rng.choice(("apples", "pears", "plums", "cherries")), rng.randint(2, 9)
+    question = f"What do {price} baskets of {fruit} cost at the market?"
+    reply = f"At the market, {price} baskets of {fruit} cost {price * 3} silver coins."
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+    return {"prompt": question, "prompt_id": str(place), "messages": messages, "category": "Open QA"}
+
+
+def _write_preferences(folder: Path) -> None:
+    """Word problems; the chosen reply is polite, the rejected one is not."""
+    for split, count, seed in (("train", TRAIN, 5), ("test", PREFERENCES_TEST, 6)):
+        rng = Random(seed)
+        _write_rows(folder / f"{split}.jsonl", (_preference(rng) for _ in range(count)))
+
+
+def _preference(rng: Random) -> dict[str, str]:
+    problem = word_problem(rng)
+    asked = f"\n\nHuman: {problem.question}\n\nAssistant:"
+    return {"chosen": f"{asked} Gladly! {problem.answer}", "rejected": f"{asked} Go away."}
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, object]] | Iterable[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,117 @@
+"""The cookbook's recipes, unmodified, run to their ends against the tiny model and learn."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+from tests.contract import recipe_runner
+from tests.contract.recipe_data import write_all
+from tinsmith.demo.local_server import LocalServer
+
+pytestmark = [pytest.mark.xdist_group("cookbook"), pytest.mark.timeout(300)]
+
+MODEL = "model_name=Qwen/Qwen3-8B-Base"
+Metrics = list[dict[str, float]]
+
+
+@dataclass
+class Cookbook:
+    """Runs recipes in `folder`, one after the other."""
+
+    runner: subprocess.Popen[str]
+    folder: Path
+
+    def run(self, recipe: str, log_path: str, *arguments: str) -> Metrics:
+        """The metrics that the recipe logged, one entry a step."""
+        log = self.folder / f"{log_path}.log"
+        order = {
+            "module": f"tinker_cookbook.recipes.{recipe}",
+            "arguments": [f"log_path={self.folder / log_path}", *arguments],
+            "folder": str(self.folder),
+            "log": str(log),
+        }
+        assert self.runner.stdin is not None
+        assert self.runner.stdout is not None
+        print(json.dumps(order), file=self.runner.stdin, flush=True)
+        code = self.runner.stdout.readline().strip()
+        assert code == "0", f"{recipe} ended with code {code!r}; its output ends:\n{log.read_text()[-4000:]}"
+        lines = (self.folder / log_path / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def cookbook(server: LocalServer, workplace: Path) -> Iterator[Cookbook]:
+    write_all(workplace)
+    environment = os.environ | server.client_environment()
+    environment |= {
+        "HF_HOME": str(workplace / "hub"),
+        "TINKER_COOKBOOK_RUNS_DIR": str(workplace / "runs"),
+        "OMP_NUM_THREADS": "1",
+        "TQDM_DISABLE": "1",
+    }
+    command = [sys.executable, recipe_runner.__file__]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as runner:
+        yield Cookbook(runner, workplace)
+        assert runner.stdin is not None
+        runner.stdin.close()
+
+
+def column(metrics: Metrics, name: str) -> list[float]:
+    return [entry[name] for entry in metrics if name in entry]
+
+
+@pytest.mark.parametrize("rank", [32, 0])
+def test_sl_loop_learns(cookbook: Cookbook, rank: int) -> None:
+    settings = ["batch_size=8", "max_steps=10", "save_every=4", f"lora_rank={rank}", "learning_rate=1e-3"]
+    losses = column(cookbook.run("sl_loop", f"sl-{rank}", MODEL, *settings), "train_mean_nll")
+    assert len(losses) == 10
+    assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize("loss", ["stable_reinforce", "importance_sampling"])
+def test_rl_loop_learns_sums(cookbook: Cookbook, loss: str) -> None:
+    chosen = [] if loss == "stable_reinforce" else [f"loss_fn={loss}"]
+    settings = ["batch_size=8", "group_size=8", "max_steps=30", "max_tokens=12", "learning_rate=2e-3", "lora_rank=8"]
+    rewards = column(cookbook.run("rl_loop", f"rl-{loss}", MODEL, *settings, *chosen), "reward/total")
+    assert len(rewards) == 30
+    assert mean(rewards[-5:]) >= mean(rewards[:5]) + 0.25
+
+
+def test_rl_loop_trains_full_models(cookbook: Cookbook) -> None:
+    settings = ["batch_size=2", "group_size=4", "max_steps=3", "max_tokens=8", "lora_rank=0", "save_every=2"]
+    assert len(cookbook.run("rl_loop", "rl-full", MODEL, *settings)) == 3
+
+
+def test_math_rl_runs_its_sums(cookbook: Cookbook) -> None:
+    settings = ["env=arithmetic", "groups_per_batch=8", "group_size=4", "max_steps=3", "eval_every=0", "save_every=2"]
+    metrics = cookbook.run("math_rl.train", "math", MODEL, *settings, "behavior_if_log_dir_exists=delete")
+    assert len(metrics) == 3
+    for difference in column(metrics, "optim/kl_sample_train_v2"):
+        assert abs(difference) < 1e-6
+
+
+def test_chat_sl_resumes_where_it_was(cookbook: Cookbook) -> None:
+    settings = [MODEL, "batch_size=8", "learning_rate=1e-3", "save_every=2", "eval_every=2", "lr_schedule=constant"]
+    first = cookbook.run("chat_sl.train", "chat", *settings, "max_steps=4")
+    resumed = cookbook.run("chat_sl.train", "chat", *settings, "max_steps=8", "behavior_if_log_dir_exists=resume")
+    losses = column(resumed, "train_mean_nll")
+    assert len(first) == 4
+    assert len(resumed) == 8
+    assert max(losses[4:]) < min(losses[:2])
+
+
+def test_dpo_widens_the_margin(cookbook: Cookbook) -> None:
+    settings = [MODEL, "dataset=hhh", "batch_size=8", "max_steps=5", "learning_rate=1e-3", "lr_schedule=constant"]
+    metrics = cookbook.run("preference.dpo.train", "dpo", *settings, "behavior_if_log_dir_exists=delete")
+    margins = column(metrics, "margin")
+    assert len(margins) == 5
+    assert abs(margins[0]) < 0.01
+    assert margins[-1] > 0.1
+    assert column(metrics, "accuracy")[-1] == 1.0

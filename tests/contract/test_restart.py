@@ -1,0 +1,110 @@
+"""Processes die and come back; clients notice a pause at most, and what was learned stays."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tinker
+from tinker import types
+
+from tests.contract.datums import FloatArray, greedy, score, supervised, tokens
+from tinsmith.demo.local_server import LocalServer
+
+pytestmark = [pytest.mark.xdist_group("restart"), pytest.mark.timeout(300)]
+
+ADAM = types.AdamParams(learning_rate=1e-3, eps=1e-8)
+EXAM = [supervised(tokens(24, seed=99))]
+PROMPT = types.ModelInput.from_ints(tokens(6, seed=1))
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def own_server(tmp_path_factory: pytest.TempPathFactory, client_environment: None) -> Iterator[LocalServer]:
+    """A server that may be hurt."""
+    folder = tmp_path_factory.mktemp("hurt")
+    with LocalServer(folder / "data", folder / "log.txt") as server:
+        yield server
+
+
+def kill(server: LocalServer, role: str) -> None:
+    """kill -9; returns when the process is gone."""
+    process = server.processes()[role]
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(10)
+
+
+def loop(service: tinker.ServiceClient, rank: int, server: LocalServer | None, role: str = "") -> FloatArray:
+    """A supervised loop of STEPS steps; in its middle, `role` of `server` is killed."""
+    client = service.create_lora_training_client("tiny", rank=rank, seed=5).result()
+    futures = []
+    for number in range(STEPS):
+        datums = [supervised(tokens(12 + number, seed=10 * number + place)) for place in range(3)]
+        futures += [client.forward_backward(datums, "cross_entropy"), client.optim_step(ADAM)]
+        if number == STEPS // 3:
+            futures[-1].result()
+        if server is not None and number == STEPS // 2:
+            kill(server, role)
+    for future in futures:
+        future.result()
+    return score(client, EXAM)
+
+
+@pytest.mark.parametrize(("role", "rank"), [("engine", 8), ("engine", 0), ("api", 8)])
+def test_a_loop_does_not_notice_that_a_process_was_killed(own_server: LocalServer, role: str, rank: int) -> None:
+    with tinker.ServiceClient(base_url=own_server.base_url) as service:
+        quiet = loop(service, rank, None)
+        disturbed = loop(service, rank, own_server, role)
+    np.testing.assert_allclose(disturbed, quiet, atol=1e-5)
+
+
+def test_samplers_and_samples_under_way_survive_the_engine(own_server: LocalServer) -> None:
+    with tinker.ServiceClient(base_url=own_server.base_url) as service:
+        client = service.create_lora_training_client("tiny", rank=8, seed=5).result()
+        client.forward_backward([supervised(tokens(30, seed=2))], "cross_entropy")
+        client.optim_step(types.AdamParams(learning_rate=1e-2))
+        sampler = client.save_weights_and_get_sampling_client().result()
+        expected = sampler.sample(PROMPT, 1, greedy(30)).result().sequences[0].tokens
+        client.forward_backward([supervised(tokens(30, seed=3))], "cross_entropy")
+        client.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+        pending = sampler.sample(PROMPT, 8, greedy(400))
+        kill(own_server, "engine")
+        assert [sequence.tokens[:30] for sequence in pending.result().sequences] == [expected] * 8
+        assert sampler.sample(PROMPT, 1, greedy(30)).result().sequences[0].tokens == expected
+
+
+def test_a_restarted_server_still_has_models_samplers_and_checkpoints(own_server: LocalServer) -> None:
+    first = tinker.ServiceClient(base_url=own_server.base_url)
+    client = first.create_lora_training_client("tiny", rank=8, seed=5).result()
+    client.forward_backward(EXAM, "cross_entropy")
+    client.optim_step(ADAM)
+    state = client.save_state("before").result().path
+    named = client.save_weights_for_sampler("before").result().path
+    expected = score(client, EXAM)
+    drawn = first.create_sampling_client(model_path=named).result().sample(PROMPT, 1, greedy(10)).result()
+    assert own_server.stop() == 0
+    own_server.start()
+    with tinker.ServiceClient(base_url=own_server.base_url) as service:
+        resumed = service.create_training_client_from_state_with_optimizer(state).result()
+        np.testing.assert_allclose(score(resumed, EXAM), expected, atol=1e-6)
+        again = service.create_sampling_client(model_path=named).result().sample(PROMPT, 1, greedy(10)).result()
+        assert again.sequences[0].tokens == drawn.sequences[0].tokens
+        runs = service.create_rest_client().list_training_runs(limit=500).result().training_runs
+        assert client.model_id in {run.training_run_id for run in runs}
+
+
+def test_no_process_outlives_a_killed_supervisor(tmp_path: Path, client_environment: None) -> None:
+    server = LocalServer(tmp_path / "data", tmp_path / "log.txt")
+    server.start()
+    processes = server.processes()
+    assert set(processes) == {"server", "api", "engine"}
+    kill(server, "server")
+    for role in ("api", "engine"):
+        processes[role].wait(60)
+
+
+def test_settings_that_do_not_work_end_the_server_with_a_reason(tmp_path: Path, client_environment: None) -> None:
+    with pytest.raises(RuntimeError, match=r"no-such-model|hub"):
+        LocalServer(tmp_path / "data", tmp_path / "log.txt", model="no/no-such-model").start()
