@@ -1,4 +1,4 @@
-"""Folders of weights on disk: written beside their place, checksummed, fsynced, and renamed into it; then never changed.
+"""Folders of weights on disk: written beside their place, checksummed, fsynced, renamed into it, then never changed.
 
 The manifest comes last, so that a folder without one, or whose files differ from it, is refused by name.
 """
@@ -34,12 +34,12 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> int:
         for path in temporary.iterdir():
             _sync(path)
         _sync(temporary)
-        os.rename(temporary, target)
+        temporary.rename(target)
         _sync(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return sum(entry["bytes"] for entry in files.values())
+    return sum(path.stat().st_size for path in target.iterdir())
 
 
 def verify_folder(folder: Path) -> Path:
@@ -58,7 +58,7 @@ def remove_folder(folder: Path) -> None:
     """Deletes a folder, if it is there; renamed first, so that no half-deleted folder stands in its place."""
     doomed = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.gone")
     try:
-        os.rename(folder, doomed)
+        folder.rename(doomed)
     except FileNotFoundError:
         return
     shutil.rmtree(doomed, ignore_errors=True)
@@ -74,6 +74,10 @@ def sweep(root: Path) -> None:
 def folder_name(identifier: str) -> str:
     """A file name for a model or sampler id, unique as the id is."""
     return identifier.replace(":", "_").replace("/", "_")
+
+
+def _entry(path: Path) -> dict[str, str | int]:
+    return {"sha256": _digest(path), "bytes": path.stat().st_size}
 
 
 def _digest(path: Path) -> str:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from tinsmith.engine.residency import Residency
 from tinsmith.errors import TinsmithError, UserError
 from tinsmith.protocols import ModelCall, Sampler, SnapshotCall, Trainer
 from tinsmith.wire.jobs import Header, Outcome
-from tinsmith.wire.packing import SampleCall, TrainCall
+from tinsmith.wire.packing import SampleCall, SampleOutput, TrainCall, TrainOutput
 
 if TYPE_CHECKING:
     from tinsmith.engine.operations import MakeCheckpoint
@@ -35,6 +36,7 @@ IDLE_SECONDS = 1.0  # how long to sleep when nobody rings
 BEAT_SECONDS = 5.0
 KEEP_HOUSE_SECONDS = 10.0
 POINT_SECONDS = 60.0  # how often a training model gets a recovery point
+SILENT_SECONDS = 24 * 3600.0  # a session without heartbeats (a paused notebook, a dead client) is kept this long
 GAP_SECONDS = 330.0  # clients give up on a submission after 300 s; then what waits behind it goes on
 
 
@@ -91,11 +93,8 @@ class Engine:
 
     def run(self, stop: threading.Event) -> None:
         """Serves until `stop` is set; then leaves every model's state on disk."""
-        sweep(self._data_dir)
-        released = self._ledger.release()
-        if released:
-            log.info("took over %d unfinished jobs", released)
         bell = self._ledger.listen()
+        self.take_over()
         capabilities = self._trainer.capabilities().to_dict()
         beating = threading.Thread(target=self._beat, args=(stop, capabilities), name="heartbeat", daemon=True)
         self._ledger.announce("ready", "", capabilities)
@@ -104,19 +103,26 @@ class Engine:
         try:
             while not stop.is_set():
                 rung = bool(bell.wait(0.0 if more else IDLE_SECONDS))
-                more = self._turn(claim=rung or not more)
+                more = self.turn(claim=rung or not more)
         finally:
             bell.close()
             stop.set()
             beating.join()
             self._close()
 
+    def take_over(self) -> None:
+        """Begins where an engine before this one stopped, however it stopped."""
+        sweep(self._data_dir)
+        released = self._ledger.release()
+        if released:
+            log.info("took over %d unfinished jobs", released)
+
     def _beat(self, stop: threading.Event, capabilities: dict[str, object]) -> None:
         while not stop.wait(BEAT_SECONDS):
             self._ledger.announce("ready", "", capabilities)
 
-    def _turn(self, *, claim: bool) -> bool:
-        """One round. Returns whether there is more to do at once."""
+    def turn(self, *, claim: bool = True) -> bool:
+        """One round of work; returns whether there is more to do at once. `run` is a loop around this."""
         full = self._claim() if claim else False
         self._close_gaps()
         work = self._plan()
@@ -128,7 +134,7 @@ class Engine:
 
     def _close(self) -> None:
         for model_id in self._residency.models:
-            self._guard(model_id, lambda model_id=model_id: self._residency.write_point(model_id))
+            self._write_point(model_id)
         self._ledger.release()
         self._ledger.announce("stopped", "")
 
@@ -200,7 +206,7 @@ class Engine:
 
     def _run_barrier(self, header: Header) -> None:
         lane = self._lanes[header.subject]
-        error = self._attempt(header, lambda: self._perform(header, lane))
+        error = self._attempt(header, partial(self._perform, header, lane))
         if error is not None:
             self._ledger.complete([_failed(header, error)])
             self._undo(header)
@@ -232,7 +238,7 @@ class Engine:
         ready: list[Header] = []
         outcomes: dict[int, Outcome] = {}
         for header in batch:
-            error = self._attempt(header, lambda header=header: self._residency.require_model(header.subject, wanted))
+            error = self._attempt(header, partial(self._residency.require_model, header.subject, wanted))
             if error is None:
                 ready.append(header)
             else:
@@ -255,12 +261,7 @@ class Engine:
                 if header.kind == "forward_backward":
                     self._lanes[header.subject].lost_chunk = f"{header.request_id} met a server error"
             return {header.number: _failed(header, error) for header in headers}
-        return {
-            header.number: _failed(header, result)
-            if isinstance(result, TinsmithError)
-            else Outcome(header.number, result.to_bytes())
-            for header, result in zip(headers, results, strict=True)
-        }
+        return {header.number: _outcome(header, result) for header, result in zip(headers, results, strict=True)}
 
     def _end(self, header: Header, *, failed: bool) -> None:
         lane = self._lanes[header.subject]
@@ -283,7 +284,7 @@ class Engine:
         bodies = self._ledger.payloads(headers)
         failures = []
         for header in headers:
-            error = self._attempt(header, lambda header=header: self._submit(header, bodies[header.number]))
+            error = self._attempt(header, partial(self._submit, header, bodies[header.number]))
             if error is not None:
                 failures.append(_failed(header, error))
         self._ledger.complete(failures)
@@ -301,13 +302,8 @@ class Engine:
         """Steps the sampler at least once, and for as long as training has just had the device."""
         until = time.monotonic() + seconds
         while self._sampler.load:
-            outcomes = []
-            for finished in self._sampler.step():
-                header = self._sampling.pop(finished.request_id)
-                output = finished.output
-                failed = isinstance(output, TinsmithError)
-                outcomes.append(_failed(header, output) if failed else Outcome(header.number, output.to_bytes()))
-            self._ledger.complete(outcomes)
+            finished = self._sampler.step()
+            self._ledger.complete([_outcome(self._sampling.pop(end.request_id), end.output) for end in finished])
             if time.monotonic() >= until:
                 return
 
@@ -328,11 +324,11 @@ class Engine:
     def _write_points(self) -> None:
         for model_id, lane in self._lanes.items():
             if lane.stepped and model_id in self._residency.models:
-                self._guard(model_id, lambda model_id=model_id: self._residency.write_point(model_id))
+                self._write_point(model_id)
                 lane.stepped = False
 
     def _close_models(self) -> None:
-        for model_id in self._ledger.closing_models():
+        for model_id in self._ledger.closing_models(time.time() - SILENT_SECONDS):
             lane = self._lanes.get(model_id)
             if lane is not None and lane.waiting:
                 continue
@@ -354,11 +350,17 @@ class Engine:
             return error
         return None
 
-    def _guard(self, model_id: str, action: Callable[[], None]) -> None:
+    def _write_point(self, model_id: str) -> None:
         try:
-            action()
-        except Exception:
+            self._residency.write_point(model_id)
+        except Exception:  # the log still holds everything: only a recovery would take longer
             log.exception("no recovery point for %s", model_id)
+
+
+def _outcome(header: Header, result: TrainOutput | SampleOutput | TinsmithError) -> Outcome:
+    if isinstance(result, TinsmithError):
+        return _failed(header, result)
+    return Outcome(header.number, result.to_bytes())
 
 
 def _failed(header: Header, error: Exception) -> Outcome:

@@ -1,4 +1,4 @@
-"""What is on the device: models that train, snapshots that are sampled. Makes room by paging out the least recently used.
+"""What is on the device: models that train, snapshots that are sampled; makes room by paging out the idlest.
 
 Nobody is told "maximum number of adapters": a model or snapshot that was paged out comes back with its next request.
 """

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from tinsmith.store import queue, records
 from tinsmith.store.database import Database
 from tinsmith.store.doorbell import Bell, Doorbell
-from tinsmith.wire.jobs import Header, Outcome, Past
+from tinsmith.wire.jobs import Header, Job, Outcome, Past
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +80,13 @@ class Ledger:
         """The ended jobs of a model behind seq `after`, in order, up to the first that has not ended."""
         return self._database.read(queue.history, model_id, after)
 
+    def was_chunked(self, header: Header) -> bool:
+        """Whether a request was one part of a client's larger call."""
+        return self._database.read(queue.was_chunked, header.subject, header.seq)
+
     def skip(self, header: Header, seq: int) -> None:
         """Gives up on an operation that never arrived while `header` waited behind it."""
-        lost = queue.Job(header.subject, seq, "lost", header.owner, self.base, b"")
+        lost = Job(header.subject, seq, "lost", header.owner, self.base, b"")
         self._database.write(queue.reject, lost, f"request {lost.request_id} did not arrive in time and was skipped")
 
     def prune(self, finished_before: float) -> int:
@@ -99,9 +103,9 @@ class Ledger:
     def update_model(self, model_id: str, **changes: Any) -> None:
         self._database.write(records.update_model, model_id, **changes)
 
-    def closed_models(self, model_ids: list[str]) -> list[str]:
-        """Those whose session is over."""
-        return self._database.read(records.closed_models, self.base, model_ids)
+    def closing_models(self, unseen_since: float) -> list[str]:
+        """Models to be closed: their session is finished, or its client has been silent since that time."""
+        return self._database.read(records.closing_models, self.base, unseen_since)
 
     def find_sampler(self, sampler_id: str) -> records.SamplerRecord | None:
         return self._database.read(records.find_sampler, sampler_id)

@@ -155,12 +155,13 @@ def list_models(conn: sa.Connection, owner: str, limit: int, offset: int) -> tup
     return _page(conn, Model, models, models.c.id, [models.c.owner == owner], limit, offset)
 
 
-def closed_models(conn: sa.Connection, base: str, model_ids: list[str]) -> list[str]:
-    """Those of `model_ids` whose session is over."""
+def closing_models(conn: sa.Connection, base: str, unseen_since: float) -> list[str]:
+    """Models that are not closed yet although their session is finished, or was not heard of since that time."""
+    is_over = (sessions.c.state == "finished") | (sessions.c.seen_at < unseen_since)
     statement = (
         sa.select(models.c.id)
         .join(sessions, sessions.c.id == models.c.session_id)
-        .where(models.c.base == base, models.c.id.in_(model_ids), sessions.c.state == "finished")
+        .where(models.c.base == base, models.c.state != "closed", is_over)
     )
     return list(conn.scalars(statement))
 
