@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tinsmith.protocols import Sampler, Trainer
     from tinsmith.store.ledger import Ledger
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("tinsmith.serve")  # not __name__: the children run this module as __main__
 
 API_GRACE = 5.0  # seconds to answer what is under way
 ENGINE_GRACE = 60.0  # seconds to finish a slice of work and write what it must
@@ -131,11 +131,13 @@ def load_backend(settings: Settings, report: Callable[[str], None]) -> "tuple[Tr
     report("starting")
     import torch
     from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     from tinsmith.models.loading import load_base
     from tinsmith.sampling.sampler import TorchSampler
     from tinsmith.training.trainer import TorchTrainer
 
+    disable_progress_bar()  # `report` says how loading goes
     device, dtype = choose_device(settings.device, settings.dtype)
     if settings.threads:
         torch.set_num_threads(settings.threads)
