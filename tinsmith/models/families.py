@@ -33,12 +33,16 @@ def find_targets(module: Any) -> list[Target]:
     _check_configuration(module.config)
     targets = [target for index in range(len(module.model.layers)) for target in _layer_targets(module, index)]
     head = module.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.bias is not None:
+    if not _is_plain_linear(head):
         raise ConfigError(f"{type(module).__name__}: its LM head is not a plain linear layer without bias ({head})")
     head_path = next(path for path, child in module.named_modules() if child is head)
     targets.append(Target(head_path, "model.unembed_tokens", "unembed", head.in_features, head.out_features))
     _check_matrices(module, {target.path for target in targets})
     return targets
+
+
+def _is_plain_linear(head: Any) -> bool:
+    return type(head) is nn.Linear and head.bias is None
 
 
 def _layer_targets(module: Any, index: int) -> Iterator[Target]:

@@ -4,6 +4,7 @@ Autograd computes the gradients, as for any module; they end up in the flat fp32
 a narrower dtype, the module's parameters are a rounded copy of the fp32 master weights.
 """
 
+import copy
 from functools import partial
 
 import torch
@@ -28,6 +29,10 @@ class FullModel(FlatWeights):
         for parameter, view in zip(self._parameters, layout.views(self.compute), strict=True):
             parameter.data = view
             parameter.requires_grad_(True)
+
+    def frozen_copy(self) -> nn.Module:
+        """A module with its own copy of the weights, which needs no gradient."""
+        return copy.deepcopy(self.module).requires_grad_(False)
 
     def _grad_allocated(self, grad: Tensor) -> None:
         for parameter, view in zip(self._parameters, self.layout.views(grad), strict=True):

@@ -141,6 +141,15 @@ def read_flat(path: Path, layout: Layout, *, prefix: str = "") -> Tensor:
     return flat
 
 
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file. Raises UserError."""
+    with _open(path) as file:
+        if name not in file.keys():  # noqa: SIM118
+            raise UserError(f"{path.name} has no {name!r}")
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
+
+
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")

@@ -1,0 +1,123 @@
+"""One model's trainable state, and one call's way through its micro-batches: losses, outcome, undoing on failure.
+
+Knows flat weights and losses; not how a forward pass is made.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinsmith.errors import TinsmithError, UserError
+from tinsmith.models.full import FullModel
+from tinsmith.models.lora import Adapter
+from tinsmith.training.batching import Cut
+from tinsmith.training.losses import LOSS_FUNCTIONS, LossCase
+from tinsmith.training.optimizers import AdamW
+from tinsmith.wire.losses import LOSSES
+from tinsmith.wire.packing import TrainCall, TrainOutput
+
+
+@dataclass(slots=True)
+class Trainable:
+    """A tenant's model. `accumulated` says whether its gradient buffer holds anything since the last step."""
+
+    weights: Adapter | FullModel
+    optimizer: AdamW = field(default_factory=AdamW)
+    accumulated: bool = False
+
+    def clear_gradient(self) -> None:
+        if self.accumulated and self.weights.grad is not None:
+            self.weights.grad.zero_()
+        self.accumulated = False
+
+
+class Run:
+    """One call under way."""
+
+    def __init__(self, model_id: str, model: Trainable, call: TrainCall) -> None:
+        self.model_id = model_id
+        self.model = model
+        self.call = call
+        self.error: TinsmithError | None = None
+        self._loss = LOSS_FUNCTIONS[call.loss]
+        self._config = {**LOSSES[call.loss].config, **call.config}
+        self._logprobs_M = np.empty(len(call.targets_M), np.float32)
+        self._metrics: dict[str, float] = {}
+        self._before: tuple[bool, Tensor | None] | None = None
+
+    def begin(self, cut: Cut) -> None:
+        """Before the micro-batch that holds `cut`: makes sure that the call's gradient can be taken back."""
+        grad = self.model.weights.require_grad()
+        if cut.opens:
+            self._before = (self.model.accumulated, grad.clone() if self.model.accumulated else None)
+
+    def lose(self, cut: Cut, logprobs_M: Tensor, datum_M: Tensor) -> Tensor | None:
+        """Takes the cut's logprobs; returns the loss's gradient in them, or None if there is none or it failed."""
+        span = slice(int(self.call.target_offsets[cut.first]), int(self.call.target_offsets[cut.last]))
+        self._logprobs_M[span] = logprobs_M.numpy(force=True)
+        inputs = {
+            name: torch.tensor(values[span], device=logprobs_M.device) for name, values in self.call.inputs.items()
+        }
+        leaf_M = logprobs_M.detach().requires_grad_()
+        with torch.enable_grad():
+            loss, metrics = self._loss(LossCase(leaf_M, inputs, self._config, datum_M))
+            (gradient_M,) = torch.autograd.grad(loss, leaf_M)
+        finite = loss.isfinite() & gradient_M.isfinite().all()
+        names, tensors = ["loss:sum", *metrics], [loss.detach(), *metrics.values()]
+        values = torch.stack([finite.float(), *(tensor.float() for tensor in tensors)]).tolist()
+        if not values[0]:
+            self._fail(values[1])
+        self._add_metrics(zip(names, values[1:], strict=True))
+        return None if self.error or self.call.forward_only else gradient_M
+
+    def outcome(self) -> TrainOutput | TinsmithError:
+        if self.error:
+            return self.error
+        return TrainOutput(self._logprobs_M, self.call.target_offsets, self.call.widths_N, self._metrics)
+
+    def _add_metrics(self, metrics: Iterable[tuple[str, float]]) -> None:
+        for name, value in metrics:
+            if name not in self._metrics:
+                self._metrics[name] = value
+            elif name.endswith(":max"):
+                self._metrics[name] = max(value, self._metrics[name])
+            else:
+                self._metrics[name] += value
+
+    def _fail(self, loss: float) -> None:
+        if self._before is not None:
+            accumulated, grad = self._before
+            self.model.clear_gradient()
+            if grad is not None:
+                self.model.weights.require_grad().copy_(grad)
+            self.model.accumulated = accumulated
+            self._before = None
+        self.error = UserError(
+            f"the loss {self.call.loss!r} or its gradient is not finite (loss {loss}); nothing of this request was "
+            f"added to the gradient. Inputs must be finite numbers, and importance ratios within fp32's range"
+        )
+
+
+def check_call(call: TrainCall, *, vocab_size: int, max_context: int) -> None:
+    """Refuses with UserError what would fail, or read out of bounds, in a batch with others."""
+    if call.loss not in LOSS_FUNCTIONS:
+        raise UserError(f"unknown loss {call.loss!r}; known are {sorted(LOSS_FUNCTIONS)}")
+    for name in LOSSES[call.loss].inputs:
+        if name not in call.inputs:
+            raise UserError(f"loss {call.loss!r} needs the input {name!r}; given are {sorted(call.inputs)}")
+    for name, values in call.inputs.items():
+        if len(values) != len(call.targets_M):
+            raise UserError(f"input {name!r} has {len(values)} entries for {len(call.targets_M)} targets")
+    lengths = np.diff(call.token_offsets)
+    if not len(lengths) or lengths.min() < 1 or lengths.max() > max_context:
+        raise UserError(
+            f"a call has at least one datum, of 1 to {max_context} tokens each; given are {lengths.tolist()}"
+        )
+    if not np.array_equal(np.diff(call.target_offsets), lengths * np.maximum(call.widths_N, 1)):
+        raise UserError("every token of a datum needs as many targets as the datum's width says")
+    for name, tokens in (("tokens", call.tokens_T), ("target_tokens", call.targets_M)):
+        if tokens.min() < 0 or tokens.max() >= vocab_size:
+            raise UserError(f"{name} must lie in 0 to {vocab_size - 1}, not {tokens.min()} to {tokens.max()}")

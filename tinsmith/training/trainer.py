@@ -1,0 +1,219 @@
+"""The trainer: many tenants' LoRA and full-parameter models on one base model, in shared forward and backward passes.
+
+Implements `protocols.Trainer`. Knows models and losses; neither requests' origin nor what runs next.
+
+Shapes: `T` rows of a packed micro-batch, `M` target entries, `D` hidden size.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from tinsmith.errors import NotFoundError, TinsmithError, UserError
+from tinsmith.models.attention import PackedAttention
+from tinsmith.models.full import FullModel
+from tinsmith.models.head import target_logprobs
+from tinsmith.models.loading import BaseModel
+from tinsmith.models.lora import Adapter, Segment
+from tinsmith.models.weights import FullWeights, LoraWeights
+from tinsmith.protocols import AdamParams, Capabilities, ModelCall, ModelSpec
+from tinsmith.training.batching import MicroBatch, pack, plan
+from tinsmith.training.runs import Run, Trainable, check_call
+from tinsmith.training.states import load_state, save_state
+from tinsmith.wire.packing import TrainOutput
+
+
+class TorchTrainer:
+    """Trains on one device. `micro_batch_tokens` bounds the rows of one pass; a longer datum passes alone."""
+
+    def __init__(
+        self,
+        model: BaseModel,
+        *,
+        micro_batch_tokens: int,
+        max_adapters: int,
+        max_rank: int,
+        gradient_checkpointing: bool | Literal["auto"] = "auto",
+    ) -> None:
+        self._model = model
+        self._budget = micro_batch_tokens
+        self._max_adapters = max_adapters
+        self._max_rank = max_rank
+        self._models: dict[str, Trainable] = {}
+        if gradient_checkpointing == "auto":
+            gradient_checkpointing = _activation_bytes(model, micro_batch_tokens) > _free_bytes(model.device) / 3
+        model.checkpoint_gradients(gradient_checkpointing)
+
+    def capabilities(self) -> Capabilities:
+        model = self._model
+        return Capabilities(
+            architecture=model.architecture,
+            vocab_size=model.vocab_size,
+            max_context=model.max_context,
+            max_lora_rank=self._max_rank,
+            max_adapters=self._max_adapters,
+            parameters=model.parameters,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(model.device),
+        )
+
+    def add(self, model_id: str, spec: ModelSpec) -> None:
+        """A fresh model. Raises UserError."""
+        self._check_spec(model_id, spec)
+        if spec.is_lora:
+            self._models[model_id] = Trainable(self._model.new_adapter(spec))
+        else:
+            self._models[model_id] = Trainable(FullModel(spec, self._model.full_copy(trainable=True)))
+
+    def drop(self, model_id: str) -> None:
+        """Forgets a model; an unknown one is forgotten already."""
+        self._models.pop(model_id, None)
+
+    def forward_backward(self, calls: Sequence[ModelCall]) -> list[TrainOutput | TinsmithError]:
+        """Runs all calls together; one outcome per call, in order. A failed call adds nothing to any gradient."""
+        started = [self._start(call) for call in calls]
+        for group in _groups([run for run in started if isinstance(run, Run)]):
+            pieces = [run.call for run in group]
+            for cuts in plan(pieces, [run.model_id for run in group], self._budget):
+                self._pass(group, pack(pieces, cuts))
+        return [run.outcome() if isinstance(run, Run) else run for run in started]
+
+    def optim_step(self, model_id: str, params: AdamParams) -> dict[str, float]:
+        """One AdamW step from the accumulated gradient, which is cleared. Without one, nothing changes."""
+        model = self._find(model_id)
+        grad = model.weights.grad
+        if not model.accumulated or grad is None:
+            return {"grad_norm": 0.0}
+        try:
+            norm = model.optimizer.step(model.weights.weights, grad, params)
+        finally:
+            model.clear_gradient()
+        model.weights.weights_changed()
+        return {"grad_norm": norm}
+
+    def discard_gradient(self, model_id: str) -> None:
+        self._find(model_id).clear_gradient()
+
+    def save(self, model_id: str, folder: Path, *, optimizer: bool, gradient: bool = False) -> None:
+        """Writes the state of a model into the existing, empty `folder`."""
+        save_state(self._find(model_id), self._model.folder, folder, optimizer=optimizer, gradient=gradient)
+
+    def load(self, model_id: str, folder: Path, *, optimizer: bool, gradient: bool = False) -> None:
+        """Replaces the state of an added model. Raises UserError, changing nothing, if the files do not fit it."""
+        load_state(self._find(model_id), folder, optimizer=optimizer, gradient=gradient)
+
+    def snapshot(self, model_id: str) -> LoraWeights | FullWeights:
+        """A copy of the weights, on the device."""
+        weights = self._find(model_id).weights
+        if isinstance(weights, Adapter):
+            return LoraWeights(weights.copy(), self._model.folder)
+        return FullWeights(weights.frozen_copy())
+
+    def _find(self, model_id: str) -> Trainable:
+        if model_id not in self._models:
+            raise NotFoundError(f"the trainer has no model {model_id!r}")
+        return self._models[model_id]
+
+    def _check_spec(self, model_id: str, spec: ModelSpec) -> None:
+        if model_id in self._models:
+            raise UserError(f"model {model_id!r} exists already")
+        if spec.optimizer != "adamw":
+            raise UserError(f"optimizer {spec.optimizer!r} is not supported; use 'adamw'")
+        if spec.rank > self._max_rank or spec.rank < 0:
+            raise UserError(
+                f"rank {spec.rank} is out of range; allowed are 1 to {self._max_rank}, or 0 to train all weights"
+            )
+        if spec.is_lora and not (spec.train_attn or spec.train_mlp or spec.train_unembed):
+            raise UserError("an adapter must train at least one of train_attn, train_mlp and train_unembed")
+        if len(self._models) >= self._max_adapters:
+            raise UserError(f"the trainer holds {self._max_adapters} models already, which is its limit")
+
+    def _start(self, call: ModelCall) -> Run | TinsmithError:
+        try:
+            model = self._find(call.model_id)
+            check_call(call.call, vocab_size=self._model.vocab_size, max_context=self._model.max_context)
+        except UserError as error:
+            return error
+        return Run(call.model_id, model, call.call)
+
+    def _pass(self, group: Sequence[Run], batch: MicroBatch) -> None:
+        """Forward of one micro-batch, every call's own loss, and one backward for all that did not fail."""
+        runs = [group[cut.call] for cut in batch.cuts]
+        weights = runs[0].model.weights
+        module = None if isinstance(weights, Adapter) else weights.module
+        training = not runs[0].call.forward_only
+        if training:
+            for run, cut in zip(runs, batch.cuts, strict=True):
+                run.begin(cut)
+        segments = _segments(runs, batch)
+        with torch.set_grad_enabled(training):
+            logprobs_M = self._logprobs(batch, segments, module)
+        upstream_M = _losses(runs, batch, segments, logprobs_M.detach())
+        if any(segment.trains for segment in segments):
+            logprobs_M.backward(upstream_M)
+            for run, segment in zip(runs, segments, strict=False):
+                run.model.accumulated |= segment.trains
+
+    def _logprobs(self, batch: MicroBatch, segments: Sequence[Segment], module: torch.nn.Module | None) -> Tensor:
+        tokens_T, positions_T, targets_M = map(self._tensor, (batch.tokens_T, batch.positions_T, batch.targets_M))
+        rows_M = None if batch.rows_M is None else self._tensor(batch.rows_M)
+        attention = PackedAttention(batch.cu_seqlens)
+        hidden_TD = self._model.hidden(tokens_T, positions_T, segments, attention, module)
+        return target_logprobs(self._model, hidden_TD, segments, rows_M, targets_M, module)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._model.device, non_blocking=True)
+
+
+def _groups(runs: Sequence[Run]) -> Iterator[list[Run]]:
+    """Calls that can share passes: adapters that train, adapters that only run forward, each full model's call."""
+    for forward_only in (False, True):
+        shared = [run for run in runs if run.call.forward_only == forward_only]
+        adapters = [run for run in shared if isinstance(run.model.weights, Adapter)]
+        if adapters:
+            yield adapters
+        yield from ([run] for run in shared if not isinstance(run.model.weights, Adapter))
+
+
+def _segments(runs: Sequence[Run], batch: MicroBatch) -> list[Segment]:
+    """One segment per cut, and one for the padding; a full model's rows have no adapter."""
+    segments = []
+    for position, run in enumerate(runs):
+        weights = run.model.weights
+        adapter = weights if isinstance(weights, Adapter) else None
+        start, end = batch.row_bounds[position : position + 2]
+        segments.append(Segment(adapter, start, end, trains=run.error is None))
+    if end < len(batch.tokens_T):
+        segments.append(Segment(None, end, len(batch.tokens_T), trains=False))
+    return segments
+
+
+def _losses(runs: Sequence[Run], batch: MicroBatch, segments: Sequence[Segment], logprobs_M: Tensor) -> Tensor:
+    """The gradient of all losses in the logprobs; zero, and its segment not trained, where a call failed."""
+    upstream_M = torch.zeros_like(logprobs_M)
+    datum_M = torch.from_numpy(batch.datum_M).to(logprobs_M.device)
+    for position, (run, cut) in enumerate(zip(runs, batch.cuts, strict=True)):
+        entries = slice(*batch.entry_bounds[position : position + 2])
+        gradient = run.lose(cut, logprobs_M[entries], datum_M[entries])
+        if gradient is None:
+            segments[position].trains = False
+        else:
+            upstream_M[entries] = gradient
+    return upstream_M
+
+
+def _activation_bytes(model: BaseModel, tokens: int) -> int:
+    """A generous estimate of what backward keeps: about the inputs of every matrix product, twice."""
+    linear_inputs = sum(target.inputs + target.outputs for target in model.targets[:-1])
+    return 2 * tokens * linear_inputs * model.dtype.itemsize
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
