@@ -7,19 +7,19 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import psycopg
 import sqlalchemy as sa
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.pool import NullPool
 
 from tinsmith.errors import ConfigError, UnavailableError
 from tinsmith.store import migrations
-from tinsmith.store.writer import Writer
+from tinsmith.store.writer import Writer, is_lost
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -62,13 +62,13 @@ class Database:
 
     def write(self, function: Callable[Concatenate[sa.Connection, P], R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Returns what `function` returned, once that is committed; raises what it raised, with nothing written."""
-        return self._add(function, *args, **kwargs).result()
+        return self._writer.add(lambda conn: function(conn, *args, **kwargs)).result()
 
     async def write_async(
         self, function: Callable[Concatenate[sa.Connection, P], R], /, *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """`write` without blocking the event loop. A cancelled call may still be written."""
-        return await asyncio.wrap_future(self._add(function, *args, **kwargs))
+        return await self._writer.add_async(lambda conn: function(conn, *args, **kwargs))
 
     def read(self, function: Callable[Concatenate[sa.Connection, P], R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Returns what `function` returned; it sees everything committed before. Writing raises."""
@@ -82,8 +82,8 @@ class Database:
             with conn:
                 try:
                     return function(conn, *args, **kwargs)
-                except DBAPIError as error:
-                    if not error.connection_invalidated:
+                except Exception as error:
+                    if not is_lost(conn, error):
                         raise
                     _wait(error, give_up_at)
 
@@ -100,11 +100,6 @@ class Database:
         self._threads.shutdown()
         self._reading.dispose()
         self._writing.dispose()
-
-    def _add(
-        self, function: Callable[Concatenate[sa.Connection, P], R], /, *args: P.args, **kwargs: P.kwargs
-    ) -> "Future[R]":
-        return self._writer.add(lambda conn: function(conn, *args, **kwargs))
 
 
 def parse_url(url: str) -> sa.URL:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
+from tinsmith.store.prepared import Prepared
 from tinsmith.store.tables import jobs, models, results
 from tinsmith.store.tables import payloads as payloads_table
 from tinsmith.wire.jobs import Future, Header, Job, Outcome, Past
@@ -38,11 +39,12 @@ _SEQ = sa.bindparam("at_seq", type_=sa.BigInteger)
 _NOW = sa.bindparam("now", type_=sa.Float)
 _NUMBERS = sa.bindparam("numbers", type_=sa.BigInteger, expanding=True)
 
-_ADD_JOB = {
-    name: dialect.insert(jobs).on_conflict_do_nothing(index_elements=["subject", "seq"]).returning(jobs.c.number)
-    for name, dialect in (("sqlite", sqlite), ("postgresql", postgresql))
-}
-_ADD_PAYLOAD = sa.insert(payloads_table)
+_PLACE = ["subject", "seq"]
+_ADD_JOB = Prepared(
+    sqlite=sqlite.insert(jobs).on_conflict_do_nothing(index_elements=_PLACE).returning(jobs.c.number),
+    postgresql=postgresql.insert(jobs).on_conflict_do_nothing(index_elements=_PLACE).returning(jobs.c.number),
+)
+_ADD_PAYLOAD = Prepared(any=sa.insert(payloads_table))
 _ADD_RESULT = sa.insert(results)
 _PAYLOADS = sa.select(payloads_table.c.number, payloads_table.c.body).where(payloads_table.c.number.in_(_NUMBERS))
 
@@ -72,8 +74,8 @@ _FAIL = (
     .values(state="failed", finished_at=_NOW, error=sa.bindparam("with_error"), category=sa.bindparam("whose_fault"))
     .returning(jobs.c.number, jobs.c.subject, jobs.c.seq)
 )
-_FIND = (
-    sa.select(jobs.c.kind, jobs.c.owner, jobs.c.state, results.c.body, jobs.c.error, jobs.c.category)
+_FIND = Prepared(
+    any=sa.select(jobs.c.kind, jobs.c.owner, jobs.c.state, results.c.body, jobs.c.error, jobs.c.category)
     .select_from(jobs.outerjoin(results, results.c.number == jobs.c.number))
     .where(jobs.c.subject == _SUBJECT, jobs.c.seq == _SEQ)
 )
@@ -104,7 +106,7 @@ def submit(conn: sa.Connection, job: Job) -> str:
     """Adds a job; the same (subject, seq) again changes nothing. Returns the request id."""
     number = _add(conn, job, state="queued")
     if number is not None:
-        conn.execute(_ADD_PAYLOAD, {"number": number, "body": job.body})
+        _ADD_PAYLOAD(conn, {"number": number, "body": job.body})
     return job.request_id
 
 
@@ -152,8 +154,8 @@ def find(conn: sa.Connection, request_id: str) -> Future | None:
     subject, _, seq = request_id.rpartition(":")
     if not (seq.isascii() and seq.isdigit() and len(seq) < 19 and "\0" not in subject):
         return None
-    row = conn.execute(_FIND, {"of_subject": subject, "at_seq": int(seq)}).first()
-    return Future(f"{subject}:{int(seq)}", *row) if row else None
+    rows = _FIND(conn, {"of_subject": subject, "at_seq": int(seq)})
+    return Future(f"{subject}:{int(seq)}", *rows[0]) if rows else None
 
 
 def history(conn: sa.Connection, subject: str, after: int) -> list[Past]:
@@ -218,7 +220,8 @@ def _add(
         "created_at": time.time(),
         "finished_at": finished_at,
     }
-    return conn.scalars(_ADD_JOB[conn.dialect.name], row).first()
+    rows = _ADD_JOB(conn, row)
+    return rows[0][0] if rows else None
 
 
 def _chunked(conn: sa.Connection, subject: str, seqs: Sequence[int]) -> set[int]:

@@ -4,10 +4,13 @@ Knows transactions and how they fail, and nothing of what is written. A write th
 failed for the database's sake (connection lost, deadlock) runs again, unless it turns out to have been committed.
 """
 
+import asyncio
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
@@ -16,12 +19,15 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from tinsmith.errors import UnavailableError
+from tinsmith.store.prepared import Prepared
 
 R = TypeVar("R")
 
 _BATCH = 64  # Postgres keeps this many subtransactions of a session in shared memory
 _RETRY_SECONDS = 0.05
 _CONFLICTS = ("40001", "40P01")  # serialization failure, deadlock
+_SAVE = Prepared(any=sa.text("SAVEPOINT one_write"))
+_TAKE_BACK = Prepared(any=sa.text("ROLLBACK TO SAVEPOINT one_write"))
 _TICKET = sa.text("SELECT CAST(pg_current_xact_id_if_assigned() AS text)")
 _STATUS = sa.text("SELECT pg_xact_status(CAST(:ticket AS xid8))")
 
@@ -29,7 +35,13 @@ _STATUS = sa.text("SELECT pg_xact_status(CAST(:ticket AS xid8))")
 @dataclass(frozen=True, slots=True)
 class _Write:
     function: Callable[[sa.Connection], Any]
-    future: "Future[Any]"
+    future: "Future[Any] | asyncio.Future[Any]"
+
+    def begin(self) -> bool:
+        """Whether anybody waits for it still."""
+        if isinstance(self.future, Future):
+            return self.future.set_running_or_notify_cancel()
+        return not self.future.cancelled()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +86,20 @@ class Writer:
         if threading.current_thread() is self._thread:
             raise RuntimeError("a write cannot wait for another write: call its function with the same connection")
         future: Future[R] = Future()
+        self._put(_Write(function, future))
+        return future
+
+    def add_async(self, function: Callable[[sa.Connection], R]) -> "asyncio.Future[R]":
+        """`add` for the running event loop, which is woken once for all writes of a commit."""
+        future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        self._put(_Write(function, future))
+        return future
+
+    def _put(self, write: _Write) -> None:
         with self._lock:
             if self._closed:
                 raise UnavailableError("the database is closed: the server is shutting down")
-            self._writes.put(_Write(function, future))
-        return future
+            self._writes.put(write)
 
     def close(self) -> None:
         """Runs what waits, then ends the thread."""
@@ -111,16 +132,22 @@ class Writer:
         return batch
 
     def _finish(self, batch: list[_Write]) -> None:
-        live = [write for write in batch if write.future.set_running_or_notify_cancel()]
+        live = [write for write in batch if write.begin()]
         try:
             outcomes = self._commit_at_last(live)
         except BaseException as error:
             outcomes = [_Outcome(error=error)] * len(live)
+        for_loops: defaultdict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], _Outcome]]] = defaultdict(
+            list
+        )
         for write, outcome in zip(live, outcomes, strict=True):
-            if outcome.error is not None:
-                write.future.set_exception(outcome.error)
+            if isinstance(write.future, Future):
+                _tell(write.future, outcome)
             else:
-                write.future.set_result(outcome.value)
+                for_loops[write.future.get_loop()].append((write.future, outcome))
+        for loop, told in for_loops.items():
+            with suppress(RuntimeError):  # the loop is closed: nobody waits
+                loop.call_soon_threadsafe(_tell_all, told)
 
     def _commit_at_last(self, batch: list[_Write]) -> list[_Outcome]:
         """Commits the batch once, however often that must be tried."""
@@ -167,6 +194,19 @@ class Writer:
         time.sleep(_RETRY_SECONDS)
 
 
+def _tell_all(told: list[tuple["asyncio.Future[Any]", _Outcome]]) -> None:
+    for future, outcome in told:
+        if not future.cancelled():
+            _tell(future, outcome)
+
+
+def _tell(future: "Future[Any] | asyncio.Future[Any]", outcome: _Outcome) -> None:
+    if outcome.error is not None:
+        future.set_exception(outcome.error)
+    else:
+        future.set_result(outcome.value)
+
+
 def _commit(conn: sa.Connection, batch: list[_Write]) -> list[_Outcome]:
     """One transaction of all writes. Raises _ConflictError, _LostError, or what the commit itself raises."""
     ticket, outcomes = None, []
@@ -184,29 +224,38 @@ def _commit(conn: sa.Connection, batch: list[_Write]) -> list[_Outcome]:
 
 
 def _run(conn: sa.Connection, write: _Write, *, in_company: bool) -> _Outcome:
-    """Runs one write; its error is its own, unless it says that the whole transaction is lost."""
+    """Runs one write; its error is its own, unless it says that the whole transaction is lost.
+
+    A savepoint is left behind for the commit to clean up: letting go of each would cost another round trip.
+    """
     try:
         if in_company:
-            conn.exec_driver_sql("SAVEPOINT one_write")
-        value = write.function(conn)
-        if in_company:
-            conn.exec_driver_sql("RELEASE SAVEPOINT one_write")
-        return _Outcome(value)
+            _SAVE(conn, {})
+        return _Outcome(write.function(conn))
     except BaseException as error:
         _raise_if_retriable(conn, error, [], None)
         if in_company:
-            conn.exec_driver_sql("ROLLBACK TO SAVEPOINT one_write")
-            conn.exec_driver_sql("RELEASE SAVEPOINT one_write")
+            _TAKE_BACK(conn, {})
         return _Outcome(error=error)
 
 
 def _raise_if_retriable(
     conn: sa.Connection, error: BaseException, outcomes: list[_Outcome], ticket: str | None
 ) -> None:
-    if conn.invalidated:
+    if is_lost(conn, error):
         raise _LostError(outcomes, ticket) from error
-    if isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) in _CONFLICTS:
+    driver_error = error.orig if isinstance(error, DBAPIError) else error
+    if getattr(driver_error, "sqlstate", None) in _CONFLICTS:
         raise _ConflictError from error
+
+
+def is_lost(conn: sa.Connection, error: BaseException) -> bool:
+    """Whether `error` means that the connection is gone; it is then unusable, and its transaction never committed."""
+    if not conn.invalidated and isinstance(error, conn.dialect.loaded_dbapi.Error):
+        driver_conn = conn.connection.dbapi_connection
+        if conn.dialect.is_disconnect(error, driver_conn, None):
+            conn.invalidate(error)
+    return conn.invalidated
 
 
 def _ticket(conn: sa.Connection) -> str | None:
