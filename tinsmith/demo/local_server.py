@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-START_SECONDS = 120.0
+START_SECONDS = 180.0
 STOP_SECONDS = 90.0
 CLIENT_ENVIRONMENT = {"TINKER_API_KEY": "tml-local", "NO_PROXY": "127.0.0.1,localhost", "HF_HUB_OFFLINE": "1"}
 """What a client of a local server needs beside TINKER_BASE_URL."""
@@ -98,7 +98,7 @@ class LocalServer:
         try:
             connection.request("GET", "/api/v1/healthz")
             response = connection.getresponse()
-            return response.status == 200 and json.loads(response.read()) == {"status": "ok"}
+            return response.status == 200 and json.loads(response.read())["status"] == "ok"
         except (OSError, http.client.HTTPException):
             return False
         finally:
