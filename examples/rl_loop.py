@@ -52,7 +52,7 @@ def make_datum(prompt: tinker.ModelInput, sequence: tinker.SampledSequence, adva
 def main() -> None:
     arguments = parse_arguments()
     service_client = tinker.ServiceClient()
-    model = arguments.model or service_client.get_server_capabilities().supported_models[0].model_name
+    model = arguments.model or tinker.RestClient().get_server_capabilities().result().supported_models[0].model_name
     training_client = service_client.create_lora_training_client(base_model=model, rank=arguments.rank).result()
     tokenizer = training_client.get_tokenizer()
     sampling_params = tinker.SamplingParams(max_tokens=32, temperature=1.0, stop=["\n\nUser:"])

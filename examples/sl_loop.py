@@ -58,7 +58,7 @@ def conversation_to_datum(messages: list[dict[str, str]], tokenizer) -> tinker.D
 def main() -> None:
     arguments = parse_arguments()
     service_client = tinker.ServiceClient()
-    model = arguments.model or service_client.get_server_capabilities().supported_models[0].model_name
+    model = arguments.model or tinker.RestClient().get_server_capabilities().result().supported_models[0].model_name
     training_client = service_client.create_lora_training_client(base_model=model, rank=arguments.rank).result()
     tokenizer = training_client.get_tokenizer()
     data = [conversation_to_datum(messages, tokenizer) for messages in read_conversations(arguments.data)]

@@ -236,7 +236,7 @@ def _token_budgets(settings: Settings, model: "BaseModel", max_running: int) -> 
     on_cpu = model.device.type == "cpu"
     free = sizing.free_host_memory() if on_cpu else torch.cuda.mem_get_info(model.device)[0]
     return (
-        settings.kv_cache_tokens or sizing.kv_cache_tokens(sizes, free, max_running),
+        settings.kv_cache_tokens or sizing.kv_cache_tokens(sizes, free, max_running, on_cpu=on_cpu),
         settings.train_tokens or sizing.train_tokens(sizes, free, on_cpu=on_cpu),
     )
 

@@ -10,6 +10,7 @@ import psutil
 
 KV_SHARE = 0.35  # of free memory
 TRAIN_SHARE = 0.25
+CPU_KV_TOKENS = 65536  # a CPU cannot use more at its speed
 CPU_TRAIN_TOKENS = 4096  # larger micro-batches gain nothing on a CPU
 DEVICE_TRAIN_TOKENS = 65536
 CGROUP = Path("/sys/fs/cgroup")
@@ -43,13 +44,14 @@ class ModelSizes:
         return self.layers * (16 * self.hidden + 6 * self.intermediate) * self.item_bytes
 
 
-def kv_cache_tokens(sizes: ModelSizes, free_bytes: int, max_running: int) -> int:
+def kv_cache_tokens(sizes: ModelSizes, free_bytes: int, max_running: int, *, on_cpu: bool) -> int:
     """Tokens that fit into the cache's share of memory, at most what `max_running` full contexts need.
 
     At least one full context, since a smaller cache could not serve every valid request.
     """
     fitting = int(free_bytes * KV_SHARE) // sizes.kv_bytes
-    return max(sizes.max_context, min(fitting, max_running * sizes.max_context))
+    useful = min(max_running * sizes.max_context, CPU_KV_TOKENS) if on_cpu else max_running * sizes.max_context
+    return max(sizes.max_context, min(fitting, useful))
 
 
 def train_tokens(sizes: ModelSizes, free_bytes: int, *, on_cpu: bool) -> int:

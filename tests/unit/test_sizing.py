@@ -16,12 +16,12 @@ def test_a_cached_token_costs_keys_and_values_of_all_layers() -> None:
 
 @pytest.mark.parametrize("free", [0, GIB, 100 * GIB])
 def test_the_cache_holds_one_context_at_least_and_all_running_ones_at_most(free: int) -> None:
-    assert 2048 <= kv_cache_tokens(SIZES, free, 64) <= 64 * 2048
+    assert 2048 <= kv_cache_tokens(SIZES, free, 64, on_cpu=False) <= 64 * 2048
 
 
 def test_the_cache_and_a_micro_batch_stay_within_their_shares() -> None:
     free = GIB // 8
-    assert kv_cache_tokens(SIZES, free, 64) * SIZES.kv_bytes <= 0.35 * free
+    assert kv_cache_tokens(SIZES, free, 64, on_cpu=False) * SIZES.kv_bytes <= 0.35 * free
     assert train_tokens(SIZES, free, on_cpu=False) * SIZES.activation_bytes <= 0.25 * free
     assert train_tokens(SIZES, 0, on_cpu=False) == 256
 
