@@ -23,6 +23,11 @@ PREFIX = "/api/v1"
 _CHECKPOINT = "/training_runs/{run_id}/checkpoints/{segment}/{name}"
 
 ROUTES: tuple[tuple[str, str, Handler], ...] = (
+    # They are tried in order, so those on every step's way come first.
+    ("POST", "/retrieve_future", futures.retrieve_future),
+    ("POST", "/asample", sampling.asample),
+    ("POST", "/forward_backward", training.forward_backward),
+    ("POST", "/optim_step", training.optim_step),
     ("POST", "/client/config", service.client_config),
     ("POST", "/client/dynamic_config", service.client_dynamic_config),
     ("GET", "/get_server_capabilities", service.server_capabilities),
@@ -34,8 +39,6 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("GET", "/sessions/{session_id}", sessions.get_session),
     ("POST", "/create_model", training.create_model),
     ("POST", "/get_info", training.get_info),
-    ("POST", "/forward_backward", training.forward_backward),
-    ("POST", "/optim_step", training.optim_step),
     ("POST", "/create_custom_loss", training.create_custom_loss),
     ("POST", "/save_weights", weights.save_weights),
     ("POST", "/save_weights_for_sampler", weights.save_weights_for_sampler),
@@ -43,9 +46,7 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/load_weights", weights.load_weights),
     ("POST", "/weights_info", weights.weights_info),
     ("POST", "/create_sampling_session", sampling.create_sampling_session),
-    ("POST", "/asample", sampling.asample),
     ("GET", "/samplers/{sampler_id}", sampling.get_sampler),
-    ("POST", "/retrieve_future", futures.retrieve_future),
     ("GET", "/training_runs", runs.list_runs),
     ("GET", "/training_runs/{run_id}", runs.get_run),
     ("GET", "/training_runs/{run_id}/checkpoints", runs.list_run_checkpoints),

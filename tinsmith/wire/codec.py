@@ -20,7 +20,7 @@ from tinsmith.errors import TooLargeError, UserError
 from tinsmith.wire import messages_pb2 as pb
 from tinsmith.wire.losses import LOSSES, LossSignature
 from tinsmith.wire.packing import Float32, Int32, Int64, TrainCall, TrainOutput
-from tinsmith.wire.tensors import FLOAT32, INT32, INT64, flat_values, shape_of
+from tinsmith.wire.tensors import FLOAT32, INT32, INT64, WIRE_TYPES, flat_values, shape_of
 
 TARGETS = "target_tokens"
 _CHUNK_NAMES = {"image": "an image", "dmel": "audio", None: "nothing"}
@@ -243,14 +243,26 @@ def _column(
     data: Sequence[pb.Datum], name: str, dtype: np.dtype[Any], shapes: Sequence[tuple[int, ...]]
 ) -> NDArray[Any]:
     """One input of all datums, in the layout of the targets."""
+    tensors = [datum.loss_fn_inputs[name] for datum in data]
+    if _all_dense(tensors, dtype, shapes):
+        return np.frombuffer(b"".join([tensor.dense for tensor in tensors]), dtype)
     parts = []
-    for index, shape in enumerate(shapes):
+    for index, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
         where = _where(index, name)
-        tensor = data[index].loss_fn_inputs[name]
         if (given := shape_of(tensor, dtype, where)) != shape:
             raise UserError(f"{where} has shape {list(given)}; it must have that of {TARGETS}, {list(shape)}")
         parts.append(flat_values(tensor, dtype, shape, where))
     return np.concatenate(parts)
+
+
+def _all_dense(tensors: list[pb.Tensor], dtype: np.dtype[Any], shapes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether every tensor is dense and exactly as it should be: nearly always so, and then one copy takes them all."""
+    sizes = [dtype.itemsize * math.prod(shape) for shape in shapes]
+    return (
+        {tensor.dtype for tensor in tensors} == {WIRE_TYPES[dtype]}
+        and [len(tensor.dense) for tensor in tensors] == sizes
+        and all(tuple(tensor.shape) == shape for tensor, shape in zip(tensors, shapes, strict=True))
+    )
 
 
 def _check_tokens(tokens: Int32 | Int64, offsets: Int64, vocab_size: int, name: str) -> None:

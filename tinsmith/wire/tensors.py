@@ -17,12 +17,12 @@ INT64 = np.dtype("<i8")
 INT32 = np.dtype("<i4")
 FLOAT32 = np.dtype("<f4")
 
-_WIRE_TYPES = {FLOAT32: pb.DTYPE_FLOAT32, INT64: pb.DTYPE_INT64}
+WIRE_TYPES = {FLOAT32: pb.DTYPE_FLOAT32, INT64: pb.DTYPE_INT64}
 
 
 def shape_of(tensor: pb.Tensor, dtype: np.dtype[Any], where: str) -> tuple[int, ...]:
     """The declared shape; a dense tensor without one is a vector. Checks the element type. Raises UserError."""
-    if tensor.dtype != _WIRE_TYPES[dtype]:
+    if tensor.dtype != WIRE_TYPES[dtype]:
         raise UserError(f"{where} has dtype {_dtype_name(tensor.dtype)}; it must be {dtype.name}")
     if tensor.shape:
         return tuple(tensor.shape)
@@ -63,12 +63,13 @@ def densify(
     if len(shape) != 2:
         raise UserError(f"{where} is sparse with shape {list(shape)}; a sparse tensor has two dimensions")
     height, width = shape
-    if len(crow) != height + 1 or crow[0] != 0 or crow[-1] != len(values) or np.any(np.diff(crow) < 0):
+    counts = crow[1:] - crow[:-1]
+    if len(crow) != height + 1 or crow[0] != 0 or crow[-1] != len(values) or (height and counts.min() < 0):
         raise UserError(f"{where}: crow_indices must be {height + 1} ascending offsets from 0 to {len(values)}")
-    if len(columns) != len(values) or np.any((columns < 0) | (columns >= width)):
+    if len(columns) != len(values) or (len(columns) and not 0 <= columns.min() <= columns.max() < width):
         raise UserError(f"{where}: col_indices must be {len(values)} indices from 0 to {width - 1}")
-    cells = np.repeat(np.arange(height) * width, np.diff(crow)) + columns
-    if np.any(np.diff(cells) <= 0):
+    cells = np.repeat(np.arange(height) * width, counts) + columns
+    if (cells[1:] <= cells[:-1]).any():
         raise UserError(f"{where}: col_indices must ascend within each row, without repeats")
     flat = np.full(height * width, pad, values.dtype)
     flat[cells] = values
@@ -78,7 +79,7 @@ def densify(
 def dense_tensor(values: NDArray[Any], dtype: np.dtype[Any]) -> pb.Tensor:
     """A protobuf tensor of `values`, converted to float32 or int64."""
     dense = np.ascontiguousarray(values, dtype)
-    return pb.Tensor(dense=dense.tobytes(), dtype=_WIRE_TYPES[dtype], shape=dense.shape)
+    return pb.Tensor(dense=dense.tobytes(), dtype=WIRE_TYPES[dtype], shape=dense.shape)
 
 
 def _product(shape: Sequence[int]) -> int:
