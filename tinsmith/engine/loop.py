@@ -313,21 +313,23 @@ class Engine:
         now = time.monotonic()
         if now - self._pointed_at > POINT_SECONDS:
             self._pointed_at = now
-            self._write_points()
+            self.write_points()
         if now - self._kept_house_at > KEEP_HOUSE_SECONDS:
             self._kept_house_at = now
-            self._close_models()
+            self.close_models()
             for folder in self._ledger.drop_expired_checkpoints(time.time()):
                 remove_folder(folder)
             self._ledger.prune(time.time() - self._future_seconds)
 
-    def _write_points(self) -> None:
+    def write_points(self) -> None:
+        """Gives every model that has stepped since its last recovery point a new one."""
         for model_id, lane in self._lanes.items():
             if lane.stepped and model_id in self._residency.models:
                 self._write_point(model_id)
                 lane.stepped = False
 
-    def _close_models(self) -> None:
+    def close_models(self) -> None:
+        """Frees the models of sessions that are over, once nothing of theirs waits."""
         for model_id in self._ledger.closing_models(time.time() - SILENT_SECONDS):
             lane = self._lanes.get(model_id)
             if lane is not None and lane.waiting:

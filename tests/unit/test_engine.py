@@ -1,0 +1,300 @@
+"""The engine with the real trainer, sampler and store, on the embedded model: order, errors, paging, recovery."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tinsmith.demo import tiny_folder
+from tinsmith.engine.loop import Engine
+from tinsmith.models.loading import BaseModel, load_base
+from tinsmith.sampling.sampler import TorchSampler
+from tinsmith.store import queue, records
+from tinsmith.store.database import Database
+from tinsmith.store.doorbell import Doorbell
+from tinsmith.store.ledger import Ledger, NewCheckpoint
+from tinsmith.training.trainer import TorchTrainer
+from tinsmith.wire.jobs import Future, Job
+from tinsmith.wire.packing import SampleCall, SampleOutput, TrainCall, TrainOutput
+
+BASE = "tiny"
+SESSION = "s"
+
+
+@cache
+def embedded() -> tuple[BaseModel, Any]:
+    """The embedded model, loaded once: trainers and samplers never change it."""
+    folder = tiny_folder()
+    model = load_base(folder, dtype=torch.float32, device=torch.device("cpu"), on_progress=lambda progress: None)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def datums(*rows: list[int], weight: float = 1.0, forward_only: bool = False) -> TrainCall:
+    """Cross-entropy of each row's tokens, every one predicting the next."""
+    lengths = [len(row) - 1 for row in rows]
+    tokens = np.array([token for row in rows for token in row[:-1]], np.int32)
+    targets = np.array([token for row in rows for token in row[1:]], np.int32)
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
+    weights = np.full(len(tokens), weight, np.float32)
+    widths = np.zeros(len(rows), np.int32)
+    return TrainCall("cross_entropy", {}, forward_only, tokens, offsets, targets, offsets, widths, {"weights": weights})
+
+
+@dataclass
+class Bench:
+    """One server's store, and engines on it that can be started and abandoned at will."""
+
+    folder: Path
+    max_models: int = 8
+    next_seq: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.database = Database(f"sqlite:///{self.folder / 'db.sqlite'}")
+        self.database.migrate()
+        self.doorbell = Doorbell(f"sqlite:///{self.folder / 'db.sqlite'}")
+        now = time.time()
+        session = records.Session(SESSION, "me", "open", [], {}, "0", None, None, None, now, now)
+        self.database.write(records.create_session, session)
+        self.engine = self.new_engine()
+
+    def new_engine(self) -> Engine:
+        """A fresh process's engine: nothing in memory. The one before it is abandoned, as if killed."""
+        model, tokenizer = embedded()
+        self.engine = Engine(
+            Ledger(self.database, self.doorbell, BASE),
+            TorchTrainer(model, micro_batch_tokens=512, max_adapters=16, max_rank=64),
+            TorchSampler(model, tokenizer, kv_tokens=4096, max_running=16),
+            NewCheckpoint,
+            data_dir=self.folder,
+            max_models=self.max_models,
+            future_seconds=3600.0,
+        )
+        self.engine.take_over()
+        return self.engine
+
+    def close(self) -> None:
+        self.doorbell.close()
+        self.database.close()
+
+    def run(self) -> None:
+        while self.engine.turn():
+            pass
+
+    def submit(self, subject: str, kind: str, body: bytes | dict[str, Any], seq: int | None = None) -> str:
+        if seq is None:
+            seq = self.next_seq.get(subject, 0)
+            self.next_seq[subject] = seq + 1
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return self.database.write(queue.submit, Job(subject, seq, kind, "me", BASE, raw, tokens=8))
+
+    def find(self, request_id: str) -> Future:
+        future = self.database.read(queue.find, request_id)
+        assert future is not None
+        return future
+
+    def result(self, request_id: str) -> bytes:
+        self.run()
+        future = self.find(request_id)
+        assert future.state == "done", future
+        assert future.body is not None
+        return future.body
+
+    def error(self, request_id: str) -> str:
+        self.run()
+        future = self.find(request_id)
+        assert future.state == "failed", future
+        assert future.category == "user"
+        return future.error or ""
+
+    def create(self, name: str, rank: int = 4) -> str:
+        model_id = f"{SESSION}:train:{name}"
+        spec = {"rank": rank, "seed": 7, "train_attn": True, "train_mlp": True, "train_unembed": True}
+        now = time.time()
+        model = records.Model(model_id, SESSION, "me", BASE, BASE, spec, {}, "creating", None, None, now, now)
+        self.database.write(records.create_model, model)
+        self.submit(model_id, "create_model", {})
+        return model_id
+
+    def sampler(self, name: str, snapshot: str, model_id: str | None) -> str:
+        sampler_id = f"{SESSION}:sample:{name}"
+        record = records.SamplerRecord(sampler_id, SESSION, "me", BASE, BASE, snapshot, model_id, time.time())
+        self.database.write(records.create_sampler, record)
+        return sampler_id
+
+    def train(self, model_id: str, rows: list[int]) -> str:
+        return self.submit(model_id, "forward_backward", datums(rows).to_bytes())
+
+    def step(self, model_id: str) -> str:
+        return self.submit(model_id, "optim_step", {"learning_rate": 0.01, "weight_decay": 0.1, "grad_clip_norm": 1.0})
+
+    def logprobs(self, model_id: str) -> np.ndarray[Any, Any]:
+        call = datums([5, 6, 7, 8, 9, 10], forward_only=True)
+        return TrainOutput.from_bytes(self.result(self.submit(model_id, "forward", call.to_bytes()))).logprobs_M
+
+    def greedy(self, sampler_id: str) -> list[int]:
+        call = SampleCall(np.array([40, 41, 42], np.int32), seed=1, max_tokens=8, temperature=0.0, stop_at_eos=False)
+        return SampleOutput.from_bytes(
+            self.result(self.submit(sampler_id, "sample", call.to_bytes()))
+        ).tokens_S.tolist()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path)
+    yield bench
+    bench.close()
+
+
+def lesson(bench: Bench, model_id: str, steps: range) -> None:
+    for step in steps:
+        bench.train(model_id, [20 + step, 21, 22, 23 + step, 24])
+        bench.step(model_id)
+
+
+def test_operations_run_in_order_of_seq_whatever_their_arrival(bench: Bench) -> None:
+    model = bench.create("a")
+    late = bench.submit(model, "optim_step", {"learning_rate": 0.1}, seq=3)
+    second = bench.submit(model, "forward_backward", datums([1, 2, 3]).to_bytes(), seq=2)
+    bench.run()
+    assert bench.find(second).state == bench.find(late).state == "running"
+    bench.submit(model, "forward_backward", datums([3, 4, 5]).to_bytes(), seq=1)
+    assert json.loads(bench.result(late))["metrics"]["grad_norm"] > 0
+    assert bench.find(second).state == "done"
+
+
+def test_a_refused_operation_is_stepped_over(bench: Bench) -> None:
+    model = bench.create("a")
+    bench.run()
+    bench.database.write(queue.reject, Job(model, 1, "forward_backward", "me", BASE, b""), "refused at the door")
+    step = bench.submit(model, "optim_step", {}, seq=2)
+    assert "metrics" in json.loads(bench.result(step))
+
+
+def test_no_step_is_taken_on_a_gradient_that_lost_a_chunk(bench: Bench) -> None:
+    model = bench.create("a")
+    before = bench.logprobs(model)
+    bench.submit(model, "forward_backward", datums([1, 2, 3]).to_bytes(), seq=3)
+    bench.database.write(queue.reject, Job(model, 2, "forward_backward", "me", BASE, b""), "its first chunk is bad")
+    refused = bench.submit(model, "optim_step", {"learning_rate": 0.1}, seq=4)
+    assert f"{model}:2" in bench.error(refused)
+    bench.next_seq[model] = 5
+    assert np.array_equal(bench.logprobs(model), before)
+    bench.train(model, [1, 2, 3])
+    assert json.loads(bench.result(bench.step(model)))["metrics"]["grad_norm"] > 0
+
+
+def test_an_error_belongs_to_its_own_request(bench: Bench) -> None:
+    good, bad = bench.create("good"), bench.create("bad")
+    missing = bench.submit(bad, "load_weights", {"path": "tinker://x/weights/y", "optimizer": True, "create": False})
+    fine = bench.train(good, [1, 2, 3])
+    assert "tinker://x/weights/y" in bench.error(missing)
+    assert bench.find(fine).state == "done"
+    assert bench.logprobs(bad).shape == (5,)
+
+
+def test_a_model_that_could_not_be_created_says_so_to_every_later_request(bench: Bench) -> None:
+    model = bench.create("huge", rank=100_000)
+    later = bench.train(model, [1, 2, 3])
+    assert "could not be created" in bench.error(later)
+    assert "100000" in (bench.find(f"{model}:0").error or "")
+
+
+def test_models_beyond_the_limit_take_turns_on_the_device_without_a_trace(tmp_path: Path) -> None:
+    outcomes = []
+    for max_models in (1, 8):
+        bench = Bench(tmp_path / str(max_models), max_models) if (tmp_path / str(max_models)).mkdir() is None else None
+        assert bench is not None
+        models = [bench.create(name, rank) for name, rank in (("a", 4), ("b", 8), ("c", 0))]
+        for step in range(3):
+            for model in models:
+                bench.train(model, [20 + step, 21, 22, 23, 24])
+                bench.train(model, [30, 31 + step, 32])
+                bench.run()
+            for model in models:
+                bench.step(model)
+        outcomes.append([bench.logprobs(model) for model in models])
+        bench.close()
+    for paged, resident in zip(*outcomes, strict=True):
+        np.testing.assert_allclose(paged, resident, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+@pytest.mark.parametrize("point", [False, True], ids=["from the log", "from a recovery point"])
+def test_a_killed_engine_loses_nothing(bench: Bench, tmp_path: Path, rank: int, point: bool) -> None:
+    calm = bench.create("calm", rank)
+    lesson(bench, calm, range(4))
+    bench.train(calm, [50, 51, 52])
+    bench.step(calm)
+    expected = bench.logprobs(calm)
+
+    shaken = bench.create("shaken", rank)
+    lesson(bench, shaken, range(2))
+    bench.run()
+    if point:
+        bench.engine.write_points()
+        bench.new_engine()
+    lesson(bench, shaken, range(2, 4))
+    bench.train(shaken, [50, 51, 52])
+    bench.run()
+    bench.step(shaken)
+    bench.database.write(queue.claim, BASE, "dying engine", 10)
+    bench.new_engine()
+    np.testing.assert_allclose(bench.logprobs(shaken), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("point", [False, True], ids=["replayed", "paged out"])
+def test_an_unnamed_snapshot_survives_its_engine_and_never_changes(bench: Bench, point: bool) -> None:
+    model = bench.create("a")
+    lesson(bench, model, range(2))
+    sampler = bench.sampler("0", f"{SESSION}:sample:0", model)
+    request = {"name": None, "path": None, "sampler_id": sampler, "kind": "snapshot"}
+    bench.result(bench.submit(model, "save_weights_for_sampler", request))
+    before = bench.greedy(sampler)
+    lesson(bench, model, range(2, 12))
+    assert bench.greedy(sampler) == before
+    if point:
+        bench.engine.write_points()
+    bench.new_engine()
+    assert bench.greedy(sampler) == before
+
+
+def test_a_checkpoint_restores_weights_and_optimizer_and_its_name_cannot_be_taken_twice(bench: Bench) -> None:
+    model = bench.create("a")
+    lesson(bench, model, range(3))
+    path = f"tinker://{model}/weights/one"
+    save = {"name": "one", "path": path, "ttl_seconds": None, "overwrite": False, "user_metadata": {}}
+    bench.submit(model, "save_weights", save)
+    again = bench.submit(model, "save_weights", save)
+    expected = bench.logprobs(model)
+    lesson(bench, model, range(3, 5))
+    moved = bench.logprobs(model)
+    assert "exists already" in bench.error(again)
+
+    twin = bench.create("twin")
+    bench.submit(twin, "load_weights", {"path": path, "optimizer": True, "create": False})
+    np.testing.assert_allclose(bench.logprobs(twin), expected, atol=1e-6)
+    lesson(bench, twin, range(3, 5))
+    np.testing.assert_allclose(bench.logprobs(twin), moved, atol=2e-6)
+
+
+def test_a_finished_session_frees_its_models(bench: Bench) -> None:
+    model = bench.create("a")
+    lesson(bench, model, range(2))
+    bench.run()
+    bench.engine.write_points()
+    assert list((bench.folder / "recovery").iterdir())
+    bench.database.write(records.finish_session, SESSION, "me", "success")
+    bench.engine.close_models()
+    record = bench.database.read(records.find_model, model)
+    assert record is not None
+    assert record.state == "closed"
+    assert not list((bench.folder / "recovery").iterdir())
+    assert "session is over" in bench.error(bench.train(model, [1, 2, 3]))
