@@ -110,15 +110,15 @@ def train(client: tinker.TrainingClient, encoder: Encoder, recipe: Recipe) -> No
     started, tokens = time.monotonic(), 0
     waiting: list[tuple[int, tinker.APIFuture[tinker.ForwardBackwardOutput]]] = []
     for step, batch in zip(range(1, recipe.steps + 1), batches(encoder, recipe), strict=False):
-        waiting.append((step, client.forward_backward(batch, loss_fn="cross_entropy")))
+        size = sum(datum.model_input.length for datum in batch)
+        waiting.append((size, client.forward_backward(batch, loss_fn="cross_entropy")))
         client.optim_step(recipe.adam(step))
-        tokens += sum(datum.model_input.length for datum in batch)
         while len(waiting) > (IN_FLIGHT if step < recipe.steps else 0):
-            done, future = waiting.pop(0)
+            size, future = waiting.pop(0)
+            tokens += size
             loss = future.result().metrics["loss:sum"]
-            if done % 20 == 0:
-                seconds = time.monotonic() - started
-                print(f"step {done:4d}  loss {loss:.3f}  {tokens:,} tokens  {seconds:.0f} s", flush=True)
+        if step % 20 == 0:
+            print(f"step {step:4d}  loss {loss:.3f}  {tokens:,} tokens  {time.monotonic() - started:.0f} s", flush=True)
 
 
 def examine(client: tinker.SamplingClient, encoder: Encoder, count: int) -> dict[str, list[Grade]]:
@@ -175,12 +175,13 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = Recipe(steps=arguments.steps)
     encoder = Encoder(arguments.blank)
+    rest = tinker.RestClient(base_url=arguments.base_url)
+    served = rest.get_server_capabilities().result().supported_models[0].model_name
     service = tinker.ServiceClient(base_url=arguments.base_url, display_name="train the embedded model")
-    served = service.get_server_capabilities().supported_models[0].model_name
-    client = service.create_lora_training_client(base_model=str(served), rank=0, seed=recipe.seed)
+    client = service.create_lora_training_client(base_model=str(served), rank=0, seed=recipe.seed).result()
     train(client, encoder, recipe)
-    export(client, service.create_rest_client(), arguments.blank, arguments.export)
-    examine(client.save_weights_and_get_sampling_client(), encoder, arguments.examine)
+    export(client, rest, arguments.blank, arguments.export)
+    examine(client.save_weights_and_get_sampling_client().result(), encoder, arguments.examine)
 
 
 if __name__ == "__main__":
