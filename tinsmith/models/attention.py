@@ -38,7 +38,7 @@ class PackedAttention:
     """Causal attention within each of the packed sequences whose row boundaries are `cu_seqlens` ([0, …, T])."""
 
     def __init__(self, cu_seqlens: Sequence[int]) -> None:
-        self.bounds = list(itertools.pairwise(cu_seqlens))
+        self.lengths = [end - start for start, end in itertools.pairwise(cu_seqlens)]
 
     def __call__(
         self,
@@ -51,9 +51,11 @@ class PackedAttention:
     ) -> Tensor:
         gqa = query_HTd.shape[0] != key_GTd.shape[0]
         outputs = []
-        for start, end in self.bounds:
-            query, key, value = (part[None, :, start:end] for part in (query_HTd, key_GTd, value_GTd))
-            mask = None if window is None or end - start <= window else _band(end - start, window, query.device)
+        # Split, not sliced: a slice's gradient is as long as the whole, so that n slices would cost n² in backward.
+        wholes = (query_HTd[None], key_GTd[None], value_GTd[None])
+        for query, key, value in zip(*(whole.split(self.lengths, dim=2) for whole in wholes), strict=True):
+            length = query.shape[2]
+            mask = None if window is None or length <= window else _band(length, window, query.device)
             output_HLd = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
             )[0]
