@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psycopg
 
-_FAST = "-c fsync=off -c synchronous_commit=off -c full_page_writes=off -c max_connections=200 -c shared_buffers=32MB"
+_FAST = "-c fsync=off -c full_page_writes=off -c max_connections=200 -c shared_buffers=32MB"
 
 
 def find_binaries() -> Path | None:

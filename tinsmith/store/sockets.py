@@ -48,6 +48,7 @@ class SocketRinger:
     def close(self) -> None:
         self._courier.close()
         self._socket.close()
+        _remove_if_empty(self._folder)
 
     def _listeners(self, topic: str) -> list[str]:
         try:
@@ -113,8 +114,7 @@ class SocketBell(Bell):
     def _hang_up(self) -> None:
         self._path.unlink(missing_ok=True)
         self._socket.close()
-        with suppress(OSError):  # others listen still, or have removed it
-            self._folder.rmdir()
+        _remove_if_empty(self._folder)
 
 
 def _new_socket() -> socket.socket:
@@ -137,3 +137,8 @@ def _make_private(folder: Path) -> None:
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise ConfigError(f"{folder} must be a folder that only this user can enter (mode 0700); remove it")
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # somebody listens still, or was faster
+        folder.rmdir()
