@@ -187,6 +187,7 @@ def running_api(folder: Path, **options: Any) -> Iterator[Api]:
     engine = CannedEngine(database, doorbell, settings.served_name)
     engine.start()
     listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it only where the protocol is named
     app = create_app(settings, database, doorbell)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
