@@ -1,0 +1,90 @@
+"""Tiny random models of several families, as folders that `load_base` reads."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from tinsmith.models.loading import BaseModel, load_base
+from tinsmith.training.trainer import TorchTrainer
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "qwen3-tied": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True)),
+    "qwen3-untied": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=False)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)),
+    "qwen2-biases": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=False)),
+    "mistral-window": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=5, tie_word_embeddings=False)),
+}
+
+
+def randomize(module: PreTrainedModel, seed: int) -> None:
+    """Larger weights than the usual initialisation, norms and biases included: mistakes show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.1 * noise if parameter.ndim == 1 else 0.15 * noise)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family's tiny model, made on first use."""
+    root = tmp_path_factory.mktemp("models")
+
+    def folder(family: str) -> Path:
+        path = root / family
+        if not path.exists():
+            module = FAMILIES[family]()
+            randomize(module, seed=len(family))
+            module.save_pretrained(path)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bases(folders: Callable[[str], Path]) -> Callable[[str], BaseModel]:
+    """The loaded base model of a family; shared, since nothing may change it."""
+    loaded: dict[str, BaseModel] = {}
+
+    def base(family: str) -> BaseModel:
+        if family not in loaded:
+            loaded[family] = load_base(
+                folders(family), dtype=torch.float32, device=torch.device("cpu"), on_progress=lambda _: None
+            )
+        return loaded[family]
+
+    return base
+
+
+@pytest.fixture
+def new_trainer(bases: Callable[[str], BaseModel]) -> Callable[..., TorchTrainer]:
+    """A trainer on a family's base model; keyword arguments override its limits."""
+
+    def make(family: str = "qwen3-tied", **overrides: object) -> TorchTrainer:
+        options = {"micro_batch_tokens": 64, "max_adapters": 8, "max_rank": 32, "gradient_checkpointing": False}
+        return TorchTrainer(bases(family), **(options | overrides))
+
+    return make

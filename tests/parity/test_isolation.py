@@ -1,0 +1,179 @@
+"""What a tenant gets does not depend on who else is in the batch, how a batch is cut, or who fails beside it."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from tests.parity.reference import SPECS, Datum, as_call, random_datum, warm
+from tinsmith.errors import UserError
+from tinsmith.protocols import AdamParams, ModelCall, ModelSpec
+from tinsmith.training.trainer import TorchTrainer
+from tinsmith.wire.losses import LOSSES
+from tinsmith.wire.packing import TrainCall, TrainOutput
+
+FULL = ModelSpec(rank=0, seed=0)
+PARAMS = AdamParams(learning_rate=0.01, weight_decay=0.1, grad_clip_norm=0.5)
+
+
+def random_data(rng: np.random.Generator, lengths: Sequence[int], loss: str) -> list[Datum]:
+    signature = LOSSES[loss]
+    return [random_datum(rng, length, signature.inputs) for length in lengths]
+
+
+def add(trainer: TorchTrainer, model_id: str, spec: ModelSpec) -> None:
+    trainer.add(model_id, spec)
+    if spec.is_lora:
+        warm(trainer._models[model_id].weights, seed=spec.seed)
+
+
+def gradient(trainer: TorchTrainer, model_id: str) -> torch.Tensor:
+    return trainer._models[model_id].weights.require_grad().clone()
+
+
+def tenants() -> dict[str, tuple[ModelSpec, TrainCall]]:
+    rng = np.random.default_rng(0)
+    specs = [*SPECS.values(), FULL, ModelSpec(rank=16, seed=9), ModelSpec(rank=1, seed=10)]
+    calls = {}
+    for number, (loss, spec) in enumerate(zip(LOSSES, specs, strict=True)):
+        lengths = rng.integers(1, 25, size=number % 3 + 2).tolist()
+        calls[loss] = (spec, as_call(random_data(rng, lengths, loss), loss))
+    return calls
+
+
+@pytest.mark.parametrize("budget", [1000, 40, 7])
+def test_tenants_of_all_ranks_and_losses_together_end_where_each_ends_alone(
+    budget: int, new_trainer: Callable[..., TorchTrainer]
+) -> None:
+    together = new_trainer(micro_batch_tokens=budget)
+    calls = tenants()
+    for model_id, (spec, _) in calls.items():
+        add(together, model_id, spec)
+    mixed = [ModelCall(model_id, call) for model_id, (_, call) in calls.items()]
+    for _ in range(2):
+        results = together.forward_backward(mixed)
+    grads = {m: gradient(together, m) for m in calls}
+    norms = [together.optim_step(model_id, PARAMS)["grad_norm"] for model_id in calls]
+
+    for (model_id, (spec, call)), result, norm in zip(calls.items(), results, norms, strict=True):
+        alone = new_trainer(micro_batch_tokens=budget)
+        add(alone, model_id, spec)
+        for _ in range(2):
+            [expected] = alone.forward_backward([ModelCall(model_id, call)])
+        np.testing.assert_array_equal(result.logprobs_M, expected.logprobs_M)
+        assert result.metrics == expected.metrics
+        assert torch.equal(grads[model_id], gradient(alone, model_id)), model_id
+        assert alone.optim_step(model_id, PARAMS)["grad_norm"] == norm
+        assert torch.equal(together._models[model_id].weights.weights, alone._models[model_id].weights.weights)
+
+
+@pytest.mark.parametrize("spec", [SPECS["all"], FULL], ids=["lora", "full"])
+def test_chunks_add_up_to_one_call(spec: ModelSpec, new_trainer: Callable[..., TorchTrainer]) -> None:
+    rng = np.random.default_rng(1)
+    data = random_data(rng, [5, 11, 3, 20, 8], "ppo")
+    trainer = new_trainer(micro_batch_tokens=16)
+    add(trainer, "m", spec)
+    [whole] = trainer.forward_backward([ModelCall("m", as_call(data, "ppo"))])
+    expected = gradient(trainer, "m")
+    trainer.discard_gradient("m")
+    assert not gradient(trainer, "m").any()
+
+    parts = trainer.forward_backward([ModelCall("m", as_call(part, "ppo")) for part in (data[:2], data[2:])])
+    torch.testing.assert_close(gradient(trainer, "m"), expected, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(np.concatenate([part.logprobs_M for part in parts]), whole.logprobs_M, atol=1e-6)
+    for name in ("loss:sum", "tokens:sum", "clipped_tokens:sum", "kl_sample_train:sum"):
+        assert sum(part.metrics[name] for part in parts) == pytest.approx(whole.metrics[name], rel=1e-5, abs=1e-5)
+    assert max(part.metrics["ratio:max"] for part in parts) == pytest.approx(whole.metrics["ratio:max"], rel=1e-5)
+
+
+@pytest.mark.parametrize("spec", [SPECS["all"], FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("budget", [1000, 10])
+def test_a_call_with_a_loss_that_is_not_finite_fails_alone(
+    spec: ModelSpec, budget: int, new_trainer: Callable[..., TorchTrainer]
+) -> None:
+    rng = np.random.default_rng(2)
+    good = [as_call(random_data(rng, [4, 9, 6], "cross_entropy")) for _ in range(3)]
+    bad_data = random_data(rng, [8, 8, 8], "cross_entropy")
+    bad_data[2].inputs["weights"][3] = np.inf
+    bad = ModelCall("m", as_call(bad_data))
+    trainer, clean = (new_trainer(micro_batch_tokens=budget) for _ in range(2))
+    for each in (trainer, clean):
+        add(each, "m", spec)
+        add(each, "neighbour", SPECS["attention"])
+    first, second, third = ModelCall("m", good[0]), ModelCall("neighbour", good[1]), ModelCall("m", good[2])
+    results = trainer.forward_backward([first, bad, second, third])
+    clean.forward_backward([first, second, third])
+
+    assert isinstance(results[1], UserError)
+    assert [isinstance(result, TrainOutput) for result in results] == [True, False, True, True]
+    for model_id in ("m", "neighbour"):
+        assert torch.equal(gradient(trainer, model_id), gradient(clean, model_id))
+
+
+def test_a_failed_call_alone_leaves_nothing_to_step_on(new_trainer: Callable[..., TorchTrainer]) -> None:
+    data = random_data(np.random.default_rng(3), [8], "cross_entropy")
+    data[0].inputs["weights"][:] = np.nan
+    trainer = new_trainer()
+    add(trainer, "m", SPECS["all"])
+    before = trainer._models["m"].weights.weights.clone()
+    [result] = trainer.forward_backward([ModelCall("m", as_call(data))])
+    assert isinstance(result, UserError)
+    assert trainer.optim_step("m", PARAMS) == {"grad_norm": 0.0}
+    assert torch.equal(trainer._models["m"].weights.weights, before)
+
+
+def test_weights_that_are_broken_stay_one_tenants_problem(new_trainer: Callable[..., TorchTrainer]) -> None:
+    call = as_call(random_data(np.random.default_rng(4), [8, 8], "cross_entropy"))
+    trainer, clean = new_trainer(), new_trainer()
+    for each in (trainer, clean):
+        add(each, "broken", SPECS["mlp"])
+        add(each, "sound", SPECS["all"])
+    trainer._models["broken"].weights.weights.fill_(float("nan"))
+    results = trainer.forward_backward([ModelCall("broken", call), ModelCall("sound", call)])
+    clean.forward_backward([ModelCall("sound", call)])
+    assert isinstance(results[0], UserError)
+    assert torch.equal(gradient(trainer, "sound"), gradient(clean, "sound"))
+
+
+def test_a_bad_request_is_refused_without_touching_its_neighbours(new_trainer: Callable[..., TorchTrainer]) -> None:
+    rng = np.random.default_rng(5)
+    good = as_call(random_data(rng, [6], "cross_entropy"))
+    out_of_range = random_data(rng, [6], "cross_entropy")
+    out_of_range[0].tokens[2] = 97
+    too_long = as_call(random_data(rng, [257], "cross_entropy"))
+    trainer = new_trainer()
+    add(trainer, "m", SPECS["all"])
+    calls = [ModelCall("nobody", good), ModelCall("m", as_call(out_of_range)), ModelCall("m", too_long)]
+    *errors, result = trainer.forward_backward([*calls, ModelCall("m", good)])
+    assert all(isinstance(error, UserError) for error in errors)
+    assert isinstance(result, TrainOutput)
+    for error, offending in zip(errors, ("'nobody'", "to 97", "257"), strict=True):
+        assert offending in str(error)
+
+
+@pytest.mark.parametrize("spec", [SPECS["all"], FULL], ids=["lora", "full"])
+def test_forward_only_returns_the_same_and_accumulates_nothing(
+    spec: ModelSpec, new_trainer: Callable[..., TorchTrainer]
+) -> None:
+    data = random_data(np.random.default_rng(6), [6, 13], "importance_sampling")
+    trainer = new_trainer()
+    add(trainer, "m", spec)
+    calls = [as_call(data, "importance_sampling", forward_only=only) for only in (True, False)]
+    [forward] = trainer.forward_backward([ModelCall("m", calls[0])])
+    assert trainer.optim_step("m", PARAMS) == {"grad_norm": 0.0}
+    [both] = trainer.forward_backward([ModelCall("m", calls[1])])
+    np.testing.assert_array_equal(forward.logprobs_M, both.logprobs_M)
+    assert forward.metrics == both.metrics
+
+
+def test_gradient_checkpointing_changes_no_bit(new_trainer: Callable[..., TorchTrainer]) -> None:
+    call = as_call(random_data(np.random.default_rng(7), [6, 13], "cross_entropy"))
+    gradients = []
+    for checkpointing in (False, True):
+        trainer = new_trainer(gradient_checkpointing=checkpointing)
+        add(trainer, "m", SPECS["all"])
+        trainer.forward_backward([ModelCall("m", call)])
+        gradients.append(gradient(trainer, "m"))
+    assert gradients[0].any()
+    assert torch.equal(*gradients)
