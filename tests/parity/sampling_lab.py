@@ -1,6 +1,7 @@
 """Running a sampler in tests: calls with few words, a check of the cache after every step, and exact references."""
 
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def run(sampler: TorchSampler, *calls: SnapshotCall) -> Any:
 
 def sequences(output: SampleOutput) -> list[list[int]]:
     bounds = output.offsets.tolist()
-    return [output.tokens_S[start:end].tolist() for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [output.tokens_S[start:end].tolist() for start, end in pairwise(bounds)]
 
 
 def lora(model: BaseModel, spec: ModelSpec, seed: int = 7) -> LoraWeights:

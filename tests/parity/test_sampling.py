@@ -59,9 +59,7 @@ def test_sampled_logprobs_are_those_of_a_forward_pass_whoever_shares_the_batch(
     for call, output in zip(calls, run(sampler, *calls), strict=True):
         for index, tokens in enumerate(sequences(output)):
             assert len(tokens) == 30
-            expected = expected_logprobs(
-                modules[call.snapshot_id], call.call.prompt_P, tokens, call.call.temperature
-            )
+            expected = expected_logprobs(modules[call.snapshot_id], call.call.prompt_P, tokens, call.call.temperature)
             start = index * 30
             np.testing.assert_allclose(output.logprobs_S[start : start + 30], expected, atol=TOLERANCE, rtol=0)
 

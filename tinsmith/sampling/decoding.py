@@ -91,7 +91,8 @@ class TokenDistributions:
         chunks_RCc = self._weights_RV.unflatten(-1, (-1, _CHUNK))
         inner_Rc = chunks_RCc[torch.arange(len(chunk_R), device=chunk_R.device), chunk_R].double()
         offset_R, _ = _invert(inner_Rc, target_R - before_R)
-        return chunk_R * _CHUNK + offset_R
+        # Only a row that is not finite can end in the padding.
+        return (chunk_R * _CHUNK + offset_R).clamp(max=self._scaled_RV.shape[-1] - 1)
 
     def logprobs(self, tokens_R: Tensor) -> Tensor:
         """Log-probabilities [R] (fp32) of one token per row, in the distribution before any cut."""
