@@ -153,7 +153,7 @@ class Api:
         headers = {} if key is None else {"X-API-Key": key}
         return httpx.Client(base_url=f"{self.base_url}/api/v1", headers=headers, timeout=30, trust_env=False)
 
-    def post(self, path: str, **body: Any) -> httpx.Response:
+    def post(self, path: str, /, **body: Any) -> httpx.Response:
         return self.http.post(path, json=body)
 
     def session(self) -> str:

@@ -22,14 +22,16 @@ class OverlongBodyError(TooLargeError):
 
 
 async def read_raw(request: Request, limit: int) -> bytes:
-    """The body as sent. Raises OverlongBodyError beyond `limit` bytes."""
+    """The body as sent. Raises OverlongBodyError beyond `limit` bytes.
+
+    Somewhat more is still taken and thrown away: a client hears of an error only once it has sent its body.
+    """
     parts: list[bytes] = []
     size = 0
     async for part in request.stream():
+        parts.append(part[: max(limit - size, 0)])
         size += len(part)
-        if size <= limit:
-            parts.append(part)
-        elif size > 2 * limit:  # a client hears of an error only once its body has been taken off its hands
+        if size > 2 * limit:
             break
     if size > limit:
         raise OverlongBodyError(limit, b"".join(parts))
