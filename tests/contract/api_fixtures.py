@@ -40,22 +40,20 @@ class CannedEngine:
 
     def __init__(self, database: Database, doorbell: Doorbell, base: str) -> None:
         self.jobs: list[tuple[Header, bytes]] = []
-        self.running = threading.Event()
-        self.running.set()
+        self.working = threading.Lock()  # whoever else holds it stops the engine from claiming jobs
         self._database, self._doorbell, self._base = database, doorbell, base
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def start(self) -> None:
-        self.announce("ready")
+    def start(self, state: str, capabilities: Capabilities | None) -> None:
+        self.announce(state, capabilities)
         self._thread.start()
 
     def close(self) -> None:
         self._closing.set()
-        self.running.set()
         self._thread.join()
 
-    def announce(self, state: str, capabilities: Capabilities | None = CAPABILITIES) -> None:
+    def announce(self, state: str, capabilities: Capabilities | None) -> None:
         known = capabilities.to_dict() if capabilities else None
         record = records.EngineRecord(self._base, "canned", 1, state, "no progress", known, time.time())
         self._database.write(records.put_engine, record)
@@ -68,13 +66,13 @@ class CannedEngine:
     def _run(self) -> None:
         bell = self._doorbell.listen("jobs")
         while not self._closing.is_set():
-            self.running.wait()
-            headers = self._database.write(queue.claim, self._base, "canned", 100)
-            bodies = self._database.read(queue.payloads, [header.number for header in headers])
-            for header in headers:
-                self._finish(header, bodies[header.number])
+            with self.working:
+                headers = self._database.write(queue.claim, self._base, "canned", 100)
+                bodies = self._database.read(queue.payloads, [header.number for header in headers])
+                for header in headers:
+                    self._finish(header, bodies[header.number])
             if not headers:
-                bell.wait(0.2)
+                bell.wait(0.1)
         bell.close()
 
     def _finish(self, header: Header, body: bytes) -> None:
@@ -178,14 +176,17 @@ class Api:
 
 
 @contextmanager
-def running_api(folder: Path, **options: Any) -> Iterator[Api]:
-    """An API with its own data directory, on a free port, until the block ends."""
+def running_api(folder: Path, capabilities: Capabilities | None = CAPABILITIES, **options: Any) -> Iterator[Api]:
+    """An API with its own data directory, on a free port, until the block ends.
+
+    Without `capabilities` its engine is one that is still loading.
+    """
     settings = Settings(**({"data_dir": folder, "poll_seconds": 5.0} | options))
     database = Database(settings.effective_database_url)
     database.migrate()
     doorbell = Doorbell(settings.effective_database_url)
     engine = CannedEngine(database, doorbell, settings.served_name)
-    engine.start()
+    engine.start("ready" if capabilities else "loading", capabilities)
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it only where the protocol is named
     app = create_app(settings, database, doorbell)
@@ -194,7 +195,7 @@ def running_api(folder: Path, **options: Any) -> Iterator[Api]:
     thread.start()
     api = Api(listener.getsockname()[1], settings, database, engine)
     try:
-        _await_ready(api)
+        _await(api, 200 if capabilities else 503)
         yield api
     finally:
         api.http.close()
@@ -206,12 +207,12 @@ def running_api(folder: Path, **options: Any) -> Iterator[Api]:
         listener.close()
 
 
-def _await_ready(api: Api) -> None:
+def _await(api: Api, status: int) -> None:
     for _ in range(500):
         try:
-            if api.http.get("/healthz").status_code == 200:
+            if api.http.get("/healthz").status_code == status:
                 return
         except httpx.TransportError:
             pass
         time.sleep(0.02)
-    raise AssertionError("the API did not become ready")
+    raise AssertionError("the API did not come up")
