@@ -41,7 +41,7 @@ class LossCase:
         return self.inputs[name] if name in self.inputs else self.config[name]
 
     def clip(self, ratio: Tensor) -> Tensor:
-        return torch.clamp(ratio, self.threshold("low"), self.threshold("high"))  # type: ignore[arg-type]
+        return ratio.clamp(min=self.threshold("low")).clamp(max=self.threshold("high"))
 
 
 Loss = Callable[[LossCase], tuple[Tensor, Metrics]]
