@@ -87,7 +87,7 @@ def forward_backward_message(
     """The SDK's own message, to be broken before it is sent."""
     data = ForwardBackwardInput(data=list(datums), loss_fn=loss)
     request = ForwardBackwardRequest(forward_backward_input=data, model_id=model_id, seq_id=seq)
-    return forward_backward_request_to_proto(request, forward_only=False)
+    return forward_backward_request_to_proto(request)
 
 
 def decoded_logprobs(answer: httpx.Response) -> bytes:

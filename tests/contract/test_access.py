@@ -52,7 +52,7 @@ def test_a_wrong_key_opens_nothing(guarded: LocalServer, key: str) -> None:
 
 def test_the_sdk_is_told_that_its_key_is_wrong(guarded: LocalServer) -> None:
     with pytest.raises(tinker.AuthenticationError, match=r"(?i)key"):
-        tinker.ServiceClient(base_url=guarded.base_url, api_key="tml-mallory").get_server_capabilities()
+        tinker.RestClient(base_url=guarded.base_url, api_key="tml-mallory").get_server_capabilities().result()
 
 
 def test_another_keys_objects_do_not_exist(anna: RawClient, ben: RawClient) -> None:

@@ -93,6 +93,11 @@ def set_config(key: str, value: float) -> Callable[[pb.ForwardBackwardRequest], 
     return lambda message: message.loss_fn_config_v2[key].__setattr__("number", value)
 
 
+def unclipped(message: pb.ForwardBackwardRequest) -> None:
+    message.loss_fn = "ppo"
+    message.loss_fn_config_v2["clip_low_threshold"].number = math.nan
+
+
 def rename(old: str, new: str) -> Callable[[pb.ForwardBackwardRequest], None]:
     def change(message: pb.ForwardBackwardRequest) -> None:
         message.data[0].loss_fn_inputs[new].CopyFrom(message.data[0].loss_fn_inputs[old])
@@ -125,8 +130,8 @@ BAD_DATUMS: dict[str, tuple[list[types.Datum], Callable[[pb.ForwardBackwardReque
     "a shape of many dimensions": (DATUMS, change_tensor("weights", shape=[7, 1, 1]), ["weights"]),
     "a negative shape": (DATUMS, change_tensor("weights", shape=[-7]), ["weights", "-7"]),
     "a huge shape": (DATUMS, change_tensor("weights", shape=[2**40, 2**40]), ["weights"]),
-    "floats for tokens": (DATUMS, change_tensor("target_tokens", dtype=pb.FLOAT32), ["target_tokens", "int64"]),
-    "integers for weights": (DATUMS, change_tensor("weights", dtype=pb.INT64), ["weights", "float32"]),
+    "floats for tokens": (DATUMS, change_tensor("target_tokens", dtype=pb.DTYPE_FLOAT32), ["target_tokens", "int64"]),
+    "integers for weights": (DATUMS, change_tensor("weights", dtype=pb.DTYPE_INT64), ["weights", "float32"]),
     "a weight that is no number": (
         DATUMS,
         change_tensor("weights", dense=floats(1, 1, math.nan, 1, 1, 1, 1)),
@@ -254,7 +259,7 @@ def test_numbers_that_json_does_not_have_are_refused(tenant: Tenant, number: str
         ("/save_weights", {"path": "../escape"}, "../escape"),
         ("/save_weights", {"path": "a/b"}, "a/b"),
         ("/save_weights", {"path": "x", "ttl_seconds": 5}, "ttl_seconds"),
-        ("/save_weights", {"path": "n\x00l"}, "path"),
+        ("/save_weights", {"path": "n\x00l"}, r"n\x00l"),
         ("/load_weights", {"path": "tinker://nowhere:train:0/weights/x", "optimizer": True}, "nowhere"),
         ("/load_weights", {"path": "/etc/passwd", "optimizer": True}, "/etc/passwd"),
         ("/save_weights_for_sampler", {"path": "s", "kind": "frozen"}, "kind"),

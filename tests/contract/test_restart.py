@@ -91,7 +91,7 @@ def test_a_restarted_server_still_has_models_samplers_and_checkpoints(own_server
         np.testing.assert_allclose(score(resumed, EXAM), expected, atol=1e-6)
         again = service.create_sampling_client(model_path=named).result().sample(PROMPT, 1, greedy(10)).result()
         assert again.sequences[0].tokens == drawn.sequences[0].tokens
-        runs = service.create_rest_client().list_training_runs(limit=500).result().training_runs
+        runs = tinker.RestClient(base_url=own_server.base_url).list_training_runs(limit=500).result().training_runs
         assert client.model_id in {run.training_run_id for run in runs}
 
 

@@ -9,6 +9,7 @@ from tinker import types
 
 from tests.contract.datums import score, supervised, tokens
 from tests.contract.raw import RawClient
+from tinsmith.demo.local_server import LocalServer
 
 pytestmark = pytest.mark.xdist_group("sdk")
 
@@ -28,8 +29,8 @@ def train(client: tinker.TrainingClient, steps: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def rest(service: tinker.ServiceClient) -> tinker.lib.public_interfaces.rest_client.RestClient:
-    return service.create_rest_client()
+def rest(server: LocalServer) -> tinker.RestClient:
+    return tinker.RestClient(base_url=server.base_url)
 
 
 @pytest.mark.parametrize("rank", [8, 0])
@@ -109,7 +110,9 @@ def test_state_and_sampler_may_share_a_name(service: tinker.ServiceClient) -> No
     assert sampler.result().path == f"tinker://{client.model_id}/sampler_weights/final"
 
 
-def test_runs_and_checkpoints_are_listed_described_and_deleted(service: tinker.ServiceClient, rest) -> None:  # type: ignore[no-untyped-def]
+def test_runs_and_checkpoints_are_listed_described_and_deleted(
+    service: tinker.ServiceClient, rest: tinker.RestClient
+) -> None:
     client = create(service, rank=16)
     state = client.save_state("one", user_metadata={"step": "1"}).result().path
     sampler = client.save_weights_for_sampler("one", ttl_seconds=7200).result().path
@@ -134,7 +137,7 @@ def test_runs_and_checkpoints_are_listed_described_and_deleted(service: tinker.S
         service.create_sampling_client(model_path=sampler).result()
 
 
-def test_weights_tell_what_they_are(service: tinker.ServiceClient, rest) -> None:  # type: ignore[no-untyped-def]
+def test_weights_tell_what_they_are(service: tinker.ServiceClient, rest: tinker.RestClient) -> None:
     client = service.create_lora_training_client("tiny", rank=4, train_mlp=False).result()
     info = rest.get_weights_info_by_tinker_path(client.save_state("described").result().path).result()
     assert (info.base_model, info.is_lora, info.lora_rank) == ("tiny", True, 4)
@@ -143,7 +146,7 @@ def test_weights_tell_what_they_are(service: tinker.ServiceClient, rest) -> None
     assert not rest.get_weights_info_by_tinker_path(full.save_state("full").result().path).result().is_lora
 
 
-def test_a_lifetime_is_set_changed_and_lifted(service: tinker.ServiceClient, rest) -> None:  # type: ignore[no-untyped-def]
+def test_a_lifetime_is_set_changed_and_lifted(service: tinker.ServiceClient, rest: tinker.RestClient) -> None:
     client = create(service)
     path = client.save_state("mortal", ttl_seconds=3600).result().path
 
@@ -160,7 +163,7 @@ def test_a_lifetime_is_set_changed_and_lifted(service: tinker.ServiceClient, res
     assert remaining() is None
 
 
-def test_a_checkpoint_is_published_and_unpublished(service: tinker.ServiceClient, rest) -> None:  # type: ignore[no-untyped-def]
+def test_a_checkpoint_is_published_and_unpublished(service: tinker.ServiceClient, rest: tinker.RestClient) -> None:
     client = create(service)
     path = client.save_weights_for_sampler("shared").result().path
     for publish, public in (
@@ -187,10 +190,7 @@ def test_a_session_lists_its_runs_and_samplers_and_ends(raw: RawClient) -> None:
     assert raw.post("/session_heartbeat", {"session_id": session}).status_code == 410
 
 
-def test_checkpoints_outlive_the_session_that_made_them(
-    server,
-    service: tinker.ServiceClient,  # type: ignore[no-untyped-def]
-) -> None:
+def test_checkpoints_outlive_the_session_that_made_them(server: LocalServer, service: tinker.ServiceClient) -> None:
     with tinker.ServiceClient(base_url=server.base_url) as early:
         client = create(early)
         train(client, 2)

@@ -8,8 +8,10 @@ import pytest
 import tinker
 import torch
 from tinker import types
+from transformers import AutoTokenizer
 
 from tests.contract.datums import greedy, score, supervised, tokens
+from tinsmith.demo import tiny_folder
 from tinsmith.demo.local_server import LocalServer
 
 pytestmark = pytest.mark.xdist_group("sdk")
@@ -41,6 +43,18 @@ def train(client: tinker.TrainingClient, seed: int = 7) -> None:
     for _ in range(2):
         client.forward_backward([datum], "cross_entropy")
         client.optim_step(ADAM).result()
+
+
+def taught(service: tinker.ServiceClient, answer: list[int]) -> tinker.SamplingClient:
+    """A sampler that knows one thing by heart: `answer` after PROMPT."""
+    client = service.create_lora_training_client("tiny", rank=32, seed=3).result()
+    datum = supervised(PROMPT.to_ints() + answer, [0.0] * (PROMPT.length - 1) + [1.0] * len(answer))
+    for _ in range(40):
+        loss = client.forward_backward([datum], "cross_entropy")
+        client.optim_step(types.AdamParams(learning_rate=3e-3, eps=1e-8)).result()
+        if loss.result().metrics["loss:sum"] < 0.1:
+            break
+    return client.save_weights_and_get_sampling_client().result()
 
 
 def texts(response: types.SampleResponse) -> list[list[int]]:
@@ -125,33 +139,21 @@ def test_sampling_stops_at_a_token_and_returns_it(base: tinker.SamplingClient) -
 
 
 def test_sampling_stops_at_a_text_and_returns_it(service: tinker.ServiceClient) -> None:
-    client = service.create_lora_training_client("tiny", rank=8, seed=3).result()
-    tokenizer = client.get_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder())
     text = "Ada has 3 apples.\n\nUser: and Ben?"
-    datum = supervised(PROMPT.to_ints() + tokenizer.encode(text))
-    for _ in range(15):
-        client.forward_backward([datum], "cross_entropy")
-        client.optim_step(ADAM).result()
-    sampler = client.save_weights_and_get_sampling_client().result()
+    sampler = taught(service, tokenizer.encode(text))
     (free,) = texts(sampler.sample(PROMPT, 1, greedy(len(tokenizer.encode(text)))).result())
     assert tokenizer.decode(free) == text
     for stop in ("\n\nUser:", ["zebra", "\n\nUser:"], ["apples", "\n\nUser:"]):
         response = sampler.sample(PROMPT, 1, greedy(40, stop=stop)).result()
         found = tokenizer.decode(response.sequences[0].tokens)
-        expected = "Ada has 3 apples" if "apples" in stop else "Ada has 3 apples.\n\nUser:"
-        assert found == expected
+        assert found == ("Ada has 3 apples" if "apples" in stop else "Ada has 3 apples.\n\nUser:")
         assert response.sequences[0].stop_reason == "stop"
 
 
-def test_the_end_of_turn_stops_by_default_and_not_with_an_empty_list(
-    service: tinker.ServiceClient,
-) -> None:
-    client = service.create_lora_training_client("tiny", rank=8, seed=3).result()
+def test_the_end_of_turn_stops_by_default_and_not_with_an_empty_list(service: tinker.ServiceClient) -> None:
     answer = [*tokens(2, seed=5), END_OF_TURN, *tokens(3, seed=6)]
-    for _ in range(12):
-        client.forward_backward([supervised(PROMPT.to_ints() + answer)], "cross_entropy")
-        client.optim_step(ADAM).result()
-    sampler = client.save_weights_and_get_sampling_client().result()
+    sampler = taught(service, answer)
     stopped = sampler.sample(PROMPT, 1, greedy(6, stop=None)).result().sequences[0]
     assert (stopped.tokens, stopped.stop_reason) == (answer[:3], "stop")
     endless = sampler.sample(PROMPT, 1, greedy(6)).result().sequences[0]
