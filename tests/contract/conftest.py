@@ -16,14 +16,6 @@ NAMES = ("Qwen/Qwen3-8B-Base", "Qwen/Qwen3.5-9B-Base")
 """Hub names that scripts ask for; the server serves the tiny model under any name."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The SDK never closes its connections; that is no fault of a test."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.filterwarnings("ignore::ResourceWarning"))
-            item.add_marker(pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def client_environment() -> Iterator[None]:
     """What the SDK reads from the environment, for every test of this folder."""

@@ -118,11 +118,7 @@ BAD_DATUMS: dict[str, tuple[list[types.Datum], Callable[[pb.ForwardBackwardReque
     "one loss's input given to another": (ROLLOUTS, set_loss("cross_entropy"), ["advantages|weights"]),
     "an unknown setting": (ROLLOUTS, set_config("clip", 1.0), ["clip"]),
     "a setting of another loss": (ROLLOUTS, set_config("beta", 1.0), ["beta"]),
-    "a setting that is no number": (
-        ROLLOUTS,
-        set_config("clip_low_threshold", math.nan),
-        ["clip_low_threshold", "nan"],
-    ),
+    "a setting that is no number": (ROLLOUTS, unclipped, ["clip_low_threshold", "nan"]),
     "weights too short": (DATUMS, change_tensor("weights", dense=floats(1, 1), shape=[2]), ["weights", "2", "7"]),
     "targets too short": (DATUMS, change_tensor("target_tokens", dense=bytes(16), shape=[2]), ["target_tokens", "7"]),
     "bytes that do not fill the shape": (DATUMS, change_tensor("weights", dense=floats(1)), ["weights", "7"]),
