@@ -4,6 +4,7 @@ import copy
 import json
 import random
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 from urllib.parse import quote
 
@@ -20,10 +21,14 @@ from tinsmith.api.app import ROUTES
 ROUNDS = 60
 
 
-@pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    with running_api(tmp_path_factory.mktemp("api"), poll_seconds=0.1, max_body_bytes=100_000) as api:
-        yield api
+@pytest.fixture(scope="module", params=["sqlite", "postgres"])
+def api(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    """Both databases: what one of them cannot store, the other may take."""
+    with ExitStack() as stack:
+        options: dict[str, Any] = {"poll_seconds": 0.1, "max_body_bytes": 100_000}
+        if request.param == "postgres":
+            options["database_url"] = stack.enter_context(request.getfixturevalue("postgres").database())
+        yield stack.enter_context(running_api(tmp_path_factory.mktemp("api"), **options))
 
 
 @pytest.fixture(scope="module")
