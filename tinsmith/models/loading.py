@@ -144,7 +144,7 @@ def load_base(
     on_progress(f"loading {folder}")
     try:
         module: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", local_files_only=Path(folder).is_dir()
+            folder, dtype=dtype, attn_implementation="eager", local_files_only=Path(folder).is_dir()
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load a causal language model from {str(folder)!r}: {error}") from error

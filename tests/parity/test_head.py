@@ -1,0 +1,102 @@
+"""The chunked LM head against plain log-softmax."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.parity.reference import SPECS, warm
+from tinsmith.models import head
+from tinsmith.models.loading import BaseModel
+from tinsmith.models.lora import Segment
+
+ROWS = 45
+
+
+def segments_of(model: BaseModel) -> list[Segment]:
+    adapters = [model.new_adapter(SPECS[name]) for name in ("all", "attention", "unembedding")]
+    for adapter in adapters:
+        warm(adapter)
+        adapter.require_grad()
+    bounds = [0, 7, 20, 21, ROWS]
+    return [
+        Segment(a, *span) for a, span in zip([*adapters, None], zip(bounds[:-1], bounds[1:], strict=True), strict=True)
+    ]
+
+
+def plain_logits(model: BaseModel, hidden_TD: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
+    """As by autograd, with `leaves` for the adapters that change the head."""
+    parts = []
+    for segment in segments:
+        rows = hidden_TD[segment.start : segment.end]
+        logits = rows @ model.module.lm_head.weight.T
+        if segment.adapter and (pair := segment.adapter.pair(model.head_linear)):
+            segment.adapter.leaves = [leaf.clone().requires_grad_() for leaf in pair]  # type: ignore[attr-defined]
+            a, b = segment.adapter.leaves  # type: ignore[attr-defined]
+            logits = logits + segment.adapter.scale * (rows @ a.T) @ b.T
+        parts.append(logits)
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("rows_per_chunk", [8, 11, 1000])
+@pytest.mark.parametrize("several", [False, True])
+def test_target_logprobs_and_all_gradients_equal_log_softmax(
+    rows_per_chunk: int, several: bool, bases: Callable[[str], BaseModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = bases("qwen3-untied")
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", rows_per_chunk * model.vocab_size)
+    torch.manual_seed(0)
+    segments = segments_of(model)
+    hidden_TD = torch.randn(ROWS, 32, requires_grad=True)
+    rows_M = torch.arange(2, ROWS).repeat_interleave(3)[4:] if several else torch.arange(ROWS)
+    targets_M = torch.randint(model.vocab_size, (len(rows_M),))
+    upstream_M = torch.randn(len(rows_M))
+    logprobs_M = head.target_logprobs(model, hidden_TD, segments, rows_M if several else None, targets_M)
+    [gradient] = torch.autograd.grad(logprobs_M, hidden_TD, upstream_M)
+
+    expected_M = plain_logits(model, hidden_TD, segments).log_softmax(1)[rows_M, targets_M]
+    torch.testing.assert_close(logprobs_M, expected_M, atol=1e-5, rtol=1e-5)
+    expected_M.backward(upstream_M)
+    torch.testing.assert_close(gradient, hidden_TD.grad, atol=1e-5, rtol=1e-5)
+    for segment in (segments[0], segments[2]):
+        pairs = zip(segment.adapter.grad_pairs[model.head_linear], segment.adapter.leaves, strict=True)
+        for total, leaf in pairs:
+            torch.testing.assert_close(total, leaf.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_how_a_segments_gradient_is_summed_does_not_depend_on_what_comes_before_it(
+    bases: Callable[[str], BaseModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = bases("qwen3-untied")
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 16 * model.vocab_size)
+    torch.manual_seed(0)
+    hidden_TD, targets_T = torch.randn(50, 32), torch.randint(model.vocab_size, (50,))
+    gradients = []
+    for before in (0, 3, 9, 15, 16):
+        adapter = model.new_adapter(SPECS["all"])
+        warm(adapter)
+        adapter.require_grad()
+        strangers = [Segment(None, 0, before)] if before else []
+        rows = torch.cat([torch.randn(before, 32), hidden_TD]).requires_grad_()
+        targets = torch.cat([torch.zeros(before, dtype=torch.int64), targets_T])
+        segments = [*strangers, Segment(adapter, before, before + 50)]
+        head.target_logprobs(model, rows, segments, None, targets)[before:].sum().backward()
+        gradients.append(adapter.grad)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
+def test_the_samplers_logits_are_the_trainers(bases: Callable[[str], BaseModel]) -> None:
+    model = bases("qwen3-tied")
+    segments = segments_of(model)
+    hidden_TD = torch.randn(ROWS, 32)
+    targets_T = torch.randint(model.vocab_size, (ROWS,))
+    logprobs_TV = head.logits(model, hidden_TD, segments).log_softmax(1)
+    logprobs_T = head.target_logprobs(model, hidden_TD, segments, None, targets_T)
+    torch.testing.assert_close(logprobs_TV[torch.arange(ROWS), targets_T], logprobs_T, atol=1e-5, rtol=1e-5)
+
+
+def test_low_precision_weights_give_float32_logits(bases: Callable[[str], BaseModel]) -> None:
+    hidden_CD, weight_VD = torch.randn(9, 32).bfloat16(), torch.randn(20000, 32).bfloat16()
+    logits = head._product(hidden_CD, weight_VD)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, hidden_CD.float() @ weight_VD.float().T, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,129 @@
+"""Which models are served, and the reasons given for the others."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from tests.parity.conftest import FAMILIES, SIZES, randomize
+from tests.parity.reference import SPECS, warm
+from tinsmith.errors import ConfigError, UserError
+from tinsmith.models.attention import PackedAttention
+from tinsmith.models.loading import BaseModel, load_base
+from tinsmith.models.lora import Segment
+from tinsmith.protocols import ModelSpec
+from tinsmith.training.trainer import TorchTrainer
+
+LONG_ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+
+REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
+    "logits scaled": (lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=3.0)), "does not know of"),
+    "softcap": (lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=16)), "softcap"),
+    "fused linears": (lambda: Phi3ForCausalLM(Phi3Config(**SIZES, pad_token_id=0)), "no linear layer q_proj"),
+    "mixture of experts": (
+        lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, moe_intermediate_size=16, num_experts=4)),
+        "no linear layer gate_proj",
+    ),
+    "other layout": (lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2)), "model.layers"),
+    "rope by length": (lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=LONG_ROPE)), "dynamic"),
+}
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> BaseModel:
+    return load_base(folder, dtype=dtype, device=torch.device("cpu"), on_progress=lambda _: None)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_model_that_would_be_computed_wrongly_is_refused_with_the_reason(kind: str, tmp_path: Path) -> None:
+    make, reason = REFUSED[kind]
+    module = make()
+    randomize(module, seed=0)
+    module.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=reason):
+        load(tmp_path)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot load"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_base_model_tells_its_sizes(family: str, bases: Callable[[str], BaseModel]) -> None:
+    model = bases(family)
+    assert (model.vocab_size, model.max_context, model.num_layers, model.num_kv_heads) == (97, 256, 2, 2)
+    assert model.head_dim == (16 if "qwen3" in family else 8)
+    assert model.parameters == sum(parameter.numel() for parameter in model.full_copy(trainable=False).parameters())
+
+
+def test_a_low_precision_model_loads_and_trains(folders: Callable[[str], Path]) -> None:
+    model = load(folders("llama"), torch.bfloat16)
+    trainer = TorchTrainer(model, micro_batch_tokens=64, max_adapters=2, max_rank=8)
+    for model_id, spec in (("lora", SPECS["all"]), ("full", ModelSpec(rank=0, seed=0))):
+        trainer.add(model_id, spec)
+        weights = trainer._models[model_id].weights
+        assert weights.weights.dtype == torch.float32
+        assert weights.compute.dtype == torch.bfloat16
+    assert trainer.capabilities().dtype == "bfloat16"
+
+
+def test_a_window_limits_what_a_packed_row_sees() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(heads, 14, 8) for heads in (4, 2, 2))
+    bounds = [0, 3, 14]
+    output_THd = PackedAttention(bounds)(0, query, key, value, 0.3, 4)
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for row in range(start, end):
+            seen = slice(max(start, row - 3), row + 1)
+            for head in range(4):
+                weights = (0.3 * query[head, row] @ key[head // 2, seen].T).softmax(0)
+                torch.testing.assert_close(output_THd[row, head], weights @ value[head // 2, seen])
+
+
+def test_the_hidden_states_of_a_sequence_do_not_depend_on_its_neighbours(bases: Callable[[str], BaseModel]) -> None:
+    model = bases("qwen3-tied")
+    adapters = [model.new_adapter(SPECS["all"]) for _ in range(2)]
+    for seed, adapter in enumerate(adapters):
+        warm(adapter, seed)
+    tokens = torch.randint(97, (50,), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(20), torch.arange(30)])
+    with torch.no_grad():
+        segments = [Segment(adapters[0], 0, 20), Segment(adapters[1], 20, 50)]
+        both = model.hidden(tokens, positions, segments, PackedAttention([0, 20, 50]))
+        second = model.hidden(tokens[20:], positions[20:], [Segment(adapters[1], 0, 30)], PackedAttention([0, 30]))
+    assert torch.equal(both[20:], second)
+
+
+def test_a_trainer_refuses_models_beyond_its_limits(new_trainer: Callable[..., TorchTrainer]) -> None:
+    trainer = new_trainer(max_adapters=2, max_rank=8)
+    trainer.add("m", SPECS["all"])
+    for spec, complaint in (
+        (ModelSpec(rank=9, seed=0), "rank 9"),
+        (ModelSpec(rank=4, seed=0, optimizer="dimuon"), "dimuon"),
+        (ModelSpec(rank=4, seed=0, train_attn=False, train_mlp=False, train_unembed=False), "at least one"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            trainer.add("n", spec)
+    with pytest.raises(UserError, match="exists already"):
+        trainer.add("m", SPECS["all"])
+    trainer.add("n", SPECS["mlp"])
+    with pytest.raises(UserError, match="2 models already"):
+        trainer.add("o", SPECS["mlp"])
+    trainer.drop("n")
+    trainer.add("o", SPECS["mlp"])

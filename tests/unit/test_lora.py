@@ -1,0 +1,130 @@
+"""Adapters and the linear layer that applies several of them, against plain autograd."""
+
+import pytest
+import torch
+from torch import nn
+
+from tinsmith.models.lora import Adapter, AdapterLayout, CurrentPass, MultiAdapterLinear, Segment, initial_weights
+from tinsmith.protocols import ModelSpec
+
+INPUTS, OUTPUTS, LINEAR = 6, 10, 2
+
+
+def layout_of(rank: int, linears: tuple[int, ...] = (0, LINEAR)) -> AdapterLayout:
+    names, shapes = [], []
+    for linear in linears:
+        names += [f"{linear}.A", f"{linear}.B"]
+        shapes += [(rank, INPUTS), (OUTPUTS, rank)]
+    return AdapterLayout(names, shapes, linears)
+
+
+def random_adapter(rank: int, linears: tuple[int, ...] = (0, LINEAR), dtype: torch.dtype = torch.float32) -> Adapter:
+    layout = layout_of(rank, linears)
+    generator = torch.Generator().manual_seed(rank)
+    return Adapter(ModelSpec(rank, 0), layout, torch.randn(layout.total, generator=generator), dtype)
+
+
+def layer(bias: bool = True) -> tuple[MultiAdapterLinear, CurrentPass]:
+    torch.manual_seed(0)
+    current = CurrentPass()
+    linear = nn.Linear(INPUTS, OUTPUTS, bias).requires_grad_(False)
+    return MultiAdapterLinear(linear, LINEAR, current), current
+
+
+def expected(module: MultiAdapterLinear, x: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
+    """With leaves of its own for every adapter, `leaf.grad` being what the flat gradient should hold."""
+    rows = []
+    for segment in segments:
+        part = x.reshape(-1, INPUTS)[segment.start : segment.end]
+        y = part @ module.weight.T + (0 if module.bias is None else module.bias)
+        if segment.adapter and (pair := segment.adapter.pair(LINEAR)):
+            a, b = (leaf.detach().requires_grad_() for leaf in pair)
+            segment.adapter.leaves = (a, b)  # type: ignore[attr-defined]
+            y = y + segment.adapter.spec.alpha / segment.adapter.spec.rank * (part @ a.T) @ b.T
+        rows.append(y)
+    return torch.cat(rows).reshape(*x.shape[:-1], OUTPUTS)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_segments_of_different_adapters_equal_separate_products(bias: bool) -> None:
+    module, current = layer(bias)
+    adapters = [random_adapter(4), None, random_adapter(1), random_adapter(3, linears=(0,)), random_adapter(8)]
+    bounds = [0, 5, 7, 8, 12, 20]
+    segments = [Segment(*parts) for parts in zip(adapters, bounds[:-1], bounds[1:], strict=True)]
+    for adapter in adapters:
+        if adapter:
+            adapter.require_grad().fill_(1.0)
+    current.segments = segments
+    x = torch.randn(1, 20, INPUTS, requires_grad=True)
+    upstream = torch.randn(1, 20, OUTPUTS)
+    y = module(x)
+    [dx] = torch.autograd.grad(y, x, upstream)
+    y_expected = expected(module, x, segments)
+    torch.testing.assert_close(y, y_expected)
+    y_expected.backward(upstream)
+    torch.testing.assert_close(dx, x.grad)
+    for adapter in (adapters[0], adapters[2], adapters[4]):
+        for total, leaf in zip(adapter.grad_pairs[LINEAR], adapter.leaves, strict=True):
+            torch.testing.assert_close(total, leaf.grad + 1)
+    untouched = adapters[3].grad
+    assert torch.equal(untouched, torch.ones_like(untouched)), "an adapter without this layer gains nothing"
+    with torch.no_grad():
+        assert torch.equal(module(x), y)
+
+
+def test_a_segment_that_does_not_train_passes_gradients_on_but_keeps_none() -> None:
+    module, current = layer()
+    silent, loud = random_adapter(4), random_adapter(2)
+    for adapter in (silent, loud):
+        adapter.require_grad()
+    x = torch.randn(9, INPUTS, requires_grad=True)
+    current.segments = [Segment(silent, 0, 5, trains=False), Segment(loud, 5, 9)]
+    module(x).sum().backward()
+    assert not silent.grad.any()
+    assert loud.grad.any()
+    assert x.grad[:5].any()
+
+
+def test_gradients_of_a_bfloat16_pass_accumulate_in_float32() -> None:
+    module, current = layer()
+    module.to(torch.bfloat16)
+    adapter = random_adapter(4, dtype=torch.bfloat16)
+    adapter.require_grad().fill_(1000.0)
+    x = torch.randn(9, INPUTS, dtype=torch.bfloat16, requires_grad=True)
+    current.segments = [Segment(adapter, 0, 9)]
+    before = adapter.grad.clone()
+    (module(x) * 1e-2).sum().backward()
+    assert adapter.grad.dtype == torch.float32
+    added = adapter.layout.named_views(adapter.grad - before)
+    assert 0 < added[f"{LINEAR}.B"].abs().max() < 10
+
+
+def test_written_weights_reach_the_forward_pass_in_its_dtype() -> None:
+    adapter = random_adapter(4, dtype=torch.bfloat16)
+    adapter.weights.fill_(2.0)
+    adapter.weights_changed()
+    assert adapter.pair(LINEAR)[0].dtype == torch.bfloat16
+    assert adapter.pair(LINEAR)[0].eq(2).all()
+
+
+def test_a_copy_keeps_its_weights_when_the_original_changes() -> None:
+    adapter = random_adapter(4)
+    adapter.require_grad()
+    copied, weights = adapter.copy(), adapter.weights.clone()
+    adapter.weights.add_(1.0)
+    adapter.weights_changed()
+    assert torch.equal(copied.weights, weights)
+    assert torch.equal(copied.pair(0)[0].reshape(-1), weights[: 4 * INPUTS])
+    assert copied.grad is None
+
+
+def test_initial_weights_come_from_one_stream_of_the_seed_in_layout_order() -> None:
+    layout = layout_of(4)
+    flat = initial_weights(layout, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    for name, view in layout.named_views(flat).items():
+        if name.endswith("A"):
+            expected_a = torch.empty(4, INPUTS).uniform_(-(INPUTS**-0.5), INPUTS**-0.5, generator=generator)
+            torch.testing.assert_close(view, expected_a)
+        else:
+            assert not view.any()
