@@ -1,5 +1,6 @@
 """The chunked LM head against plain log-softmax."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -19,9 +20,7 @@ def segments_of(model: BaseModel) -> list[Segment]:
         warm(adapter)
         adapter.require_grad()
     bounds = [0, 7, 20, 21, ROWS]
-    return [
-        Segment(a, *span) for a, span in zip([*adapters, None], zip(bounds[:-1], bounds[1:], strict=True), strict=True)
-    ]
+    return [Segment(a, *span) for a, span in zip([*adapters, None], itertools.pairwise(bounds), strict=True)]
 
 
 def plain_logits(model: BaseModel, hidden_TD: torch.Tensor, segments: list[Segment]) -> torch.Tensor:

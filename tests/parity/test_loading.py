@@ -1,5 +1,6 @@
 """Which models are served, and the reasons given for the others."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def test_a_window_limits_what_a_packed_row_sees() -> None:
     query, key, value = (torch.randn(heads, 14, 8) for heads in (4, 2, 2))
     bounds = [0, 3, 14]
     output_THd = PackedAttention(bounds)(0, query, key, value, 0.3, 4)
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         for row in range(start, end):
             seen = slice(max(start, row - 3), row + 1)
             for head in range(4):
