@@ -137,7 +137,7 @@ def load_backend(settings: Settings, report: Callable[[str], None]) -> "tuple[Tr
     from tinsmith.sampling.sampler import TorchSampler
     from tinsmith.training.trainer import TorchTrainer
 
-    disable_progress_bar()  # `report` says how loading goes
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # `report` says how loading goes
     device, dtype = choose_device(settings.device, settings.dtype)
     if settings.threads:
         torch.set_num_threads(settings.threads)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tinker
 from rich.console import Console
@@ -32,9 +32,11 @@ FACTS = {
 }
 FACT_STEPS = 25
 SUM_STEPS = 15
-QUESTIONS, GROUP = 12, 16  # of one reinforcement step
-LARGEST_TERM = 20
+QUESTIONS, GROUP = 16, 16  # sums that are practised, and replies to each of them in every step
 STOP = "\n\nUser:"
+
+
+Loss = Literal["cross_entropy", "importance_sampling"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Lesson:
         futures = [sampler.sample(self.prompt(question), 1, greedy) for question in questions]
         return [self.reply(future.result().sequences[0]) for future in futures]
 
-    def step(self, datums: list[tinker.Datum], loss: str, learning_rate: float) -> tinker.ForwardBackwardOutput:
+    def step(self, datums: list[tinker.Datum], loss: Loss, learning_rate: float) -> tinker.ForwardBackwardOutput:
         """One update; the optimizer step is already on its way while the gradient is computed."""
         adam = tinker.AdamParams(learning_rate=learning_rate, beta1=0.9, beta2=0.95, eps=1e-8)
         forward_backward, optimizer = self.client.forward_backward(datums, loss), self.client.optim_step(adam)
@@ -114,24 +116,28 @@ def fact_datum(lesson: Lesson, question: str, answer: str) -> tinker.Datum:
     tokens, weights = given + reply, [0.0] * len(given) + [1.0] * len(reply)
     return tinker.Datum(
         model_input=tinker.ModelInput.from_ints(tokens[:-1]),
-        loss_fn_inputs={"target_tokens": tokens[1:], "weights": weights[1:]},
+        loss_fn_inputs={"target_tokens": integers(tokens[1:]), "weights": numbers(weights[1:])},
     )
 
 
 def learn_sums(lesson: Lesson, screen: Screen) -> str:
-    """Reinforcement learning; returns the checkpoint's path."""
-    rng = random.Random(1)
+    """Reinforcement learning on the same sums in every step; returns the checkpoint's path."""
+    rng = random.Random(7)
+    sums = [sum_question(rng) for _ in range(QUESTIONS)]
+    shown = [question for question, _ in sums[:5]]
+    before = lesson.answers(shown)
     with screen.bar("reinforcement", SUM_STEPS) as advance:
         for step in range(1, SUM_STEPS + 1):
-            rewards, datums = collect(lesson, [sum_question(rng) for _ in range(QUESTIONS)])
+            rewards, datums = collect(lesson, sums)
             if datums:
                 lesson.step(datums, "importance_sampling", 1e-3)
             advance(step, f"right answers {sum(rewards) / len(rewards):.0%}")
+    screen.compare(shown, before, lesson.answers(shown))
     return lesson.client.save_weights_for_sampler("sums").result().path
 
 
 def sum_question(rng: random.Random) -> tuple[str, int]:
-    first, second = rng.randint(0, LARGEST_TERM), rng.randint(0, LARGEST_TERM)
+    first, second = rng.randint(10, 99), rng.randint(10, 99)
     return f"What is {first} + {second}?", first + second
 
 
@@ -159,11 +165,19 @@ def rollout_datum(prompt: tinker.ModelInput, sequence: tinker.SampledSequence, a
     return tinker.Datum(
         model_input=prompt.append(tinker.EncodedTextChunk(tokens=sequence.tokens[:-1])),
         loss_fn_inputs={
-            "target_tokens": [0] * given + sequence.tokens,
-            "logprobs": [0.0] * given + sequence.logprobs,
-            "advantages": [0.0] * given + [advantage] * len(sequence.tokens),
+            "target_tokens": integers([0] * given + sequence.tokens),
+            "logprobs": numbers([0.0] * given + sequence.logprobs),
+            "advantages": numbers([0.0] * given + [advantage] * len(sequence.tokens)),
         },
     )
+
+
+def integers(values: list[int]) -> tinker.TensorData:
+    return tinker.TensorData(data=values, dtype="int64", shape=[len(values)])
+
+
+def numbers(values: list[float]) -> tinker.TensorData:
+    return tinker.TensorData(data=values, dtype="float32", shape=[len(values)])
 
 
 def walk(data_dir: Path, console: Console) -> None:
@@ -174,13 +188,12 @@ def walk(data_dir: Path, console: Console) -> None:
     with LocalServer(data_dir, data_dir / "server.log") as server:
         console.print(f"It is ready at {server.base_url}; its log is {data_dir / 'server.log'}\n")
         os.environ.update(server.client_environment())
-        service = tinker.ServiceClient(display_name="walk-through")
         paths = []
-        for teach in (learn_facts, learn_sums):
-            client = service.create_lora_training_client(base_model="tiny", rank=16).result()
-            paths.append(teach(Lesson(client, client.get_tokenizer()), screen))
-            console.print()
-        service.close()
+        with tinker.ServiceClient(display_name="walk-through") as service:
+            for teach in (learn_facts, learn_sums):
+                client = service.create_lora_training_client(base_model="tiny", rank=16).result()
+                paths.append(teach(Lesson(client, client.get_tokenizer()), screen))
+                console.print()
     console.print("Checkpoints:", *paths, sep="\n  ")
     console.print(
         "\nNext: run `tinsmith serve tiny`, export the two variables that it prints, and run your own script, "
