@@ -5,6 +5,7 @@ import shutil
 import socket
 import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
@@ -46,7 +47,7 @@ class CuttingProxy:
             threading.Thread(target=self._forward, args=(client,), daemon=True).start()
 
     def _forward(self, client: socket.socket) -> None:
-        with client, socket.socket(socket.AF_UNIX) as server:
+        with suppress(ConnectionError), client, socket.socket(socket.AF_UNIX) as server:
             server.connect(f"{self._target}/.s.PGSQL.5432")
             while True:
                 ready, _, _ = select.select([client, server], [], [])

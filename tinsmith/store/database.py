@@ -71,7 +71,7 @@ class Database:
         return await self._writer.add_async(lambda conn: function(conn, *args, **kwargs))
 
     def read(self, function: Callable[Concatenate[sa.Connection, P], R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Returns what `function` returned; it sees everything committed before. Writing raises."""
+        """Returns what `function` returned. Each of its queries sees what is committed when it runs. Writing raises."""
         give_up_at = time.monotonic() + self._patience
         while True:
             try:
@@ -121,17 +121,19 @@ _URLS = "use sqlite:///path/to/file or postgresql://user:password@host/database"
 
 
 def _create_engine(url: sa.URL, *, writes: bool) -> sa.Engine:
-    pool: dict[str, Any] = {"poolclass": NullPool} if writes else {"pool_size": _READERS, "max_overflow": 4}
+    options: dict[str, Any] = {"poolclass": NullPool}
+    if not writes:  # single queries: a transaction around each would cost two more round trips
+        options = {"pool_size": _READERS, "max_overflow": _READERS, "isolation_level": "AUTOCOMMIT"}
     if url.get_backend_name() == "sqlite":
         Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
-        engine = sa.create_engine(url, **pool)
+        engine = sa.create_engine(url, **options)
         sa.event.listen(engine, "connect", partial(_prepare_sqlite, writes=writes))
-        # The driver would begin late, and then fail at once where it should wait for the lock.
-        begin = "BEGIN IMMEDIATE" if writes else "BEGIN"
-        sa.event.listen(engine, "begin", lambda conn: conn.exec_driver_sql(begin))
+        if writes:
+            # The driver would begin late, and then fail at once where it should wait for the lock.
+            sa.event.listen(engine, "begin", lambda conn: conn.exec_driver_sql("BEGIN IMMEDIATE"))
         return engine
     missing = {key: value for key, value in _POSTGRES_OPTIONS.items() if key not in url.query}
-    engine = sa.create_engine(url, connect_args=missing, **pool)
+    engine = sa.create_engine(url, connect_args=missing, **options)
     if not writes:
         sa.event.listen(engine, "connect", _make_read_only)
     return engine
@@ -144,7 +146,7 @@ def _prepare_sqlite(conn: sqlite3.Connection, _record: object, *, writes: bool) 
 
 
 def _make_read_only(conn: "psycopg.Connection[Any]", _record: object) -> None:
-    conn.read_only = True
+    conn.execute("SET default_transaction_read_only = on")
 
 
 def _wait(cause: BaseException, give_up_at: float) -> None:

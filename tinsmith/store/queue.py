@@ -50,16 +50,16 @@ _PAYLOADS = sa.select(payloads_table.c.number, payloads_table.c.body).where(payl
 
 _PICKED = (
     sa.select(jobs.c.number)
-    .where(jobs.c.base == sa.bindparam("of_base"), _QUEUED)
+    .where(jobs.c.base == sa.bindparam("of_base", type_=sa.Text), _QUEUED)
     .order_by(jobs.c.number)
-    .limit(sa.bindparam("at_most"))
+    .limit(sa.bindparam("at_most", type_=sa.Integer))
     .with_for_update(skip_locked=True)
     .cte("picked")
 )
-_CLAIM = (
-    sa.update(jobs)
+_CLAIM = Prepared(
+    any=sa.update(jobs)
     .where(jobs.c.number.in_(sa.select(_PICKED.c.number)))
-    .values(state="running", engine=sa.bindparam("by_engine"))
+    .values(state="running", engine=sa.bindparam("by_engine", type_=sa.Text))
     .returning(*_HEADER)
 )
 _FINISH = (
@@ -117,7 +117,7 @@ def reject(conn: sa.Connection, job: Job, error: str) -> None:
 
 def claim(conn: sa.Connection, base: str, engine: str, limit: int) -> list[Header]:
     """Takes up to `limit` queued jobs, oldest first, as running under `engine`."""
-    rows = conn.execute(_CLAIM, {"of_base": base, "by_engine": engine, "at_most": limit})
+    rows = _CLAIM(conn, {"of_base": base, "by_engine": engine, "at_most": limit})
     return sorted((Header(*row) for row in rows), key=lambda header: header.number)
 
 

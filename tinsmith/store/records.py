@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import sqlalchemy as sa
 
 from tinsmith.errors import GoneError, NotFoundError, UserError
+from tinsmith.store.prepared import Prepared
 from tinsmith.store.tables import checkpoints, engines, insert, models, samplers, sessions
 
 Record = TypeVar("Record", bound="_Row")
@@ -101,7 +102,7 @@ def create_session(conn: sa.Connection, session: Session) -> None:
 
 def require_session(conn: sa.Connection, session_id: str, owner: str) -> Session:
     """The owner's session, open or finished. Raises NotFoundError."""
-    session = _find(conn, Session, sessions.c.id, session_id)
+    session = _find(conn, Session, _SESSION, session_id)
     if session is None or session.owner != owner:
         raise NotFoundError(f"there is no session {session_id!r}")
     return session
@@ -142,7 +143,7 @@ def require_model(conn: sa.Connection, model_id: str, owner: str) -> Model:
 
 
 def find_model(conn: sa.Connection, model_id: str) -> Model | None:
-    return _find(conn, Model, models.c.id, model_id)
+    return _find(conn, Model, _MODEL, model_id)
 
 
 def update_model(conn: sa.Connection, /, model_id: str, **changes: Any) -> None:
@@ -185,7 +186,7 @@ def require_sampler(conn: sa.Connection, sampler_id: str, owner: str) -> Sampler
 
 
 def find_sampler(conn: sa.Connection, sampler_id: str) -> SamplerRecord | None:
-    return _find(conn, SamplerRecord, samplers.c.id, sampler_id)
+    return _find(conn, SamplerRecord, _SAMPLER, sampler_id)
 
 
 def update_sampler(conn: sa.Connection, /, sampler_id: str, **changes: Any) -> None:
@@ -210,7 +211,10 @@ def create_checkpoint(conn: sa.Connection, checkpoint: Checkpoint, *, overwrite:
 
 def find_checkpoint(conn: sa.Connection, path: str) -> Checkpoint | None:
     """None also when it has expired."""
-    return _find(conn, Checkpoint, checkpoints.c.path, path, _has_not_expired())
+    checkpoint = _find(conn, Checkpoint, _CHECKPOINT, path)
+    if checkpoint is None or (checkpoint.expires_at is not None and checkpoint.expires_at <= time.time()):
+        return None
+    return checkpoint
 
 
 def require_checkpoint(conn: sa.Connection, path: str, owner: str) -> Checkpoint:
@@ -259,7 +263,7 @@ def put_engine(conn: sa.Connection, engine: EngineRecord) -> None:
 
 
 def find_engine(conn: sa.Connection, base: str) -> EngineRecord | None:
-    return _find(conn, EngineRecord, engines.c.base, base)
+    return _find(conn, EngineRecord, _ENGINE, base)
 
 
 def _has_not_expired() -> sa.ColumnElement[bool]:
@@ -272,13 +276,20 @@ def _create(conn: sa.Connection, record: type[Record], table: sa.Table, value: R
     return record(**conn.execute(sa.select(table).where(table.c.id == row["id"])).mappings().one())
 
 
-def _find(
-    conn: sa.Connection, record: type[Record], key: sa.Column[str], value: str, *conditions: sa.ColumnElement[bool]
-) -> Record | None:
-    if "\0" in value:  # which Postgres cannot even look for
+def _find(conn: sa.Connection, record: type[Record], select: Prepared, key: str) -> Record | None:
+    if "\0" in key:  # which Postgres cannot even look for
         return None
-    row = conn.execute(sa.select(key.table).where(key == value, *conditions)).mappings().first()
-    return record(**row) if row else None
+    rows = select(conn, {"key": key})
+    return record(*rows[0]) if rows else None
+
+
+def _select_by(key: sa.Column[str]) -> Prepared:
+    return Prepared(any=sa.select(key.table).where(key == sa.bindparam("key", type_=sa.Text)))
+
+
+# The columns of a table are in the order of its record's fields.
+_SESSION, _MODEL, _SAMPLER = _select_by(sessions.c.id), _select_by(models.c.id), _select_by(samplers.c.id)
+_CHECKPOINT, _ENGINE = _select_by(checkpoints.c.path), _select_by(engines.c.base)
 
 
 def _update(conn: sa.Connection, key: sa.Column[str], value: str, changes: dict[str, Any]) -> None:
