@@ -35,7 +35,6 @@ logger = logging.getLogger("tinsmith.serve")  # not __name__: the children run t
 
 API_GRACE = 5.0  # seconds to answer what is under way
 ENGINE_GRACE = 60.0  # seconds to finish a slice of work and write what it must
-LOCK_SECONDS = ENGINE_GRACE + API_GRACE  # how long children may outlive a parent that was killed
 KEEP_ALIVE = 120  # seconds; longer than clients keep idle connections, so that they never meet a closed one
 CPU_RUNNING, DEVICE_RUNNING = 64, 256  # sequences sampled at once
 _WEIGHT_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -45,7 +44,12 @@ def supervise(settings: Settings) -> int:
     """Runs a server until it is told to stop; the exit code. Raises ConfigError before anything is started."""
     configure_logging(settings.log, "server")
     settings = replace(settings, data_dir=settings.data_dir.absolute())
-    with _locked(settings.data_dir) as lock, _listen(settings.host, settings.port) as listener:
+    with (
+        _locked(settings.data_dir / "server.lock", 0),
+        # The children hold this one too: after a kill -9 of their parent they take a moment to end.
+        _locked(settings.data_dir / "children.lock", ENGINE_GRACE) as lock,
+        _listen(settings.host, settings.port) as listener,
+    ):
         settings = replace(settings, port=listener.getsockname()[1])
         announcer = Announcer(settings)
         announcer.chosen()
@@ -251,26 +255,28 @@ def _children(settings: Settings, listener_fd: int, lock_fd: int) -> list[Child]
     ]
 
 
-def _locked(data_dir: Path) -> IO[str]:
-    """A lock on the data folder, held as long as this server or one of its children lives. Raises ConfigError."""
+def _locked(path: Path, wait_seconds: float) -> IO[str]:
+    """An exclusive lock on a file of the data folder. Raises ConfigError if another server keeps it."""
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        lock = (data_dir / "lock").open("w")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
     except OSError as error:
-        raise ConfigError(f"cannot write to the data folder {data_dir}: {error.strerror}") from error
-    deadline, told = time.monotonic() + LOCK_SECONDS, False
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                lock.close()
-                raise ConfigError(f"another server uses the data folder {data_dir}; give --data-dir") from None
-        if not told:
-            logger.warning("another server uses %s; waiting up to %g s for it to end", data_dir, LOCK_SECONDS)
-            told = True
+        raise ConfigError(f"cannot write to the data folder {path.parent}: {error.strerror}") from error
+    deadline = time.monotonic() + wait_seconds
+    while not _try_lock(lock):
+        if time.monotonic() >= deadline:
+            lock.close()
+            raise ConfigError(f"another server uses the data folder {path.parent}; give this one its own --data-dir")
         time.sleep(0.2)
+    return lock
+
+
+def _try_lock(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _listen(host: str, port: int) -> socket.socket:

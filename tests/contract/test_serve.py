@@ -1,0 +1,106 @@
+"""The command line and the processes behind it, from the outside."""
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from tinsmith import __version__
+from tinsmith.demo import tiny_folder
+from tinsmith.demo.local_server import LocalServer
+
+pytestmark = [pytest.mark.xdist_group("serve"), pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def own_server(tmp_path_factory: pytest.TempPathFactory, client_environment: None) -> Iterator[LocalServer]:
+    """A server whose processes may be hurt."""
+    folder = tmp_path_factory.mktemp("serve")
+    with LocalServer(folder / "data", folder / "log.txt") as server:
+        yield server
+
+
+def tinsmith(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from tinsmith.cli import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=dict(os.environ) | variables)
+
+
+def refused(*arguments: str, **variables: str) -> str:
+    """The one line on stderr of a command that must end with code 2."""
+    result = tinsmith(*arguments, **variables)
+    assert result.returncode == 2, result
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    return result.stderr
+
+
+def test_version_and_the_embedded_models_folder_are_printed() -> None:
+    assert tinsmith("version").stdout.strip() == __version__
+    assert tinsmith("models", "path", "tiny").stdout.strip() == str(tiny_folder())
+    assert "tiny" in tinsmith("models", "list").stdout
+    assert "huge" in refused("models", "path", "huge")
+
+
+def test_settings_that_are_wrong_are_one_line_and_exit_code_two(tmp_path: Path) -> None:
+    assert "TINSMITH_PROT" in refused("serve", TINSMITH_PROT="1")
+    assert "--api-key" in refused("serve", "--host", "0.0.0.0")
+    assert "write a=tiny" in refused("serve", "--alias", "a=other")
+    assert "65535" in refused("serve", "--port", "70000")
+    file = tmp_path / "settings.toml"
+    file.write_text("max_lora_rnak = 8")
+    assert "max_lora_rank" in refused("serve", "--config", str(file))
+
+
+def test_the_command_line_the_variables_and_the_file_are_heard(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("max_lora_rank = 8\nport = 1")
+    arguments = ["--config", str(file), "--alias", "a=tiny", "--alias", "b=tiny", "--no-auth", "--show-settings"]
+    shown = tinsmith("serve", "tiny", "--port", "7", *arguments, TINSMITH_DTYPE="float32").stdout
+    rows = dict(line.split(maxsplit=1) for line in shown.splitlines() if len(line.split()) > 1)
+    assert (rows["port"], rows["max_lora_rank"], rows["dtype"]) == ("7", "8", "float32")
+    assert (rows["aliases"], rows["no_auth"]) == ("a=tiny, b=tiny", "True")
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = tinsmith("serve", "--port", str(port), "--data-dir", str(tmp_path))
+    assert result.returncode == 2
+    assert f"port {port}" in result.stderr
+
+
+def test_a_data_folder_belongs_to_one_server(own_server: LocalServer) -> None:
+    result = tinsmith("serve", "--port", "0", "--data-dir", str(own_server.data_dir))
+    assert result.returncode == 2
+    assert str(own_server.data_dir) in result.stderr
+
+
+def test_the_log_says_what_was_chosen_and_how_to_connect(own_server: LocalServer) -> None:
+    log = own_server.log.read_text()
+    assert f"export TINKER_BASE_URL={own_server.base_url} TINKER_API_KEY=tml-local" in log
+    for word in ("model     tiny", "SQLite", str(own_server.data_dir), "float32 on cpu", "adapters of rank"):
+        assert word in log
+
+
+def test_a_connection_made_while_the_api_is_away_is_answered_by_the_next_one(own_server: LocalServer) -> None:
+    process = own_server.processes()["api"]
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(10)
+    address = urlsplit(own_server.base_url)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=60)
+    connection.request("GET", "/api/v1/healthz")
+    assert connection.getresponse().status in (200, 503)
+    connection.close()
+
+
+def test_ctrl_c_ends_a_server_cleanly(own_server: LocalServer) -> None:
+    processes = own_server.processes()
+    processes["server"].send_signal(signal.SIGINT)
+    assert own_server.stop() == 0
+    assert not any(process.is_running() for role, process in processes.items() if role != "server")
