@@ -5,6 +5,7 @@ SHELL := /bin/bash
 
 PYTHON := .venv/bin/python
 UV := .venv/bin/uv pip install --quiet --python $(PYTHON)
+BENCHMARKS := $(filter-out recording report,$(basename $(notdir $(wildcard benchmarks/*.py))))
 COOKBOOK := tinker-cookbook==0.6.1
 export UV_FIND_LINKS := $(PIP_FIND_LINKS)
 
@@ -45,7 +46,8 @@ format: setup
 	.venv/bin/ruff format
 
 bench: setup
-	@for file in benchmarks/*.py; do echo "== $$file"; $(PYTHON) "$$file"; done
+	@for name in $(BENCHMARKS); do echo "== $$name"; $(PYTHON) -m "benchmarks.$$name"; done
+	@$(PYTHON) -m benchmarks.report
 
 proto: setup
 	$(PYTHON) -m grpc_tools.protoc -I . --python_out=. --pyi_out=. tinsmith/wire/*.proto
