@@ -36,7 +36,7 @@ def ben(guarded: LocalServer) -> Iterator[RawClient]:
         yield client
 
 
-@pytest.mark.parametrize("key", ["tml-mallory", "tml-ann", "tml-anna ", ""])
+@pytest.mark.parametrize("key", ["tml-mallory", "tml-ann", "tml-annaa", ""])
 def test_a_wrong_key_opens_nothing(guarded: LocalServer, key: str) -> None:
     with RawClient(guarded.base_url, key) as client:
         for method, path in (
