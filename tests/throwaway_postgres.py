@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
+from psycopg.conninfo import conninfo_to_dict
 
 _FAST = "-c fsync=off -c full_page_writes=off -c max_connections=200 -c shared_buffers=32MB"
 
@@ -55,11 +56,12 @@ class ThrowawayPostgres:
         return f"postgresql://tinsmith@/{database}?host={self.folder}"
 
     @contextmanager
-    def database(self) -> Iterator[str]:
-        """A new database's URL; the database goes at the end."""
+    def database(self, template: str | None = None) -> Iterator[str]:
+        """The URL of a new database, empty or a copy of the one at `template`; it goes at the end."""
         name = f"test_{uuid.uuid4().hex[:12]}"
         with psycopg.connect(self.url(), autocommit=True) as conn:
-            conn.execute(f"CREATE DATABASE {name}")
+            original = conninfo_to_dict(template)["dbname"] if template else "template1"
+            conn.execute(f"CREATE DATABASE {name} TEMPLATE {original}")
             try:
                 yield self.url(name)
             finally:

@@ -118,10 +118,10 @@ def test_released_jobs_are_claimed_again_in_their_old_order(conn: sa.Connection)
     assert [header.seq for _ in range(3) for header in claimed(conn, 1)] == [0, 2, 3]
 
 
-def test_two_engines_at_once_never_claim_the_same_job(database: Database, database_url: str) -> None:
+def test_two_engines_at_once_never_claim_the_same_job(database: Database, migrated_url: str) -> None:
     for seq in range(50):
         database.write(queue.submit, job("m", seq))
-    other = Database(database_url)
+    other = Database(migrated_url)
     taken: list[int] = []
     while headers := database.write(claimed, 3) + other.write(claimed, 3):
         taken += numbers(headers)
@@ -129,9 +129,8 @@ def test_two_engines_at_once_never_claim_the_same_job(database: Database, databa
     assert len(taken) == len(set(taken)) == 50
 
 
-def test_claiming_passes_over_what_an_open_transaction_claims(postgres_url: str) -> None:
-    first, second = Database(postgres_url), Database(postgres_url)
-    first.migrate()
+def test_claiming_passes_over_what_an_open_transaction_claims(migrated_postgres_url: str) -> None:
+    first, second = Database(migrated_postgres_url), Database(migrated_postgres_url)
     for seq in range(4):
         first.write(queue.submit, job("m", seq))
 
@@ -330,9 +329,8 @@ def test_pruning_is_bounded_and_says_whether_there_is_more(conn: sa.Connection) 
 
 
 @pytest.mark.parametrize("state", ["queued", "running"])
-def test_claim_and_release_find_their_jobs_by_the_partial_indexes(sqlite_url: str, state: str) -> None:
-    database = Database(sqlite_url)
-    database.migrate()
+def test_claim_and_release_find_their_jobs_by_the_partial_indexes(migrated_sqlite_url: str, state: str) -> None:
+    database = Database(migrated_sqlite_url)
     release = sa.update(tables.jobs).where(queue._RUNNING, tables.jobs.c.base == "b")
     statement = queue._CLAIM._statements["any"] if state == "queued" else release
 
@@ -356,9 +354,9 @@ def submit_range(url: str, start: int, count: int) -> None:
     database.close()
 
 
-def test_processes_that_submit_the_same_requests_make_each_job_once(database: Database, database_url: str) -> None:
+def test_processes_that_submit_the_same_requests_make_each_job_once(database: Database, migrated_url: str) -> None:
     spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=submit_range, args=(database_url, start, 60)) for start in (0, 30, 60)]
+    processes = [spawn.Process(target=submit_range, args=(migrated_url, start, 60)) for start in (0, 30, 60)]
     for process in processes:
         process.start()
     bodies: dict[int, bytes] = {}
