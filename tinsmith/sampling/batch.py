@@ -15,9 +15,10 @@ from torch import Tensor
 
 from tinsmith.models import head
 from tinsmith.models.loading import BaseModel
-from tinsmith.sampling.attention import PagedAttention, Span
+from tinsmith.sampling.attention import PagedAttention
 from tinsmith.sampling.decoding import SAMPLE_STREAM, TokenDistributions, uniforms
 from tinsmith.sampling.kv_cache import KVCache
+from tinsmith.sampling.lanes import Lanes, Span
 from tinsmith.sampling.requests import NextToken, Sample
 from tinsmith.sampling.scoring import ScoringJob, score, segments_of
 
@@ -34,7 +35,7 @@ class Work:
     start: int = 0
 
 
-def forward(model: BaseModel, cache: KVCache, works: Sequence[Work]) -> Tensor:
+def forward(model: BaseModel, cache: KVCache, lanes: Lanes, works: Sequence[Work]) -> Tensor:
     """Hidden states [T, D] of all works' rows, sorted by snapshot, with the same base weights; fills the cache."""
     tokens: list[int] = []
     positions: list[int] = []
@@ -44,11 +45,11 @@ def forward(model: BaseModel, cache: KVCache, works: Sequence[Work]) -> Tensor:
         work.start = len(tokens)
         tokens += sample.slice(past, past + work.rows)
         positions += range(past, past + work.rows)
-        spans.append(Span(work.start, work.rows, past, sample.blocks))
+        spans.append(Span(sample.key, work.start, work.rows, past, sample.blocks))
     padding = max(0, LEAST_ROWS - len(tokens))
     segments = segments_of((work.sample.adapter, work.rows) for work in works)
     segments[-1].end += padding
-    attention = PagedAttention(cache, spans, len(tokens) + padding)
+    attention = PagedAttention(cache, lanes, spans, len(tokens) + padding)
     return model.hidden(
         torch.tensor(tokens + [0] * padding, device=model.device),
         torch.tensor(positions + [0] * padding, device=model.device),

@@ -23,6 +23,7 @@ from tinsmith.protocols import BASE_SNAPSHOT, Capabilities, Finished, SnapshotCa
 from tinsmith.sampling import scheduling
 from tinsmith.sampling.batch import Work, forward, next_tokens, score_prompts
 from tinsmith.sampling.kv_cache import BlockPool, KVCache, chain_digests
+from tinsmith.sampling.lanes import Lanes
 from tinsmith.sampling.requests import NextToken, Request, Sample, Snapshot, check
 from tinsmith.sampling.scoring import PromptScores
 from tinsmith.sampling.stopping import StopStrings, end_of_sequence_tokens
@@ -65,6 +66,7 @@ class TorchSampler:
             dtype=model.dtype,
             device=model.device,
         )
+        self._lanes: dict[int, Lanes] = {}  # by version of the module that runs; the base is -1
         self._versions = count()
         self._arrivals = count()
         self._snapshots = {BASE_SNAPSHOT: Snapshot(BASE_SNAPSHOT, next(self._versions))}
@@ -155,8 +157,10 @@ class TorchSampler:
         self._preempt()
         self._admit()
         finished: list[Finished] = []
-        for batch in self._batches():
-            finished += self._run(batch)
+        batches = self._batches()
+        self._lanes = {version: self._lanes.get(version) or Lanes(self._cache) for version in batches}
+        for version, works in batches.items():
+            finished += self._run(works, self._lanes[version])
         return finished
 
     def check(self) -> None:
@@ -248,8 +252,8 @@ class TorchSampler:
 
     # One step
 
-    def _batches(self) -> Iterator[list[Work]]:
-        """The step's work, one batch for each set of base weights, rows of the same snapshot side by side."""
+    def _batches(self) -> dict[int, list[Work]]:
+        """The step's work by version of the module that runs (the base is -1), sorted by snapshot."""
         prefilling = [
             scheduling.Prefilling(key, sample.tenant, sample.pending)
             for key, sample in self._running.items()
@@ -257,19 +261,19 @@ class TorchSampler:
         ]
         shares = scheduling.prefill_shares(prefilling, self._prefill_tokens)
         batches: dict[int, list[Work]] = defaultdict(list)
-        for key, sample in list(self._running.items()):
+        for key, sample in self._running.items():
             rows = shares.get(key, 0) if sample.pending > 1 else 1
             if rows:
                 snapshot = sample.request.snapshot
                 batches[-1 if snapshot.module is None else snapshot.version].append(Work(sample, rows))
         for batch in batches.values():
             batch.sort(key=lambda work: work.sample.request.snapshot.version)
-            yield batch
+        return batches
 
-    def _run(self, works: list[Work]) -> list[Finished]:
+    def _run(self, works: list[Work], lanes: Lanes) -> list[Finished]:
         self._make_room(works)
         with torch.inference_mode():
-            hidden_TD = forward(self._model, self._cache, works)
+            hidden_TD = forward(self._model, self._cache, lanes, works)
             score_prompts(self._model, works, hidden_TD)
             for work in works:
                 self._advance(work.sample, work.rows)

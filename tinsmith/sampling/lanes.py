@@ -1,0 +1,168 @@
+"""A dense copy of the decoding sequences' keys and values, so that a decoding step need not gather them from blocks.
+
+A sequence that decodes occupies a lane among sequences of similar length. It is copied there once, from the paged
+cache; then each step adds one row to both. The paged cache stays the truth: lanes can be forgotten at any time. They
+take as much memory again as the running sequences' padded lengths.
+
+Legend: L layers, N lanes in use, G key/value heads, J query heads of each, H = G · J, S padded length, d head
+dimension.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinsmith.sampling.kv_cache import KVCache
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows `start` to `start + count` of the batch: positions `past` to `past + count` of the sequence in `blocks`.
+
+    `owner` names the sequence; another sequence never gets the same number.
+    """
+
+    owner: int
+    start: int
+    count: int
+    past: int
+    blocks: Sequence[int]
+
+
+def padded_length(length: int) -> int:
+    """The length to which a decoding sequence is padded: 32, 48, 64, 96, 128, 192, …; it depends on nothing else."""
+    power = 32
+    while 2 * power < length:
+        power *= 2
+    return next(bound for bound in (power, power * 3 // 2, 2 * power) if length <= bound)
+
+
+class Lanes:
+    """The lanes of all sequences that decode with one set of base weights, grouped by padded length."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self._cache = cache
+        self._groups: dict[int, LaneGroup] = {}
+
+    def enter(self, spans: Sequence[Span]) -> list["LaneGroup"]:
+        """Makes exactly these sequences, of one row each, occupy lanes; returns the groups, ready for the pass."""
+        by_length: dict[int, list[Span]] = defaultdict(list)
+        for span in spans:
+            by_length[padded_length(span.past + 1)].append(span)
+        self._groups = {
+            length: self._groups.get(length) or LaneGroup(self._cache, length) for length in sorted(by_length)
+        }
+        for length, group in self._groups.items():
+            group.enter(by_length[length])
+        return list(self._groups.values())
+
+
+class LaneGroup:
+    """Sequences of the same padded length, each in a lane, without gaps."""
+
+    def __init__(self, cache: KVCache, length: int) -> None:
+        self._cache = cache
+        self._length = length
+        self._owners: list[int] = []
+        self._filled: list[int] = []
+        # Scores in fp32 are fastest with each key's rows side by side; a fused kernel wants the keys one by one.
+        self._fused = cache.data_L2BSGd.dtype != torch.float32
+        self._keys_LNGSd, self._values_LNGSd = self._allocate(1)
+
+    def enter(self, spans: Sequence[Span]) -> None:
+        """Lets those leave who are not among `spans`, lets the others in, and prepares one pass."""
+        wanted = {span.owner: span for span in spans}
+        for lane in reversed(range(len(self._owners))):
+            span = wanted.get(self._owners[lane])
+            if span is None or span.past != self._filled[lane]:
+                self._leave(lane)
+        present = set(self._owners)
+        self._load([span for span in spans if span.owner not in present])
+        self._prepare([wanted[owner] for owner in self._owners])
+
+    def attend(
+        self, layer: int, query_HTd: Tensor, key_GTd: Tensor, value_GTd: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        """Adds the new row of each sequence; returns [N, H, d], in the order of `rows_N`."""
+        count = len(self._owners)
+        key_NGSd, value_NGSd = self._keys_LNGSd[layer, :count], self._values_LNGSd[layer, :count]
+        cells = (self._lanes_N, slice(None), self._newest_N)
+        key_NGSd[cells] = key_GTd.index_select(1, self.rows_N).transpose(0, 1)
+        value_NGSd[cells] = value_GTd.index_select(1, self.rows_N).transpose(0, 1)
+        query_NHd = query_HTd.index_select(1, self.rows_N).transpose(0, 1)
+        query_NGJd = query_NHd.unflatten(1, (key_NGSd.shape[1], -1))
+        mask_N1S = self._mask(window, query_HTd.dtype)
+        if self._fused:
+            attended_NGJd = F.scaled_dot_product_attention(
+                query_NGJd, key_NGSd, value_NGSd, attn_mask=mask_N1S[:, None], scale=scaling
+            )
+            return attended_NGJd.flatten(1, 2)
+        mask = mask_N1S.repeat_interleave(key_NGSd.shape[1], 0)
+        query, key, value = (part.flatten(0, 1) for part in (query_NGJd, key_NGSd.transpose(2, 3), value_NGSd))
+        weights = torch.baddbmm(mask, query, key, alpha=scaling).softmax(-1)
+        return torch.bmm(weights, value).view(query_NHd.shape)
+
+    def _allocate(self, lanes: int) -> tuple[Tensor, Tensor]:
+        layers, _, _, _, heads, head_dim = self._cache.data_L2BSGd.shape
+        values = self._cache.data_L2BSGd.new_zeros(layers, lanes, heads, self._length, head_dim)
+        if self._fused:
+            return torch.zeros_like(values), values
+        return values.new_zeros(layers, lanes, heads, head_dim, self._length).transpose(3, 4), values
+
+    def _leave(self, lane: int) -> None:
+        """Frees a lane; the last sequence moves into it."""
+        owner, filled = self._owners.pop(), self._filled.pop()
+        last = len(self._owners)
+        if lane != last:
+            self._owners[lane], self._filled[lane] = owner, filled
+            for part in (self._keys_LNGSd, self._values_LNGSd):
+                part[:, lane] = part[:, last]
+
+    def _load(self, spans: Sequence[Span]) -> None:
+        """Copies what is cached of new sequences into further lanes, to their whole length: nothing stale remains."""
+        if not spans:
+            return
+        first, last = len(self._owners), len(self._owners) + len(spans)
+        if last > self._keys_LNGSd.shape[1]:
+            self._grow(max(last, 2 * first))
+        size = self._cache.block_size
+        width = -(-self._length // size)
+        # What is masked must still be finite, so the rest of a table is filled up with the sequence's own blocks.
+        tables = [[*span.blocks[:width], *[span.blocks[-1]] * (width - len(span.blocks))] for span in spans]
+        data = self._cache.data_L2BSGd[:, :, torch.tensor(tables, device=self._keys_LNGSd.device)]
+        data_L2NSGd = data.flatten(3, 4)[:, :, :, : self._length]
+        self._keys_LNGSd[:, first:last] = data_L2NSGd[:, 0].transpose(2, 3)
+        self._values_LNGSd[:, first:last] = data_L2NSGd[:, 1].transpose(2, 3)
+        self._owners += [span.owner for span in spans]
+        self._filled += [span.past for span in spans]
+
+    def _grow(self, lanes: int) -> None:
+        old = (self._keys_LNGSd, self._values_LNGSd)
+        self._keys_LNGSd, self._values_LNGSd = self._allocate(lanes)
+        for part, previous in zip((self._keys_LNGSd, self._values_LNGSd), old, strict=True):
+            part[:, : previous.shape[1]] = previous
+
+    def _prepare(self, spans: Sequence[Span]) -> None:
+        """What every layer of the pass needs: the lanes' batch rows and newest positions."""
+        device = self._keys_LNGSd.device
+        self.rows_N = torch.tensor([span.start for span in spans], device=device)
+        self._newest_N = torch.tensor(self._filled, device=device)
+        self._lanes_N = torch.arange(len(spans), device=device)
+        self._filled = [span.past + 1 for span in spans]
+        self._masks: dict[int | None, Tensor] = {}
+
+    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Additive [N, 1, S]: 0 where the row may look, -inf elsewhere."""
+        if window not in self._masks:
+            position = torch.arange(self._length, device=self._newest_N.device)
+            newest_N1 = self._newest_N[:, None]
+            visible_NS = position <= newest_N1
+            if window is not None:
+                visible_NS &= position > newest_N1 - window
+            mask_NS = torch.zeros(visible_NS.shape, dtype=dtype, device=position.device)
+            self._masks[window] = mask_NS.masked_fill_(~visible_NS, -torch.inf)[:, None]
+        return self._masks[window]
