@@ -145,3 +145,8 @@ def test_the_database_lies_in_the_data_folder_unless_a_url_is_given() -> None:
     assert load_settings(None, {}, {"data_dir": "/data"}).effective_database_url == "sqlite:////data/tinsmith.db"
     url = "postgresql://db/tinsmith"
     assert load_settings(None, {}, {"database_url": url}).effective_database_url == url
+
+
+def test_every_setting_is_explained_in_the_how_to() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to.md").read_text()
+    assert [f.name for f in fields(Settings) if f"`{f.name}`" not in page] == []
