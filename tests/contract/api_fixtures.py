@@ -14,6 +14,7 @@ import numpy as np
 import uvicorn
 
 from tinsmith.api.app import create_app
+from tinsmith.api.calls import Services
 from tinsmith.config import Settings
 from tinsmith.protocols import Capabilities
 from tinsmith.store import queue, records
@@ -142,9 +143,10 @@ def sample_output(call: SampleCall) -> SampleOutput:
 class Api:
     """One running API, its store and its engine."""
 
-    def __init__(self, port: int, settings: Settings, database: Database, engine: CannedEngine) -> None:
+    def __init__(self, port: int, services: Services, engine: CannedEngine) -> None:
         self.base_url = f"http://127.0.0.1:{port}"
-        self.settings, self.database, self.engine = settings, database, engine
+        self.waiters = services.waiters
+        self.settings, self.database, self.engine = services.settings, services.database, engine
         self.http = self.client("tml-test")
 
     def client(self, key: str | None) -> httpx.Client:
@@ -193,7 +195,7 @@ def running_api(folder: Path, capabilities: Capabilities | None = CAPABILITIES, 
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    api = Api(listener.getsockname()[1], settings, database, engine)
+    api = Api(listener.getsockname()[1], app.state.services, engine)
     try:
         _await(api, 200 if capabilities else 503)
         yield api

@@ -1,5 +1,6 @@
 """Waiting for results: held, woken, repeated, expired; and what the API does while its engine is away."""
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,9 @@ import httpx
 import pytest
 
 from tests.contract.api_fixtures import Api, running_api
+from tinsmith.api.waiting import Waiters
 from tinsmith.store import queue
+from tinsmith.store.doorbell import Doorbell
 from tinsmith.wire.jobs import Outcome
 
 
@@ -45,6 +48,25 @@ def test_a_request_is_held_until_its_result_is_there(api: Api, model: str) -> No
             answer = waiting.submit(retrieve, api, step(api, model, 1))
             assert not answer.done()
         assert answer.result().json() == {"type": "optim_step", "metrics": {"grad_norm": 1.0}}
+
+
+def test_the_doorbell_wakes_those_who_wait_for_what_it_names(database_url: str) -> None:
+    doorbell = Doorbell(database_url)
+
+    async def wait() -> tuple[bool, bool]:
+        waiters = Waiters(doorbell)
+        waiters.start()
+        try:
+            with waiters.watch("m:1") as first, waiters.watch("m:1") as second, waiters.watch("m:2") as other:
+                while not first.is_set():  # the bell may not hang yet
+                    doorbell.ring("done", ["m:0", "m:1"])
+                    await asyncio.sleep(0.01)
+                return second.is_set(), other.is_set()
+        finally:
+            waiters.close()
+
+    assert asyncio.run(wait()) == (True, False)
+    doorbell.close()
 
 
 def test_many_requests_are_held_at_once(api: Api, model: str) -> None:

@@ -79,7 +79,7 @@ def create_app(settings: Settings, database: Database, doorbell: Doorbell) -> St
 
     routes = [Route(f"{PREFIX}/healthz", health, methods=["GET"])]
     routes += [Route(PREFIX + path, endpoint(services, handler), methods=[method]) for method, path, handler in ROUTES]
-    return Starlette(
+    app = Starlette(
         routes=routes,
         lifespan=lifespan,
         exception_handlers={
@@ -89,6 +89,8 @@ def create_app(settings: Settings, database: Database, doorbell: Doorbell) -> St
             Exception: _on_bug,
         },
     )
+    app.state.services = services
+    return app
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

@@ -94,5 +94,8 @@ class Catalog:
         except TinsmithError as error:
             log.warning("cannot read the engine's state: %s", error)
             return
+        except Exception:  # this thread's border: without it, the API would never hear of its engine again
+            log.exception("reading the engine's state failed")
+            return
         if self._engine is not None and self._engine.capabilities is not None:
             self._capabilities = Capabilities(**self._engine.capabilities)

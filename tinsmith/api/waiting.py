@@ -34,6 +34,11 @@ class Waiters:
         if self._thread is not None:
             self._thread.join()
 
+    @property
+    def held(self) -> int:
+        """How many different results are waited for at this moment."""
+        return len(self._events)
+
     @contextmanager
     def watch(self, request_id: str) -> Iterator[asyncio.Event]:
         """An event that is set whenever the job is said to have ended."""
