@@ -58,8 +58,8 @@ class PackedAttention:
             mask = None if window is None or length <= window else _band(length, window, query.device)
             output_HLd = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
-            )[0]
-            outputs.append(output_HLd.transpose(0, 1))
+            )
+            outputs.append(output_HLd.squeeze(0).transpose(0, 1))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
@@ -89,7 +89,8 @@ def _delegate(
     if unknown or dropout or attention_mask is not None:
         what = ", ".join(unknown) or ("dropout" if dropout else "attention_mask")
         raise ConfigError(f"{type(module).__name__} asks for attention with {what}, which Tinsmith cannot do")
-    output_THd = attention(module.layer_idx, query[0], key[0], value[0], scaling, sliding_window)  # type: ignore[arg-type]
+    heads_HTd = (query.squeeze(0), key.squeeze(0), value.squeeze(0))
+    output_THd = attention(module.layer_idx, *heads_HTd, scaling, sliding_window)  # type: ignore[arg-type]
     return output_THd[None], None
 
 

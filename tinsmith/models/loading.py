@@ -21,6 +21,7 @@ from tinsmith.models.attention import ATTENTION_KEYWORD, IMPLEMENTATION, Attenti
 from tinsmith.models.families import Target, find_targets
 from tinsmith.models.head import target_logprobs
 from tinsmith.models.lora import Adapter, AdapterLayout, CurrentPass, MultiAdapterLinear, Segment, initial_weights
+from tinsmith.models.norms import FrozenRMSNorm, freeze_norm
 from tinsmith.protocols import ModelSpec
 
 _PROBE_LENGTHS = (11, 6)
@@ -50,9 +51,11 @@ class BaseModel:
         self._current = CurrentPass()
         self._layouts: dict[tuple[int, bool, bool, bool], AdapterLayout] = {}
         for index, target in enumerate(targets[:-1]):
-            parent_path, _, name = target.path.rpartition(".")
-            parent = module.get_submodule(parent_path)
-            setattr(parent, name, MultiAdapterLinear(getattr(parent, name), index, self._current))
+            linear = module.get_submodule(target.path)
+            module.set_submodule(target.path, MultiAdapterLinear(linear, index, self._current))
+        for path, child in list(module.named_modules()):
+            if frozen := freeze_norm(child):
+                module.set_submodule(path, frozen)
 
     def hidden(
         self,
@@ -74,7 +77,7 @@ class BaseModel:
         output = owner.model(
             inputs_embeds=embedded, position_ids=positions_T[None], use_cache=False, **{ATTENTION_KEYWORD: attention}
         )
-        return output.last_hidden_state[0]
+        return output.last_hidden_state.squeeze(0)
 
     def layout(self, spec: ModelSpec) -> AdapterLayout:
         """The flat layout of an adapter with this rank and these targets."""
@@ -93,8 +96,9 @@ class BaseModel:
         module: nn.Module = copy.deepcopy(self.module)
         for path, child in list(module.named_modules()):
             if isinstance(child, MultiAdapterLinear):
-                parent_path, _, name = path.rpartition(".")
-                setattr(module.get_submodule(parent_path), name, child.to_linear())
+                module.set_submodule(path, child.to_linear())
+            elif isinstance(child, FrozenRMSNorm):
+                module.set_submodule(path, child.original)
         return module.requires_grad_(trainable)
 
     def checkpoint_gradients(self, enabled: bool) -> None:

@@ -92,6 +92,10 @@ class Segment:
     end: int
     trains: bool = True
 
+    def rows(self, batch: Tensor) -> Tensor:
+        """The segment's part of a tensor over all rows."""
+        return batch if self.end - self.start == batch.shape[0] else batch[self.start : self.end]
+
 
 class CurrentPass:
     """What the linear layers of one base model need to know of the forward pass under way."""
@@ -115,12 +119,13 @@ def add_adapters(x_TI: Tensor, y_TO: Tensor, segments: Sequence[Segment], linear
     """Adds each segment's LoRA output to `y_TO` in place; returns x Aᵀ ([N, R]) of every segment that has one."""
     inner = []
     for segment in segments:
-        pair = segment.adapter.pair(linear) if segment.adapter else None
-        if pair is None:
+        adapter = segment.adapter
+        pair = adapter.pair(linear) if adapter else None
+        if adapter is None or pair is None:
             continue
-        rows = slice(segment.start, segment.end)
-        z_NR = F.linear(x_TI[rows], pair[0])
-        y_TO[rows].addmm_(z_NR, pair[1].t(), alpha=segment.adapter.scale)  # type: ignore[union-attr]
+        x_NI, y_NO = segment.rows(x_TI), segment.rows(y_TO)
+        z_NR = F.linear(x_NI, pair[0])
+        y_NO.addmm_(z_NR, pair[1].t(), alpha=adapter.scale)
         inner.append(z_NR)
     return inner
 
@@ -150,13 +155,12 @@ class _MultiAdapterProduct(torch.autograd.Function):
             pair = adapter.pair(ctx.linear) if adapter else None
             if pair is None:
                 continue
-            rows = slice(segment.start, segment.end)
-            dy_NO, z_NR = dy_TO[rows], next(remaining)
+            dy_NO, z_NR = segment.rows(dy_TO), next(remaining)
             dz_NR = dy_NO @ pair[1]
-            dx_TI[rows].addmm_(dz_NR, pair[0], alpha=adapter.scale)
+            segment.rows(dx_TI).addmm_(dz_NR, pair[0], alpha=adapter.scale)
             if segment.trains:
                 grad_a, grad_b = adapter.grad_pairs[ctx.linear]
-                add_product(grad_a, dz_NR.t(), x_TI[rows], adapter.scale)
+                add_product(grad_a, dz_NR.t(), segment.rows(x_TI), adapter.scale)
                 add_product(grad_b, dy_NO.t(), z_NR, adapter.scale)
         return dx_TI.view(*dy.shape[:-1], -1), None, None, None, None
 
