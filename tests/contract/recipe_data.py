@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 
-from tinsmith.demo.problems import sum_problem, word_problem
+from tinsmith.demo.problems import sum_problem
 
 TRAIN, TEST = 400, 16
 PREFERENCES_TEST = 1024  # the recipe takes so many
@@ -54,16 +54,15 @@ def _instruction(rng: Random, place: int) -> dict[str, object]:
 
 
 def _write_preferences(folder: Path) -> None:
-    """Word problems; the chosen reply is polite, the rejected one is not."""
+    """Short requests; the chosen reply is polite, the rejected one is not."""
     for split, count, seed in (("train", TRAIN, 5), ("test", PREFERENCES_TEST, 6)):
         rng = Random(seed)
         _write_rows(folder / f"{split}.jsonl", (_preference(rng) for _ in range(count)))
 
 
 def _preference(rng: Random) -> dict[str, str]:
-    problem = word_problem(rng)
-    asked = f"\n\nHuman: {problem.question}\n\nAssistant:"
-    return {"chosen": f"{asked} Gladly! {problem.answer}", "rejected": f"{asked} Go away."}
+    asked = f"\n\nHuman: {rng.randint(0, 99)}?\n\nAssistant:"
+    return {"chosen": f"{asked} Yes", "rejected": f"{asked} No"}
 
 
 def _write_rows(path: Path, rows: Iterable[dict[str, object]] | Iterable[dict[str, str]]) -> None:

@@ -92,19 +92,21 @@ def test_rl_loop_trains_full_models(cookbook: Cookbook) -> None:
 def test_math_rl_runs_its_sums(cookbook: Cookbook) -> None:
     settings = ["env=arithmetic", "groups_per_batch=8", "group_size=4", "max_steps=3", "eval_every=0", "save_every=2"]
     metrics = cookbook.run("math_rl.train", "math", MODEL, *settings, "behavior_if_log_dir_exists=delete")
-    assert len(metrics) == 3
-    for difference in column(metrics, "optim/kl_sample_train_v2"):
-        assert abs(difference) < 1e-6
+    assert column(metrics, "progress/batch") == [0, 1, 2]
+    assert all(abs(difference) < 1e-4 for difference in column(metrics, "optim/kl_sample_train_v1"))
 
 
-def test_chat_sl_resumes_where_it_was(cookbook: Cookbook) -> None:
+def test_chat_sl_resumes_where_it_was_interrupted(cookbook: Cookbook) -> None:
     settings = [MODEL, "batch_size=8", "learning_rate=1e-3", "save_every=2", "eval_every=2", "lr_schedule=constant"]
-    first = cookbook.run("chat_sl.train", "chat", *settings, "max_steps=4")
-    resumed = cookbook.run("chat_sl.train", "chat", *settings, "max_steps=8", "behavior_if_log_dir_exists=resume")
-    losses = column(resumed, "train_mean_nll")
-    assert len(first) == 4
-    assert len(resumed) == 8
-    assert max(losses[4:]) < min(losses[:2])
+    cookbook.run("chat_sl.train", "chat", *settings, "max_steps=3")
+    checkpoints = cookbook.folder / "chat/checkpoints.jsonl"
+    unfinished, final = checkpoints.read_text().splitlines()
+    assert "final" in final
+    checkpoints.write_text(unfinished + "\n")
+    resumed = cookbook.run("chat_sl.train", "chat", *settings, "max_steps=6", "behavior_if_log_dir_exists=resume")
+    losses = dict(zip(column(resumed, "step"), column(resumed, "train_mean_nll"), strict=True))
+    assert sorted(losses) == [0, 1, 2, 3, 4, 5]
+    assert losses[5] < losses[3] < losses[0]
 
 
 def test_dpo_widens_the_margin(cookbook: Cookbook) -> None:
