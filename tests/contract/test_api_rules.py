@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from tests.contract.api_fixtures import Api, running_api
-from tinsmith.store import queue
+from tinsmith.store import queue, records
 from tinsmith.wire import messages_pb2 as pb
 from tinsmith.wire.jobs import Future
 from tinsmith.wire.packing import SampleCall
@@ -241,6 +241,19 @@ def test_a_finished_session_takes_nothing_new(api: Api, session: str) -> None:
         api.post("/session_heartbeat", session_id=session),
     ]
     assert [answer.status_code for answer in answers] == [410] * 3
+
+
+@pytest.mark.parametrize(("state", "status"), [("failed", 400), ("closed", 410)])
+def test_a_model_that_is_no_more_takes_no_requests(api: Api, model: str, state: str, status: int) -> None:
+    api.database.write(records.update_model, model, state=state)
+    refused = [train(api, message(model, 1)), api.post("/optim_step", model_id=model, seq_id=2, adam_params={})]
+    assert [answer.status_code for answer in refused] == [status] * 2
+
+
+def test_a_models_last_use_is_noted(api: Api, model: str) -> None:
+    api.database.write(records.update_model, model, used_at=1.0)
+    train(api, message(model, 1))
+    assert not api.http.get(f"/training_runs/{model}").json()["last_request_time"].startswith("1970")
 
 
 def test_a_sample_without_a_seed_keeps_the_one_it_was_given(api: Api, session: str) -> None:

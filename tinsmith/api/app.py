@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tinsmith.api import futures, runs, sampling, service, sessions, training, weights
+from tinsmith.api import downloads, futures, runs, sampling, service, sessions, training, weights
 from tinsmith.api.calls import Handler, Services, answer, endpoint
 from tinsmith.api.catalog import Catalog
 from tinsmith.api.waiting import Waiters
@@ -20,7 +20,8 @@ from tinsmith.store.database import Database
 from tinsmith.store.doorbell import Doorbell
 
 PREFIX = "/api/v1"
-_CHECKPOINT = "/training_runs/{run_id}/checkpoints/{segment}/{name}"
+_RUN = "/training_runs/{run_id}"
+_CHECKPOINT = f"{_RUN}/checkpoints/{{segment}}/{{name}}"
 
 ROUTES: tuple[tuple[str, str, Handler], ...] = (
     # They are tried in order, so those on every step's way come first.
@@ -55,6 +56,7 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", f"{_CHECKPOINT}/publish", runs.publish),
     ("DELETE", f"{_CHECKPOINT}/publish", runs.unpublish),
     ("PUT", f"{_CHECKPOINT}/ttl", runs.set_ttl),
+    ("GET", f"{_RUN}/checkpoints/external_weights/{{name}}/external_weights_urls", downloads.external_weights_urls),
 )
 
 log = logging.getLogger(__name__)
@@ -67,6 +69,9 @@ def create_app(settings: Settings, database: Database, doorbell: Doorbell) -> St
     async def health(_request: Request) -> Response:
         return service.health(services)
 
+    async def download(request: Request) -> Response:
+        return await downloads.download(services, request)
+
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         services.catalog.start()
@@ -77,7 +82,10 @@ def create_app(settings: Settings, database: Database, doorbell: Doorbell) -> St
             services.catalog.close()
             services.waiters.close()
 
-    routes = [Route(f"{PREFIX}/healthz", health, methods=["GET"])]
+    routes = [
+        Route(f"{PREFIX}/healthz", health, methods=["GET"]),
+        Route(f"{PREFIX}{downloads.FILES}/{{token}}/{{name}}", download, methods=["GET"]),
+    ]
     routes += [Route(PREFIX + path, endpoint(services, handler), methods=[method]) for method, path, handler in ROUTES]
     app = Starlette(
         routes=routes,

@@ -9,6 +9,7 @@ from tinsmith.errors import TooLargeError, UserError
 from tinsmith.wire.codec import decompress
 
 SMALL_BODY = 2**20  # bytes, of every request that carries no tokens
+THREAD_BYTES = 2**18  # larger bodies are decoded and encoded beside the event loop
 
 Body = TypeVar("Body")
 

@@ -3,8 +3,10 @@
 import asyncio
 import time
 
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
+from tinsmith.api.bodies import THREAD_BYTES
 from tinsmith.api.calls import Call, answer
 from tinsmith.errors import GoneError, NotFoundError
 from tinsmith.store import queue
@@ -23,7 +25,11 @@ async def retrieve_future(call: Call) -> Response:
     """POST /retrieve_future. After `poll_seconds` without a result: 408, which clients answer by asking again."""
     body = await call.json(RetrieveFutureRequest)
     future = await _ended(call, body.request_id)
-    return _try_again(call, body.request_id) if future is None else _result(future)
+    if future is None:
+        return _try_again(call, body.request_id)
+    if len(future.body or b"") > THREAD_BYTES:
+        return await run_in_threadpool(_result, future)
+    return _result(future)
 
 
 async def _ended(call: Call, request_id: str) -> Future | None:

@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from tinsmith.api.bodies import decode_json
+from tinsmith.api.bodies import THREAD_BYTES, decode_json
 from tinsmith.api.calls import Call, answer
 from tinsmith.api.paths import SCHEME, parse_path
 from tinsmith.api.submission import require_open_session
@@ -20,8 +20,6 @@ from tinsmith.wire.codec import Limits
 from tinsmith.wire.jobs import Job
 from tinsmith.wire.sample_codec import sample_call, sample_cost
 from tinsmith.wire.types import SampleRequest
-
-_THREAD_BYTES = 2**18  # larger bodies are decoded beside the event loop
 
 
 async def create_sampling_session(call: Call) -> Response:
@@ -75,7 +73,7 @@ async def asample(call: Call) -> Response:
     services = call.services
     content = await call.content(services.settings.max_body_bytes)
     limits = services.limits()
-    if len(content) > _THREAD_BYTES:
+    if len(content) > THREAD_BYTES:
         request, job = await run_in_threadpool(_decode, content, limits, call.owner)
     else:
         request, job = _decode(content, limits, call.owner)

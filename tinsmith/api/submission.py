@@ -4,6 +4,7 @@ Clients count on: the same (model, seq) again gives the same request id, whateve
 request's seq is consumed, so that the requests behind it do not wait for it.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,8 @@ from tinsmith.wire.jobs import Job
 from tinsmith.wire.types import Addressed, TrainingRequest, UntypedFuture
 
 Body = TypeVar("Body", bound=TrainingRequest)
+
+_USE_SECONDS = 30.0  # how exactly a model's last use is noted
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +53,7 @@ async def refuse(call: Call, kind: str, address: Address | None, refusal: UserEr
     if address is None:
         raise refusal
     services = call.services
-    job = partial(Job, address.model_id, address.seq, kind, call.owner, body=b"")
-    accepted = await services.database.write_async(_reject, call.owner, job, address, str(refusal))
+    accepted = await services.database.write_async(_reject, call.owner, kind, address, str(refusal))
     services.doorbell.ring("jobs")
     if not accepted:
         raise refusal
@@ -93,17 +95,28 @@ def require_open_session(conn: sa.Connection, session_id: str, owner: str) -> No
 
 def _accept(conn: sa.Connection, owner: str, address: Address, prepare: Prepare) -> str:
     model = records.require_model(conn, address.model_id, owner)
+    _check_usable(model)
     draft = prepare(conn, model)
+    now = time.time()
+    if now - model.used_at > _USE_SECONDS:
+        records.update_model(conn, model.id, used_at=now)
     job = Job(model.id, address.seq, draft.kind, owner, model.base, draft.body, draft.tokens)
     return queue.submit(conn, job)
 
 
-def _reject(conn: sa.Connection, owner: str, job: Callable[..., Job], address: Address, error: str) -> bool:
+def _check_usable(model: records.Model) -> None:
+    if model.state == "failed":
+        raise UserError(f"model {model.id!r} could not be created, so nothing can be done with it; create another one")
+    if model.state == "closed":
+        raise GoneError(f"model {model.id!r} ended with its session; go on from a checkpoint of it, in a new session")
+
+
+def _reject(conn: sa.Connection, owner: str, kind: str, address: Address, error: str) -> bool:
     """Whether the request had been accepted earlier. Somebody else's model is left alone."""
     model = records.find_model(conn, address.model_id)
     if model is None or model.owner != owner:
         return False
     earlier = queue.find(conn, f"{model.id}:{address.seq}")
     if earlier is None:
-        queue.reject(conn, job(base=model.base), error)
+        queue.reject(conn, Job(model.id, address.seq, kind, owner, model.base, b""), error)
     return earlier is not None and earlier.state != "failed"

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from tinsmith.api.bodies import OverlongBodyError, plain, read_raw
+from tinsmith.api.bodies import THREAD_BYTES, OverlongBodyError, plain, read_raw
 from tinsmith.api.calls import Call, Services, answer
 from tinsmith.api.submission import Draft, json_draft, refuse, require_open_session, submit, submit_json
 from tinsmith.errors import UserError
@@ -28,7 +28,6 @@ from tinsmith.wire.jobs import Job
 from tinsmith.wire.packing import TrainCall
 
 OPTIMIZER = "adamw"
-_THREAD_BYTES = 2**18  # larger bodies are decoded beside the event loop
 _ADDRESS_BYTES = 1024  # of the beginning, which hold model and seq
 
 
@@ -136,7 +135,7 @@ def _address(call: Call, beginning: bytes) -> Address | None:
 
 async def _decoded(services: Services, content: partial[bytes], size: int) -> tuple[Address, Draft]:
     limits = services.limits()
-    if size > _THREAD_BYTES:
+    if size > THREAD_BYTES:
         return await run_in_threadpool(_decode, content, limits)
     return _decode(content, limits)
 
