@@ -53,19 +53,18 @@ def test_many_draws_follow_the_exact_distribution(vocab, temperature, top_k, top
     assert chi_square(counts, probabilities) < 5
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(2000, 1.0), (2000, 0.999), (-1, 0.9999), (5000, 0.5)])
-def test_cuts_beyond_the_window_are_exact(top_k, top_p):
-    row = logits(1, 5000) * 0.1  # nearly flat: the cut keeps thousands of tokens
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(2000, 1.0), (2000, 0.999), (-1, 0.9999), (5000, 0.5), (129, 0.3), (128, 0.9)]
+)
+def test_cuts_within_and_beyond_the_window_are_exact(top_k: int, top_p: float) -> None:
+    row = logits(1, 5000) * 0.1  # nearly flat: most cuts keep thousands of tokens
     probabilities = expected_probabilities(row[0], 1.0, top_k, top_p)
     grid = (np.arange(400) + 0.5) / 400
     distributions = TokenDistributions(row.expand(400, -1), np.ones(400))
     tokens = distributions.choose(grid, np.full(400, top_k), np.full(400, top_p)).numpy()
+    quantiles = np.searchsorted(np.cumsum(probabilities), grid, side="right")
     assert not np.bincount(tokens, minlength=5000)[probabilities == 0].any()
-    order = np.argsort(-probabilities, kind="stable")
-    ranks = np.empty(5000, int)
-    ranks[order] = np.arange(5000)
-    quantiles = np.searchsorted(np.cumsum(probabilities[order]), grid, side="right")
-    assert np.abs(ranks[tokens] - quantiles).max() <= 1
+    assert (tokens == quantiles).mean() > 0.99  # rounding may move a quantile to the next token
 
 
 def test_greedy_takes_the_maximum_and_reports_at_temperature_one():

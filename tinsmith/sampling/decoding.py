@@ -22,7 +22,7 @@ SAMPLE_STREAM, ALTERNATIVE_STREAM = 0, 1
 """Separate random streams of one seed: for sampled tokens, and for alternatives to prompt tokens."""
 
 _CHUNK = 128  # of the vocabulary, in the first level of the search for a quantile
-_WINDOW = 1024  # most likely tokens in which top-k and top-p are tried first
+_WINDOW = 128  # most likely tokens among which top-k and top-p are tried first
 _LARGEST_INVERSE = 1e30  # of a temperature; beyond it only the maximum has any weight anyway
 
 
@@ -54,14 +54,14 @@ class TokenDistributions:
 
     def __init__(self, logits_RV: Tensor, temperature_R: Float64) -> None:
         """`logits_RV` is fp32; temperatures are ≥ 0."""
-        self.greedy_R = temperature_R == 0
-        divisors_R = np.where(self.greedy_R, 1.0, temperature_R)
+        self._greedy_R = temperature_R == 0
+        divisors_R = np.where(self._greedy_R, 1.0, temperature_R)
         inverse_R = np.minimum(1.0 / np.maximum(divisors_R, 1 / _LARGEST_INVERSE), _LARGEST_INVERSE)
         self._scaled_RV = logits_RV - logits_RV.amax(-1, keepdim=True)
         if (inverse_R != 1.0).any():
             self._scaled_RV *= torch.from_numpy(inverse_R.astype(np.float32)).to(logits_RV.device)[:, None]
-        self._weights_RV = F.pad(self._scaled_RV.exp(), (0, -logits_RV.shape[-1] % _CHUNK))
-        self._sums_RC = self._weights_RV.unflatten(-1, (-1, _CHUNK)).sum(-1, dtype=torch.float64)
+        self._weights_RV = self._scaled_RV.exp()
+        self._sums_RC = _chunk_sums(self._weights_RV)
         self._total_R = self._sums_RC.sum(-1)
         self.finite_R: NDArray[np.bool_] = torch.isfinite(self._total_R).cpu().numpy()
 
@@ -69,30 +69,25 @@ class TokenDistributions:
         """Tokens [R] by inverting each row's cumulative distribution at `uniform_R`; greedy rows take the maximum.
 
         top-k (-1: off) cuts the distribution at the row's temperature; top-p cuts what top-k left, renormalised.
+        Tokens as likely as the last one kept are kept, too.
         """
-        vocab = self._scaled_RV.shape[-1]
-        greedy_R = torch.from_numpy(self.greedy_R).to(self._scaled_RV.device)
-        if self.greedy_R.all():
+        if self._greedy_R.all():
             return self._scaled_RV.argmax(-1)
         tokens_R = self.draw(uniform_R)
-        is_cut_R = ~self.greedy_R & (((top_k_R > 0) & (top_k_R < vocab)) | (top_p_R < 1.0))
-        rows = np.flatnonzero(is_cut_R)
-        if len(rows):
-            limits = np.where(top_k_R > 0, np.minimum(top_k_R, vocab), vocab)
-            tokens_R[rows] = self._draw_cut(rows, uniform_R[rows], limits[rows], top_p_R[rows])
-        if self.greedy_R.any():
-            tokens_R = torch.where(greedy_R, self._scaled_RV.argmax(-1), tokens_R)
+        vocab = self._scaled_RV.shape[-1]
+        limits_R = np.where(top_k_R > 0, np.minimum(top_k_R, vocab), vocab)
+        cut = np.flatnonzero(~self._greedy_R & ((limits_R < vocab) | (top_p_R < 1.0)))
+        if len(cut):
+            weights_RV = self._cut_weights(cut, limits_R[cut], top_p_R[cut])
+            tokens_R[cut] = _draw(weights_RV, _chunk_sums(weights_RV), uniform_R[cut])
+        if self._greedy_R.any():
+            greedy = np.flatnonzero(self._greedy_R)
+            tokens_R[greedy] = self._scaled_RV[greedy].argmax(-1)
         return tokens_R
 
     def draw(self, uniform_R: Float64) -> Tensor:
-        """Tokens [R] from the uncut distributions: finds the chunk first, then the token in it, summing in float64."""
-        target_R = torch.from_numpy(uniform_R).to(self._total_R.device) * self._total_R
-        chunk_R, before_R = _invert(self._sums_RC, target_R)
-        chunks_RCc = self._weights_RV.unflatten(-1, (-1, _CHUNK))
-        inner_Rc = chunks_RCc[torch.arange(len(chunk_R), device=chunk_R.device), chunk_R].double()
-        offset_R, _ = _invert(inner_Rc, target_R - before_R)
-        # Only a row that is not finite can end in the padding.
-        return (chunk_R * _CHUNK + offset_R).clamp(max=self._scaled_RV.shape[-1] - 1)
+        """Tokens [R] from the uncut distributions, also for greedy rows."""
+        return _draw(self._weights_RV, self._sums_RC, uniform_R)
 
     def logprobs(self, tokens_R: Tensor) -> Tensor:
         """Log-probabilities [R] (fp32) of one token per row, in the distribution before any cut."""
@@ -104,38 +99,51 @@ class TokenDistributions:
         values, ids = self._scaled_RV[rows].topk(k)
         return ids, (values.double() - self._total_R[rows, None].log()).float()
 
-    def _draw_cut(self, rows: NDArray[np.int64], uniform: Float64, limits: NDArray[np.int64], top_p: Float64) -> Tensor:
-        """Tokens of the given rows after top-k and top-p; sorts all of a row only if a window doesn't hold its cut."""
+    def _cut_weights(self, rows: NDArray[np.int64], limits: NDArray[np.int64], top_p: Float64) -> Tensor:
+        """Weights [len(rows), V] of some rows after top-k and top-p: 0 where cut."""
         device = self._scaled_RV.device
         index = torch.from_numpy(rows).to(device)
         limit = torch.from_numpy(limits).to(device)[:, None]
         part = torch.from_numpy(top_p).to(device)[:, None]
-        vocab = self._scaled_RV.shape[-1]
-        values, ids = self._scaled_RV[index].topk(min(_WINDOW, vocab))
-        mass = values.double().exp().sum(-1, keepdim=True)
-        enough = (limit <= values.shape[-1]) | ((limit == vocab) & (mass >= part * self._total_R[index, None]))
-        point = torch.from_numpy(uniform).to(device)
-        tokens = _draw_sorted(values, ids, limit, part, self._total_R[index], point)
-        missing = (~enough[:, 0]).nonzero()[:, 0]
-        if len(missing):
-            values, ids = self._scaled_RV[index[missing]].sort(dim=-1, descending=True, stable=True)
-            total = self._total_R[index[missing]]
-            tokens[missing] = _draw_sorted(values, ids, limit[missing], part[missing], total, point[missing])
-        return tokens
+        scaled, total = self._scaled_RV[index], self._total_R[index, None]
+        few = scaled.topk(min(_WINDOW, scaled.shape[-1])).values
+        least, found = _last_kept(few, scaled.shape[-1], total, limit, part)
+        others = (~found).nonzero()[:, 0]
+        if len(others):
+            everything = scaled[others].sort(dim=-1, descending=True).values
+            least[others], _ = _last_kept(everything, scaled.shape[-1], total[others], limit[others], part[others])
+        return self._weights_RV[index] * (scaled >= least[:, None])
 
 
-def _draw_sorted(values: Tensor, ids: Tensor, limit: Tensor, part: Tensor, total: Tensor, point: Tensor) -> Tensor:
-    """Draws from rows sorted in descending order, of which `values` holds at least what the cuts keep.
+def _chunk_sums(weights_RV: Tensor) -> Tensor:
+    """Sums [R, C] in float64 of a row's consecutive chunks."""
+    padded_RV = F.pad(weights_RV, (0, -weights_RV.shape[-1] % _CHUNK))
+    return padded_RV.unflatten(-1, (-1, _CHUNK)).sum(-1).double()
 
-    A row's first `limit` tokens stay, then the shortest beginning whose mass reaches `part` of theirs.
-    """
+
+def _draw(weights_RV: Tensor, sums_RC: Tensor, uniform_R: Float64) -> Tensor:
+    """Tokens [R] by weight: finds the chunk first, then the token in it."""
+    device, vocab = weights_RV.device, weights_RV.shape[-1]
+    target_R = torch.from_numpy(uniform_R).to(device) * sums_RC.sum(-1)
+    chunk_R, before_R = _invert(sums_RC, target_R)
+    ids_Rc = chunk_R[:, None] * _CHUNK + torch.arange(_CHUNK, device=device)
+    inner_Rc = weights_RV.gather(-1, ids_Rc.clamp(max=vocab - 1)) * (ids_Rc < vocab)
+    offset_R, _ = _invert(inner_Rc.double(), target_R - before_R)
+    # Only a row that is not finite can end beyond the vocabulary.
+    return (chunk_R * _CHUNK + offset_R).clamp(max=vocab - 1)
+
+
+def _last_kept(values: Tensor, vocab: int, total: Tensor, limit: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+    """The scaled logit of each row's last kept token, and whether it is among `values`, the row's highest, sorted."""
     ranks = torch.arange(values.shape[-1], device=values.device)
     weights = values.double().exp() * (ranks < limit)
-    after_top_k = torch.where(limit[:, 0] <= values.shape[-1], weights.sum(-1), total)
+    mass = weights.sum(-1, keepdim=True)
+    within = limit <= values.shape[-1]
+    goal = part * torch.where(within, mass, total)
+    found = within | ((limit == vocab) & (mass >= goal))
     before = weights.cumsum(-1) - weights
-    kept = weights * ((before < part * after_top_k[:, None]) | (ranks == 0))
-    choice, _ = _invert(kept, point * kept.sum(-1))
-    return ids.gather(-1, choice[:, None])[:, 0]
+    kept = ((before < goal) & (ranks < limit)).sum(-1, keepdim=True)
+    return values.gather(-1, kept.clamp(min=1) - 1)[:, 0], found[:, 0]
 
 
 def _invert(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
