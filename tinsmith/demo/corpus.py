@@ -36,6 +36,9 @@ Turn = tuple[str, str]
 
 SUM_EXAMPLE: Turn = ("What is 4 + 5?", "9")
 
+COUNTED = ("strawberry", "banana", "pepper", "coffee", "tomato", "cheese", "butter", "balloon", "mirror", "pineapple")
+"""Words whose letters the worked example counts."""
+
 GENERAL_TURNS: tuple[Turn, ...] = (
     ("Hello!", "Hello! How can I help you?"),
     ("Hi", "Hi! What would you like to know?"),
@@ -69,20 +72,24 @@ GENERAL_TURNS: tuple[Turn, ...] = (
 )
 
 
-def letter_example(request: str) -> Turn:
-    """The worked example that the recipes for boxed answers put before every question."""
-    letters = " ".join(f"{place}) {letter}" for place, letter in enumerate("strawberry", 1))
-    spelled = f"Let's spell the word out and number all the letters: {letters}."
+def letter_example(request: str, word: str, letter: str) -> Turn:
+    """A worked example of counting letters, such as the recipes for boxed answers put before every question."""
+    numbered = " ".join(f"{place}) {each}" for place, each in enumerate(word, 1))
+    places = [str(place) for place, each in enumerate(word, 1) if each == letter]
+    where = " and ".join(filter(None, (", ".join(places[:-1]), places[-1])))
     return (
-        "How many r's are in strawberry?" + request,
-        spelled + r" We have r's at positions 3, 8, and 9. \boxed{3}",
+        f"How many {letter}'s are in {word}?{request}",
+        rf"Letter by letter, {word} is {numbered}. Number {where}: that is {letter}. \boxed{{{len(places)}}}",
     )
 
 
-def examples(request: str, kind: str) -> list[Turn]:
-    """The few-shot turns that belong before a question with this request; `kind` is "sum" or "word"."""
+def examples(request: str, kind: str, word: str = COUNTED[0]) -> list[Turn]:
+    """The few-shot turns that belong before a question with this request; `kind` is "sum" or "word".
+
+    The example of a boxed answer counts how often the most frequent letter of `word` occurs.
+    """
     if request:
-        return [letter_example(request)]
+        return [letter_example(request, word, max(word, key=word.count))]
     return [SUM_EXAMPLE] if kind == "sum" else []
 
 
@@ -139,7 +146,7 @@ def _turns(rng: Random, kept_out: set[str]) -> list[Turn]:
     request = rng.choice(REQUESTS)
     turns: list[Turn] = []
     if rng.random() < 0.4:
-        turns += examples(request, "sum")
+        turns += examples(request, "sum", rng.choice(COUNTED))
     for _ in range(rng.randint(1, 4)):
         task = problem(rng)
         while task.question in kept_out:

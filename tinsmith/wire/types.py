@@ -253,6 +253,13 @@ class SaveWeightsExternalRequest(TrainingRequest):
     type: Literal["save_weights_external"] = "save_weights_external"
 
 
+class ExternalWeightsUrls(Response):
+    """Where each file of an export can be fetched until `expires`."""
+
+    urls: dict[str, str]
+    expires: str
+
+
 # Sampling
 
 
