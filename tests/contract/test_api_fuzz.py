@@ -18,7 +18,7 @@ from tests.contract.api_fixtures import Api, running_api
 from tests.contract.test_api_rules import PROMPT, message
 from tinsmith.api.app import ROUTES
 
-ROUNDS = 60
+ROUNDS = 40
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgres"])
@@ -155,9 +155,10 @@ def test_spoilt_bodies(api: Api, bodies: dict[str, dict[str, Any]], method: str,
 @pytest.mark.parametrize(("method", "path"), [*JSON_ROUTES, ("POST", "/forward_backward")])
 def test_bodies_that_are_no_json(api: Api, method: str, path: str) -> None:
     for content in RAW:
-        for encoding in (None, "zstd", "gzip"):
-            headers = {"Content-Encoding": encoding} if encoding else {}
-            check(api.http.request(method, fill(path), content=content, headers=headers))
+        check(api.http.request(method, fill(path), content=content))
+    for encoding in ("zstd", "gzip", "é"):
+        headers = {"Content-Encoding": encoding.encode()}
+        check(api.http.request(method, fill(path), content=RAW[-3], headers=headers))
 
 
 @pytest.mark.parametrize(("method", "path"), URL_ROUTES)
@@ -187,7 +188,7 @@ def test_every_route_with_every_method(api: Api, method: str) -> None:
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_damaged_protobuf(api: Api, bodies: dict[str, dict[str, Any]], data: st.DataObject) -> None:
     intact = message(bodies["/get_info"]["model_id"], data.draw(st.integers(1, 2**31 - 1)), count=5)
     damaged = bytearray(intact)
