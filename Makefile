@@ -34,7 +34,7 @@ demo: setup
 	@$(PYTHON) -m tinsmith.demo.walkthrough
 
 test: setup
-	@$(PYTHON) -m pytest -n 2
+	@$(PYTHON) -m pytest -n 2 --dist loadgroup
 
 check: setup
 	.venv/bin/ruff check

@@ -92,7 +92,8 @@ class Supervisor:
     def run(self) -> int:
         """The server's exit code: 0 after a signal, 2 for settings that do not work, 1 after too many crashes."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda number, _: self._events.put(_Signalled(number)))
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup is meant
+                signal.signal(number, lambda number, _: self._events.put(_Signalled(number)))
         for child in self._children:
             self._start(child)
         code = None
