@@ -52,25 +52,28 @@ def measure(url: str, jobs: int, submitters: int) -> Iterator[tuple[str, float, 
     api, engine = Database(url), Database(url)
     api.migrate()
     asyncio.run(_submit_all(api, "warm-up", 100, 1))
-    seconds = _throughput(api, engine, jobs, submitters, consume=False)
+    seconds, cpu_seconds = _throughput(api, engine, jobs, submitters, consume=False)
     yield "submit", jobs / seconds, "jobs/s"
+    yield "submit_cpu", 1e6 * cpu_seconds / jobs, "us/job"
     _drain(engine, jobs + 100)
-    seconds = _throughput(api, engine, jobs, submitters, consume=True)
+    seconds, cpu_seconds = _throughput(api, engine, jobs, submitters, consume=True)
     yield "submit_claim_complete", jobs / seconds, "jobs/s"
+    yield "submit_claim_complete_cpu", 1e6 * cpu_seconds / jobs, "us/job"
     yield from _round_trips(url, api, engine)
     api.close()
     engine.close()
 
 
-def _throughput(api: Database, engine: Database, jobs: int, submitters: int, *, consume: bool) -> float:
-    began = time.perf_counter()
+def _throughput(api: Database, engine: Database, jobs: int, submitters: int, *, consume: bool) -> tuple[float, float]:
+    """Seconds by the clock, and of this process's CPU."""
+    began, cpu_began = time.perf_counter(), time.process_time()
     consumer = threading.Thread(target=_drain, args=(engine, jobs))
     if consume:
         consumer.start()
     asyncio.run(_submit_all(api, f"throughput-{consume}", jobs, submitters))
     if consume:
         consumer.join()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - cpu_began
 
 
 async def _submit_all(api: Database, subject: str, jobs: int, submitters: int) -> None:

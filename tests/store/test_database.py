@@ -90,6 +90,16 @@ def test_a_write_that_raises_fails_alone(noted: Database) -> None:
     assert noted.read(noted_texts) == ["a", "b"]
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_failed_statement_fails_alone_wherever_it_stands_in_the_batch(noted: Database, place: int) -> None:
+    writes: list[Callable[[sa.Connection], object]] = [lambda conn: note(conn, "a"), lambda conn: note(conn, "b")]
+    writes.insert(place, lambda conn: conn.exec_driver_sql("SELECT nonsense FROM nowhere"))
+    futures = together(noted, *writes)
+    assert isinstance(futures.pop(place).exception(), sa.exc.DBAPIError)
+    assert [future.result() for future in futures] == ["a", "b"]
+    assert noted.read(noted_texts) == ["a", "b"]
+
+
 def test_a_lone_write_that_raises_leaves_nothing(noted: Database) -> None:
     def half_done(conn: sa.Connection) -> None:
         note(conn, "half")

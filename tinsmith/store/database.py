@@ -42,9 +42,10 @@ _POSTGRES_OPTIONS = {
 class Database:
     """`write` and `read` run a function of (connection, *args) in a transaction and return its value.
 
-    Writes that arrive together share one commit, each in its own savepoint: one that raises fails alone. Functions may
-    run more than once (a lost connection, a deadlock), but are committed once; they must not commit themselves. While
-    the database is away, calls wait up to `patience` seconds, then raise UnavailableError.
+    Writes that arrive together share one commit; one that raises fails alone. Functions may run more than once (a
+    neighbour that raised, a lost connection, a deadlock), but are committed once; they must neither commit themselves
+    nor go on after an error of the database. While that is away, calls wait up to `patience` seconds, then raise
+    UnavailableError.
     """
 
     def __init__(self, url: str, patience: float = 10.0) -> None:

@@ -39,12 +39,20 @@ _SEQ = sa.bindparam("at_seq", type_=sa.BigInteger)
 _NOW = sa.bindparam("now", type_=sa.Float)
 _NUMBERS = sa.bindparam("numbers", type_=sa.BigInteger, expanding=True)
 
+_ROW = ("subject", "seq", "kind", "owner", "base", "tokens", "state", "error", "category", "created_at", "finished_at")
+_VALUES = {name: sa.bindparam(name, type_=jobs.c[name].type) for name in _ROW}
 _PLACE = ["subject", "seq"]
-_ADD_JOB = Prepared(
-    sqlite=sqlite.insert(jobs).on_conflict_do_nothing(index_elements=_PLACE).returning(jobs.c.number),
-    postgresql=postgresql.insert(jobs).on_conflict_do_nothing(index_elements=_PLACE).returning(jobs.c.number),
-)
+_NEW_JOB = {
+    name: dialect.insert(jobs).values(_VALUES).on_conflict_do_nothing(index_elements=_PLACE).returning(jobs.c.number)
+    for name, dialect in (("sqlite", sqlite), ("postgresql", postgresql))
+}
+_ADD_JOB = Prepared(**_NEW_JOB)
 _ADD_PAYLOAD = Prepared(any=sa.insert(payloads_table))
+_ADDED = _NEW_JOB["postgresql"].cte("added")
+_BODY = sa.bindparam("body", type_=sa.LargeBinary)
+_ADD_JOB_WITH_PAYLOAD = Prepared(
+    postgresql=sa.insert(payloads_table).from_select(["number", "body"], sa.select(_ADDED.c.number, _BODY))
+)
 _ADD_RESULT = sa.insert(results)
 _PAYLOADS = sa.select(payloads_table.c.number, payloads_table.c.body).where(payloads_table.c.number.in_(_NUMBERS))
 
@@ -104,15 +112,17 @@ _FORGETTABLE = (
 
 def submit(conn: sa.Connection, job: Job) -> str:
     """Adds a job; the same (subject, seq) again changes nothing. Returns the request id."""
-    number = _add(conn, job, state="queued")
-    if number is not None:
-        _ADD_PAYLOAD(conn, {"number": number, "body": job.body})
+    row = _row(job, "queued")
+    if conn.dialect.name == "postgresql":  # one round trip instead of two
+        _ADD_JOB_WITH_PAYLOAD(conn, row | {"body": job.body})
+    elif added := _ADD_JOB(conn, row):
+        _ADD_PAYLOAD(conn, {"number": added[0][0], "body": job.body})
     return job.request_id
 
 
 def reject(conn: sa.Connection, job: Job, error: str) -> None:
     """Marks a refused request's seq as consumed, so that the next ones do not wait for it. Keeps no payload."""
-    _add(conn, job, state="failed", error=_storable(error), category="user", finished_at=time.time())
+    _ADD_JOB(conn, _row(job, "failed") | {"error": _storable(error), "category": "user", "finished_at": time.time()})
 
 
 def claim(conn: sa.Connection, base: str, engine: str, limit: int) -> list[Header]:
@@ -197,17 +207,8 @@ def prune(conn: sa.Connection, finished_before: float, limit: int = 1000) -> int
     return len(expired) + len(idle) + len(forgotten)
 
 
-def _add(
-    conn: sa.Connection,
-    job: Job,
-    *,
-    state: str,
-    error: str | None = None,
-    category: str | None = None,
-    finished_at: float | None = None,
-) -> int | None:
-    """Inserts the job's row; returns its number, or None if there is one for its (subject, seq) already."""
-    row = {
+def _row(job: Job, state: str) -> dict[str, object]:
+    return {
         "subject": job.subject,
         "seq": job.seq,
         "kind": job.kind,
@@ -215,13 +216,11 @@ def _add(
         "base": job.base,
         "tokens": job.tokens,
         "state": state,
-        "error": error,
-        "category": category,
+        "error": None,
+        "category": None,
         "created_at": time.time(),
-        "finished_at": finished_at,
+        "finished_at": None,
     }
-    rows = _ADD_JOB(conn, row)
-    return rows[0][0] if rows else None
 
 
 def _chunked(conn: sa.Connection, subject: str, seqs: Sequence[int]) -> set[int]:

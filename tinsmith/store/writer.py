@@ -26,6 +26,7 @@ R = TypeVar("R")
 _BATCH = 64  # Postgres keeps this many subtransactions of a session in shared memory
 _RETRY_SECONDS = 0.05
 _CONFLICTS = ("40001", "40P01")  # serialization failure, deadlock
+# Never released: the commit cleans up, and letting go of each would cost another round trip.
 _SAVE = Prepared(any=sa.text("SAVEPOINT one_write"))
 _TAKE_BACK = Prepared(any=sa.text("ROLLBACK TO SAVEPOINT one_write"))
 _TICKET = sa.text("SELECT CAST(pg_current_xact_id_if_assigned() AS text)")
@@ -207,35 +208,49 @@ def _tell(future: "Future[Any] | asyncio.Future[Any]", outcome: _Outcome) -> Non
         future.set_result(outcome.value)
 
 
-def _commit(conn: sa.Connection, batch: list[_Write]) -> list[_Outcome]:
-    """One transaction of all writes. Raises _ConflictError, _LostError, or what the commit itself raises."""
+def _commit(conn: sa.Connection, batch: list[_Write], *, guarded: bool = False) -> list[_Outcome]:
+    """One transaction of all writes. Raises _ConflictError, _LostError, or what the commit itself raises.
+
+    Savepoints cost a round trip each, so the first try does without; if a write raises, all run again, `guarded`.
+    """
     ticket, outcomes = None, []
     try:
         with conn.begin() as transaction:
-            outcomes = [_run(conn, write, in_company=len(batch) > 1) for write in batch]
-            if all(outcome.error for outcome in outcomes):
+            outcomes = _run_all(conn, batch, guarded)
+            failed = [outcome for outcome in outcomes if outcome.error is not None]
+            again = bool(failed) and not guarded and len(batch) > 1
+            if again or len(failed) == len(batch):
                 transaction.rollback()
             else:
                 ticket = _ticket(conn)
-    except DBAPIError as error:
+    except (_ConflictError, _LostError):
+        raise
+    except Exception as error:
         _raise_if_retriable(conn, error, outcomes, ticket)
         raise
+    return _commit(conn, batch, guarded=True) if again else outcomes
+
+
+def _run_all(conn: sa.Connection, batch: list[_Write], guarded: bool) -> list[_Outcome]:
+    """Runs the writes; those that are not `guarded` only up to the first that raises."""
+    outcomes = []
+    for write in batch:
+        if guarded:
+            _SAVE(conn, {})
+        outcomes.append(_run(conn, write))
+        if outcomes[-1].error is not None:
+            if not guarded:
+                break
+            _TAKE_BACK(conn, {})
     return outcomes
 
 
-def _run(conn: sa.Connection, write: _Write, *, in_company: bool) -> _Outcome:
-    """Runs one write; its error is its own, unless it says that the whole transaction is lost.
-
-    A savepoint is left behind for the commit to clean up: letting go of each would cost another round trip.
-    """
+def _run(conn: sa.Connection, write: _Write) -> _Outcome:
+    """Runs one write; its error is its own, unless it says that the whole transaction is lost."""
     try:
-        if in_company:
-            _SAVE(conn, {})
         return _Outcome(write.function(conn))
     except BaseException as error:
         _raise_if_retriable(conn, error, [], None)
-        if in_company:
-            _TAKE_BACK(conn, {})
         return _Outcome(error=error)
 
 
