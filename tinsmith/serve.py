@@ -25,6 +25,7 @@ from tinsmith.observe import configure_logging
 from tinsmith.supervisor import EXIT_CONFIG, Child, Supervisor
 
 if TYPE_CHECKING:
+    import sqlalchemy as sa
     import torch
 
     from tinsmith.models.loading import BaseModel
@@ -61,8 +62,8 @@ def supervise(settings: Settings) -> int:
     return code
 
 
-def run_api(settings: Settings, listener_fd: int, stop: threading.Event) -> None:
-    """Answers HTTP on an inherited listening socket until `stop`."""
+def run_api(settings: Settings, listener_fd: int, server_began: float, stop: threading.Event) -> None:
+    """Answers HTTP on an inherited listening socket until `stop`. `server_began` is when the supervisor started."""
     import uvicorn
 
     from tinsmith.api.app import create_app
@@ -71,6 +72,7 @@ def run_api(settings: Settings, listener_fd: int, stop: threading.Event) -> None
 
     database, doorbell = Database(settings.effective_database_url), Doorbell(settings.effective_database_url)
     database.migrate()
+    database.write(_retire_engine, settings.served_name, server_began)
     config = uvicorn.Config(
         create_app(settings, database, doorbell),
         access_log=False,
@@ -89,6 +91,15 @@ def run_api(settings: Settings, listener_fd: int, stop: threading.Event) -> None
     server.run(sockets=[socket.socket(fileno=listener_fd)])
     doorbell.close()
     database.close()
+
+
+def _retire_engine(conn: "sa.Connection", base: str, before: float) -> None:
+    """An engine that was killed with an earlier server left word that it is ready; that is no longer so."""
+    from tinsmith.store import records
+
+    engine = records.find_engine(conn, base)
+    if engine is not None and engine.beat_at < before:
+        records.put_engine(conn, replace(engine, state="stopped", progress=""))
 
 
 def run_engine(settings: Settings, stop: threading.Event) -> None:
@@ -250,7 +261,7 @@ def _children(settings: Settings, listener_fd: int, lock_fd: int) -> list[Child]
     # -P: nothing in the user's current folder may shadow an installed package.
     command, line = [sys.executable, "-P", "-m", "tinsmith.serve"], settings.to_json()
     return [
-        Child("api", [*command, "api", str(listener_fd)], line, (listener_fd, lock_fd), API_GRACE),
+        Child("api", [*command, "api", str(listener_fd), str(time.time())], line, (listener_fd, lock_fd), API_GRACE),
         Child("engine", [*command, "engine"], line, (lock_fd,), ENGINE_GRACE),
     ]
 
@@ -315,7 +326,7 @@ def _child_main(role: str, *arguments: str) -> int:
     threading.Thread(target=_stop_at_end_of_input, args=(stop, grace), daemon=True).start()
     try:
         if role == "api":
-            run_api(settings, int(arguments[0]), stop)
+            run_api(settings, int(arguments[0]), float(arguments[1]), stop)
         else:
             run_engine(settings, stop)
     except ConfigError as error:

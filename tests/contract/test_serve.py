@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -13,8 +14,11 @@ from urllib.parse import urlsplit
 import pytest
 
 from tinsmith import __version__
+from tinsmith.config import load_settings
 from tinsmith.demo import tiny_folder
 from tinsmith.demo.local_server import LocalServer
+from tinsmith.store import records
+from tinsmith.store.database import Database
 
 pytestmark = [pytest.mark.xdist_group("serve"), pytest.mark.timeout(300)]
 
@@ -97,6 +101,26 @@ def test_a_connection_made_while_the_api_is_away_is_answered_by_the_next_one(own
     connection.request("GET", "/api/v1/healthz")
     assert connection.getresponse().status in (200, 503)
     connection.close()
+
+
+def test_a_dead_engines_word_that_it_is_ready_counts_nothing(tmp_path: Path) -> None:
+    settings = load_settings(None, {}, {"data_dir": tmp_path})
+    database = Database(settings.effective_database_url)
+    database.migrate()
+    database.write(records.put_engine, records.EngineRecord("tiny", "dead", 1, "ready", "", None, time.time() - 1))
+    database.close()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        fd = listener.fileno()
+        command = [sys.executable, "-m", "tinsmith.serve", "api", str(fd), str(time.time())]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=(fd,)) as api:
+            assert api.stdin is not None
+            api.stdin.write(settings.to_json().encode() + b"\n")
+            api.stdin.flush()
+            connection = http.client.HTTPConnection("127.0.0.1", listener.getsockname()[1], timeout=60)
+            connection.request("GET", "/api/v1/healthz")
+            assert connection.getresponse().status == 503
+            connection.close()
+    assert api.returncode == 0
 
 
 def test_ctrl_c_ends_a_server_cleanly(own_server: LocalServer) -> None:
