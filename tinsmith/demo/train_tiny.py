@@ -40,7 +40,7 @@ class Recipe:
     `prompt_weight` is the loss weight of a token that the assistant did not write; its own tokens weigh 1.
     """
 
-    steps: int = 700
+    steps: int = 1000
     conversations: int = 32
     learning_rate: float = 3e-3
     warmup: int = 20
