@@ -63,6 +63,18 @@ def test_target_logprobs_and_all_gradients_equal_log_softmax(
             torch.testing.assert_close(total, leaf.grad, atol=1e-5, rtol=1e-5)
 
 
+def test_a_chunk_never_holds_more_logits_than_allowed(
+    bases: Callable[[str], BaseModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = bases("qwen3-untied")
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 10 * model.vocab_size)
+    chunks = list(head._head(model, segments_of(model), None).chunks(ROWS))
+    assert max(end - start for start, end in chunks) == 10
+    assert chunks[0][0] == 0
+    assert all(end == start for (_, end), (start, _) in itertools.pairwise(chunks))
+    assert chunks[-1][1] == ROWS
+
+
 def test_how_a_segments_gradient_is_summed_does_not_depend_on_what_comes_before_it(
     bases: Callable[[str], BaseModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,8 @@ import torch
 
 from tests.parity.reference import SPECS, Datum, as_call, random_datum, warm
 from tinsmith.errors import UserError
+from tinsmith.models.attention import PackedAttention
+from tinsmith.models.lora import Segment
 from tinsmith.protocols import AdamParams, ModelCall, ModelSpec
 from tinsmith.training.trainer import TorchTrainer
 from tinsmith.wire.losses import LOSSES
@@ -89,8 +91,9 @@ def test_chunks_add_up_to_one_call(spec: ModelSpec, new_trainer: Callable[..., T
 
 @pytest.mark.parametrize("spec", [SPECS["all"], FULL], ids=["lora", "full"])
 @pytest.mark.parametrize("budget", [1000, 10])
+@pytest.mark.parametrize("place", [0, 1, 3])
 def test_a_call_with_a_loss_that_is_not_finite_fails_alone(
-    spec: ModelSpec, budget: int, new_trainer: Callable[..., TorchTrainer]
+    spec: ModelSpec, budget: int, place: int, new_trainer: Callable[..., TorchTrainer]
 ) -> None:
     rng = np.random.default_rng(2)
     good = [as_call(random_data(rng, [4, 9, 6], "cross_entropy")) for _ in range(3)]
@@ -101,12 +104,12 @@ def test_a_call_with_a_loss_that_is_not_finite_fails_alone(
     for each in (trainer, clean):
         add(each, "m", spec)
         add(each, "neighbour", SPECS["attention"])
-    first, second, third = ModelCall("m", good[0]), ModelCall("neighbour", good[1]), ModelCall("m", good[2])
-    results = trainer.forward_backward([first, bad, second, third])
-    clean.forward_backward([first, second, third])
+    sound = [ModelCall("m", good[0]), ModelCall("neighbour", good[1]), ModelCall("m", good[2])]
+    results = trainer.forward_backward([*sound[:place], bad, *sound[place:]])
+    clean.forward_backward(sound)
 
-    assert isinstance(results[1], UserError)
-    assert [isinstance(result, TrainOutput) for result in results] == [True, False, True, True]
+    assert isinstance(results.pop(place), UserError)
+    assert all(isinstance(result, TrainOutput) for result in results)
     for model_id in ("m", "neighbour"):
         assert torch.equal(gradient(trainer, model_id), gradient(clean, model_id))
 
@@ -127,13 +130,14 @@ def test_weights_that_are_broken_stay_one_tenants_problem(new_trainer: Callable[
     call = as_call(random_data(np.random.default_rng(4), [8, 8], "cross_entropy"))
     trainer, clean = new_trainer(), new_trainer()
     for each in (trainer, clean):
-        add(each, "broken", SPECS["mlp"])
+        add(each, "broken", ModelSpec(rank=2, seed=0))
         add(each, "sound", SPECS["all"])
     trainer._models["broken"].weights.weights.fill_(float("nan"))
     results = trainer.forward_backward([ModelCall("broken", call), ModelCall("sound", call)])
     clean.forward_backward([ModelCall("sound", call)])
     assert isinstance(results[0], UserError)
     assert torch.equal(gradient(trainer, "sound"), gradient(clean, "sound"))
+    assert not gradient(trainer, "broken").any()
 
 
 def test_a_bad_request_is_refused_without_touching_its_neighbours(new_trainer: Callable[..., TorchTrainer]) -> None:
@@ -175,5 +179,24 @@ def test_gradient_checkpointing_changes_no_bit(new_trainer: Callable[..., TorchT
         add(trainer, "m", SPECS["all"])
         trainer.forward_backward([ModelCall("m", call)])
         gradients.append(gradient(trainer, "m"))
+    assert gradients[0].any()
+    assert torch.equal(*gradients)
+
+
+def test_a_recomputed_layer_uses_the_adapters_of_its_own_pass(new_trainer: Callable[..., TorchTrainer]) -> None:
+    model = new_trainer(gradient_checkpointing=True)._model
+    tokens, attention = torch.arange(16), PackedAttention([0, 16])
+    gradients = []
+    for interrupted in (False, True):
+        adapter, stranger = model.new_adapter(SPECS["mlp"]), model.new_adapter(SPECS["mlp"])
+        for each in (adapter, stranger):
+            warm(each)
+            each.require_grad()
+        hidden_TD = model.hidden(tokens, tokens, [Segment(adapter, 0, 16)], attention)
+        if interrupted:
+            model.hidden(tokens, tokens, [Segment(stranger, 0, 16)], attention)
+        hidden_TD.sum().backward()
+        assert not stranger.grad.any()
+        gradients.append(adapter.grad)
     assert gradients[0].any()
     assert torch.equal(*gradients)
