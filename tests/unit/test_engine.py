@@ -191,6 +191,18 @@ def test_no_step_is_taken_on_a_gradient_that_lost_a_chunk(bench: Bench) -> None:
     assert json.loads(bench.result(bench.step(model)))["metrics"]["grad_norm"] > 0
 
 
+def test_more_jobs_than_one_look_takes_are_all_found_without_another_ring(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinsmith.engine.loop.CLAIM_LIMIT", 2)
+    model = bench.create("a")
+    jobs = [bench.train(model, [1, 2, 3]) for _ in range(5)]
+    bench.engine.turn(claim=True)
+    while bench.engine.turn(claim=False):
+        pass
+    assert [bench.find(job).state for job in jobs] == ["done"] * 5
+
+
 def test_an_error_belongs_to_its_own_request(bench: Bench) -> None:
     good, bad = bench.create("good"), bench.create("bad")
     missing = bench.submit(bad, "load_weights", {"path": "tinker://x/weights/y", "optimizer": True, "create": False})

@@ -86,6 +86,8 @@ class Engine:
         self._lanes: dict[str, Lane] = {}
         self._served: dict[str, float] = {}
         self._sampling: dict[str, Header] = {}
+        self._claimed_at = 0.0
+        self._more_queued = False
         self._kept_house_at = time.monotonic()
         self._pointed_at = time.monotonic()
 
@@ -99,11 +101,11 @@ class Engine:
         beating = threading.Thread(target=self._beat, args=(stop, capabilities), name="heartbeat", daemon=True)
         self._ledger.announce("ready", "", capabilities)
         beating.start()
-        more = True
+        busy = True
         try:
             while not stop.is_set():
-                rung = bool(bell.wait(0.0 if more else IDLE_SECONDS))
-                more = self.turn(claim=rung or not more)
+                rung = bool(bell.wait(0.0 if busy else IDLE_SECONDS))
+                busy = self.turn(claim=rung or not busy)
         finally:
             bell.close()
             stop.set()
@@ -119,18 +121,25 @@ class Engine:
 
     def _beat(self, stop: threading.Event, capabilities: dict[str, object]) -> None:
         while not stop.wait(BEAT_SECONDS):
-            self._ledger.announce("ready", "", capabilities)
+            try:
+                self._ledger.announce("ready", "", capabilities)
+            except Exception:  # the next beat may find the database again
+                log.exception("no heartbeat")
 
     def turn(self, *, claim: bool = True) -> bool:
-        """One round of work; returns whether there is more to do at once. `run` is a loop around this."""
-        full = self._claim() if claim else False
+        """One round of work; returns whether there is more to do at once. `run` is a loop around this.
+
+        Looks for new jobs when told to, when the last look did not get them all, and now and then (rings get lost).
+        """
+        if claim or self._more_queued or time.monotonic() - self._claimed_at > IDLE_SECONDS:
+            self._claim()
         self._close_gaps()
         work = self._plan()
         began = time.monotonic()
         self._train(work)
         self._sample(time.monotonic() - began)
         self._keep_house()
-        return bool(full or work or self._sampler.load)
+        return bool(self._more_queued or work or self._sampler.load)
 
     def _close(self) -> None:
         for model_id in self._residency.models:
@@ -140,19 +149,17 @@ class Engine:
 
     # Taking in
 
-    def _claim(self) -> bool:
-        room = MAX_SAMPLING - self._sampler.load
-        if room <= 0:
-            return False
-        limit = min(CLAIM_LIMIT, room)
-        headers = self._ledger.claim(limit)
+    def _claim(self) -> None:
+        limit = min(CLAIM_LIMIT, MAX_SAMPLING - self._sampler.load)
+        headers = self._ledger.claim(limit) if limit > 0 else []
+        self._claimed_at = time.monotonic()
+        self._more_queued = len(headers) == limit
         sampling = [header for header in headers if header.kind == "sample"]
         for header in headers:
             if header.kind != "sample":
                 self._enqueue(header)
         if sampling:
             self._start_sampling(sampling)
-        return len(headers) == limit
 
     def _enqueue(self, header: Header) -> None:
         lane = self._lanes.get(header.subject)
