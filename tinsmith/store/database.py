@@ -25,10 +25,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _READERS = 4
-_LOCK_SECONDS = 30.0  # how long one process waits for another one's write to an SQLite file
+_LOCK_MILLISECONDS = 30_000  # how long one process waits for another one's write to an SQLite file
 _RETRY_SECONDS = 0.05
 
-_SQLITE_PRAGMAS = ("busy_timeout = 30000", "journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON")
+_SQLITE_PRAGMAS = (
+    f"busy_timeout = {_LOCK_MILLISECONDS}",
+    "journal_mode = WAL",
+    "synchronous = NORMAL",
+    "foreign_keys = ON",
+    f"journal_size_limit = {64 * 2**20}",
+)
 _POSTGRES_OPTIONS = {
     "application_name": "tinsmith",
     "connect_timeout": "5",

@@ -6,6 +6,7 @@ bytes). Errors are the driver's own, which `Database` understands as well as SQL
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 import sqlalchemy as sa
@@ -21,15 +22,18 @@ class Prepared:
         self._statements = statements
         self._compiled: dict[str, _Compiled] = {}
 
-    def __call__(self, conn: sa.Connection, parameters: dict[str, Any]) -> list[tuple[Any, ...]]:
-        """Runs it in the connection's transaction; the rows, if it returns any. All parameters, always the same."""
+    def __call__(self, conn: sa.Connection, parameters: dict[str, Any]) -> list[Any]:
+        """Runs it in the connection's transaction, always with the same names; the rows (tuples), if it returns any."""
         compiled = self._compiled.get(conn.dialect.name) or self._compile(conn.dialect, list(parameters))
-        cursor = conn.connection.cursor()
-        try:
+        with closing(compiled.cursor(conn)) as cursor:
             cursor.execute(compiled.sql, compiled.arguments(parameters))
             return [] if cursor.description is None else compiled.rows(cursor.fetchall())
-        finally:
-            cursor.close()
+
+    def many(self, conn: sa.Connection, parameters: Sequence[dict[str, Any]]) -> None:
+        """Runs it once for each of `parameters` (at least one)."""
+        compiled = self._compiled.get(conn.dialect.name) or self._compile(conn.dialect, list(parameters[0]))
+        with closing(compiled.cursor(conn)) as cursor:
+            cursor.executemany(compiled.sql, [compiled.arguments(each) for each in parameters])
 
     def _compile(self, dialect: sa.Dialect, names: list[str]) -> "_Compiled":
         statement = self._statements["any" if "any" in self._statements else dialect.name]
@@ -44,9 +48,14 @@ class _Compiled:
         self.sql = compiler.string
         self._complete = compiler.construct_params
         self._positions = compiler.positiontup
+        self._cursor_options = {"binary": True} if dialect.name == "postgresql" else {}
         columns = statement.exported_columns if isinstance(statement, ReturnsRows) else ()
         convert = [_converter(column.type, dialect) for column in columns]
         self._convert = convert if any(convert) else None
+
+    def cursor(self, conn: sa.Connection) -> Any:
+        """A cursor of the driver's; on Postgres one that gets bytes as bytes, and not as twice as much text."""
+        return conn.connection.cursor(**self._cursor_options)
 
     def arguments(self, parameters: dict[str, Any]) -> Any:
         """The parameters in the driver's form."""

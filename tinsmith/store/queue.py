@@ -7,9 +7,11 @@ A job is `queued`, then `running`, then `done` or `failed`; once its result has 
 job that ended in an error has a `category`, also when it has expired. Nothing here knows what kinds of jobs mean.
 """
 
+import json
 import operator
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -21,7 +23,6 @@ from tinsmith.wire.jobs import Future, Header, Job, Outcome, Past
 
 TERMINAL = ("done", "failed", "expired")
 
-_SLICE = 1000  # numbers in one IN (…): databases limit the parameters of a statement
 _CHUNKS = 1000  # more chunks than any single call has
 _FORGET_SECONDS = 7 * 86400.0
 
@@ -37,7 +38,18 @@ _HEADER = (jobs.c.number, jobs.c.subject, jobs.c.seq, jobs.c.kind, jobs.c.owner,
 _SUBJECT = sa.bindparam("of_subject", type_=sa.Text)
 _SEQ = sa.bindparam("at_seq", type_=sa.BigInteger)
 _NOW = sa.bindparam("now", type_=sa.Float)
-_NUMBERS = sa.bindparam("numbers", type_=sa.BigInteger, expanding=True)
+_ERROR = sa.bindparam("with_error", type_=sa.Text)
+
+
+def _for_numbers(statement: sa.Select[Any] | sa.Update | sa.Delete, table: sa.Table) -> Prepared:
+    """`statement` for the rows of `table` whose numbers are in the parameter `numbers`, made by `_listed`."""
+    as_json = sa.func.json_each(sa.bindparam("numbers", type_=sa.Text)).table_valued("value")
+    as_array = sa.bindparam("numbers", type_=postgresql.ARRAY(sa.BigInteger))
+    return Prepared(
+        sqlite=statement.where(table.c.number.in_(sa.select(as_json.c.value))),
+        postgresql=statement.where(table.c.number == sa.any_(as_array)),
+    )
+
 
 _ROW = ("subject", "seq", "kind", "owner", "base", "tokens", "state", "error", "category", "created_at", "finished_at")
 _VALUES = {name: sa.bindparam(name, type_=jobs.c[name].type) for name in _ROW}
@@ -53,8 +65,8 @@ _BODY = sa.bindparam("body", type_=sa.LargeBinary)
 _ADD_JOB_WITH_PAYLOAD = Prepared(
     postgresql=sa.insert(payloads_table).from_select(["number", "body"], sa.select(_ADDED.c.number, _BODY))
 )
-_ADD_RESULT = sa.insert(results)
-_PAYLOADS = sa.select(payloads_table.c.number, payloads_table.c.body).where(payloads_table.c.number.in_(_NUMBERS))
+_ADD_RESULT = Prepared(any=sa.insert(results))
+_PAYLOADS = _for_numbers(sa.select(payloads_table.c.number, payloads_table.c.body), payloads_table)
 
 _PICKED = (
     sa.select(jobs.c.number)
@@ -70,16 +82,17 @@ _CLAIM = Prepared(
     .values(state="running", engine=sa.bindparam("by_engine", type_=sa.Text))
     .returning(*_HEADER)
 )
-_FINISH = (
+_FINISH = _for_numbers(
     sa.update(jobs)
-    .where(jobs.c.number.in_(_NUMBERS), _OPEN)
+    .where(_OPEN)
     .values(state="done", finished_at=_NOW)
-    .returning(jobs.c.number, jobs.c.subject, jobs.c.seq)
+    .returning(jobs.c.number, jobs.c.subject, jobs.c.seq),
+    jobs,
 )
-_FAIL = (
-    sa.update(jobs)
-    .where(jobs.c.number == sa.bindparam("of_number"), _OPEN)
-    .values(state="failed", finished_at=_NOW, error=sa.bindparam("with_error"), category=sa.bindparam("whose_fault"))
+_FAIL = Prepared(
+    any=sa.update(jobs)
+    .where(jobs.c.number == sa.bindparam("of_number", type_=sa.BigInteger), _OPEN)
+    .values(state="failed", finished_at=_NOW, error=_ERROR, category=sa.bindparam("whose_fault", type_=sa.Text))
     .returning(jobs.c.number, jobs.c.subject, jobs.c.seq)
 )
 _FIND = Prepared(
@@ -103,6 +116,10 @@ _UNNEEDED_PAYLOADS = (
     .outerjoin(models, models.c.id == jobs.c.subject)
     .where(~_OPEN, _IS_OVER | (jobs.c.seq <= models.c.recovery_seq) | jobs.c.category.is_not(None))
 )
+_EXPIRE = _for_numbers(sa.update(jobs).values(state="expired"), jobs)
+_DELETE_RESULTS = _for_numbers(sa.delete(results), results)
+_DELETE_PAYLOADS = _for_numbers(sa.delete(payloads_table), payloads_table)
+_DELETE_JOBS = _for_numbers(sa.delete(jobs), jobs)
 _FORGETTABLE = (
     sa.select(jobs.c.number)
     .outerjoin(models, models.c.id == jobs.c.subject)
@@ -139,7 +156,7 @@ def release(conn: sa.Connection, base: str) -> int:
 
 def payloads(conn: sa.Connection, numbers: Sequence[int]) -> dict[int, bytes]:
     """The packed requests of these jobs."""
-    return {number: body for part in _slices(numbers) for number, body in conn.execute(_PAYLOADS, {"numbers": part})}
+    return dict(_PAYLOADS(conn, {"numbers": _listed(conn, numbers)}))
 
 
 def complete(conn: sa.Connection, outcomes: Sequence[Outcome]) -> list[str]:
@@ -149,13 +166,13 @@ def complete(conn: sa.Connection, outcomes: Sequence[Outcome]) -> list[str]:
     """
     now = time.time()
     bodies = {outcome.number: outcome.body for outcome in outcomes if outcome.error is None}
-    ended = [row for part in _slices(list(bodies)) for row in conn.execute(_FINISH, {"numbers": part, "now": now})]
+    ended = _FINISH(conn, {"numbers": _listed(conn, bodies), "now": now}) if bodies else []
     stored = [{"number": number, "body": body} for number, _, _ in ended if (body := bodies[number]) is not None]
     if stored:
-        conn.execute(_ADD_RESULT, stored)
+        _ADD_RESULT.many(conn, stored)
     for outcome in outcomes:
         if outcome.error is not None:
-            ended += conn.execute(_FAIL, _failure(outcome.number, outcome.error, outcome.category, now))
+            ended += _FAIL(conn, _failure(outcome.number, outcome.error, outcome.category, now))
     return [f"{subject}:{seq}" for _, subject, seq in ended]
 
 
@@ -196,14 +213,13 @@ def prune(conn: sa.Connection, finished_before: float, limit: int = 1000) -> int
     """
     old = sa.select(jobs.c.number).where(_FINISHED, jobs.c.finished_at < finished_before)
     expired = _numbers(conn, old.order_by(jobs.c.finished_at).limit(limit))
-    _delete(conn, results, expired)
-    for part in _slices(expired):
-        conn.execute(sa.update(jobs).where(jobs.c.number.in_(part)).values(state="expired"))
+    _DELETE_RESULTS(conn, {"numbers": _listed(conn, expired)})
+    _EXPIRE(conn, {"numbers": _listed(conn, expired)})
     idle = _numbers(conn, _UNNEEDED_PAYLOADS.limit(limit))
-    _delete(conn, payloads_table, idle)
+    _DELETE_PAYLOADS(conn, {"numbers": _listed(conn, idle)})
     forgettable = _FORGETTABLE.where(jobs.c.finished_at < finished_before - _FORGET_SECONDS)
     forgotten = _numbers(conn, forgettable.order_by(jobs.c.finished_at).limit(limit))
-    _delete(conn, jobs, forgotten)
+    _DELETE_JOBS(conn, {"numbers": _listed(conn, forgotten)})
     return len(expired) + len(idle) + len(forgotten)
 
 
@@ -258,14 +274,11 @@ def _storable(text: str) -> str:
     return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
 
 
-def _slices(numbers: Sequence[int]) -> Iterator[Sequence[int]]:
-    return (numbers[start : start + _SLICE] for start in range(0, len(numbers), _SLICE))
+def _listed(conn: sa.Connection, numbers: Iterable[int]) -> list[int] | str:
+    """Any number of numbers as one parameter."""
+    listed = list(numbers)
+    return listed if conn.dialect.name == "postgresql" else json.dumps(listed)
 
 
 def _numbers(conn: sa.Connection, statement: sa.Select[int]) -> Sequence[int]:
     return conn.scalars(statement).all()
-
-
-def _delete(conn: sa.Connection, table: sa.Table, numbers: Sequence[int]) -> None:
-    for part in _slices(numbers):
-        conn.execute(sa.delete(table).where(table.c.number.in_(part)))
