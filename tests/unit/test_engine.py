@@ -191,6 +191,24 @@ def test_no_step_is_taken_on_a_gradient_that_lost_a_chunk(bench: Bench) -> None:
     assert json.loads(bench.result(bench.step(model)))["metrics"]["grad_norm"] > 0
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_step_refused_at_the_door_leaves_the_gradient_for_the_next_one(bench: Bench, restart: bool) -> None:
+    norms = []
+    for name in ("calm", "refused"):
+        model = bench.create(name)
+        bench.train(model, [1, 2, 3])
+        bench.run()
+        if name == "refused":
+            seq = bench.next_seq[model]
+            bench.database.write(queue.reject, Job(model, seq, "optim_step", "me", BASE, b""), "beta1 is 7")
+            bench.next_seq[model] = seq + 1
+            if restart:
+                bench.new_engine()
+        norms.append(json.loads(bench.result(bench.step(model)))["metrics"]["grad_norm"])
+    assert norms[0] > 0
+    assert norms[1] == pytest.approx(norms[0], rel=1e-6)
+
+
 def test_more_jobs_than_one_look_takes_are_all_found_without_another_ring(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

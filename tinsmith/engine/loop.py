@@ -37,6 +37,7 @@ BEAT_SECONDS = 5.0
 KEEP_HOUSE_SECONDS = 10.0
 POINT_SECONDS = 60.0  # how often a training model gets a recovery point
 SILENT_SECONDS = 24 * 3600.0  # a session without heartbeats (a paused notebook, a dead client) is kept this long
+PRUNE_LIMIT = 1_000  # rows of old results deleted at a time
 GAP_SECONDS = 330.0  # clients give up on a submission after 300 s; then what waits behind it goes on
 
 
@@ -88,6 +89,7 @@ class Engine:
         self._sampling: dict[str, Header] = {}
         self._claimed_at = 0.0
         self._more_queued = False
+        self._pruning = False
         self._kept_house_at = time.monotonic()
         self._pointed_at = time.monotonic()
 
@@ -139,7 +141,7 @@ class Engine:
         self._train(work)
         self._sample(time.monotonic() - began)
         self._keep_house()
-        return bool(self._more_queued or work or self._sampler.load)
+        return bool(self._more_queued or self._pruning or work or self._sampler.load)
 
     def _close(self) -> None:
         for model_id in self._residency.models:
@@ -180,7 +182,8 @@ class Engine:
         """Moves past operations that ended without this engine: refused at the door, or done before it started."""
         for past in self._ledger.history(model_id, lane.next_seq - 1):
             lane.next_seq = past.header.seq + 1
-            self._note_end(lane, past.header, failed=past.state != "done", chunked=past.chunked)
+            if past.ran or past.chunked:
+                self._note_end(lane, past.header, failed=past.state != "done", chunked=past.chunked)
 
     def _waiting(self) -> dict[str, dict[int, Header]]:
         return {model_id: lane.waiting for model_id, lane in self._lanes.items() if lane.waiting}
@@ -326,7 +329,9 @@ class Engine:
             self.close_models()
             for folder in self._ledger.drop_expired_checkpoints(time.time()):
                 remove_folder(folder)
-            self._ledger.prune(time.time() - self._future_seconds)
+            self._pruning = True
+        if self._pruning:  # a little every turn, so that nobody waits for it
+            self._pruning = self._ledger.prune(time.time() - self._future_seconds, PRUNE_LIMIT) >= PRUNE_LIMIT
 
     def write_points(self) -> None:
         """Gives every model that has stepped since its last recovery point a new one."""

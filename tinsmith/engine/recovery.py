@@ -77,7 +77,7 @@ class Recovery:
         for entry in wanted:
             if entry.state == "done":
                 self._replay(record, entry, bodies[entry.header.number], publish)
-            elif entry.header.kind == "optim_step":
+            elif entry.header.kind == "optim_step" and entry.ran:
                 self._trainer.discard_gradient(record.id)
 
     def _replay(self, record: "Model", entry: Past, body: bytes, publish: Publish) -> None:

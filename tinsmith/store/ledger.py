@@ -89,8 +89,9 @@ class Ledger:
         lost = Job(header.subject, seq, "lost", header.owner, self.base, b"")
         self._database.write(queue.reject, lost, f"request {lost.request_id} did not arrive in time and was skipped")
 
-    def prune(self, finished_before: float) -> int:
-        return self._database.write(queue.prune, finished_before)
+    def prune(self, finished_before: float, limit: int) -> int:
+        """Deletes old results and unneeded payloads, up to `limit` of each. Returns how many."""
+        return self._database.write(queue.prune, finished_before, limit)
 
     def _ring_done(self, request_ids: list[str]) -> None:
         self._doorbell.ring("done", request_ids)

@@ -101,7 +101,7 @@ _FIND = Prepared(
     .where(jobs.c.subject == _SUBJECT, jobs.c.seq == _SEQ)
 )
 _PAST = (
-    sa.select(*_HEADER, jobs.c.state, jobs.c.category)
+    sa.select(*_HEADER, jobs.c.state, jobs.c.category, jobs.c.engine)
     .where(jobs.c.subject == _SUBJECT, jobs.c.seq >= _SEQ)
     .order_by(jobs.c.seq)
 )
@@ -191,13 +191,13 @@ def history(conn: sa.Connection, subject: str, after: int) -> list[Past]:
     Their payloads exist from the model's recovery point on, if they were done. A result that has expired makes no
     difference here.
     """
-    ended: list[tuple[Header, str]] = []
-    for *header, state, category in conn.execute(_PAST, {"of_subject": subject, "at_seq": after + 1}):
+    ended: list[tuple[Header, str, bool]] = []
+    for *header, state, category, engine in conn.execute(_PAST, {"of_subject": subject, "at_seq": after + 1}):
         if state not in TERMINAL or header[2] != after + 1 + len(ended):
             break
-        ended.append((Header(*header), "done" if category is None else "failed"))
-    chunked = _chunked(conn, subject, [header.seq for header, _ in ended])
-    return [Past(header, state, header.seq in chunked) for header, state in ended]
+        ended.append((Header(*header), "done" if category is None else "failed", engine is not None))
+    chunked = _chunked(conn, subject, [header.seq for header, _, _ in ended])
+    return [Past(header, state, ran, header.seq in chunked) for header, state, ran in ended]
 
 
 def was_chunked(conn: sa.Connection, subject: str, seq: int) -> bool:

@@ -42,10 +42,14 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """A job that ended: `state` is done or failed; `chunked` says that it was one part of a client's larger call."""
+    """A job that ended, done or failed.
+
+    `ran` is false if it was refused at the door; `chunked` says that it was one part of a client's larger call.
+    """
 
     header: Header
     state: str
+    ran: bool
     chunked: bool
 
 

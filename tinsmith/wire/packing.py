@@ -22,14 +22,16 @@ _ALIGNMENT = 64
 
 def pack(meta: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> bytes:
     """One byte string of `meta` (JSON-able) and `arrays` (any shape, little-endian)."""
-    table, chunks, position = [], [], 0
+    table: list[tuple[str, str, tuple[int, ...], int]] = []
+    chunks: list[bytes | memoryview] = []
+    position = 0
     for name, array in arrays.items():
         contiguous = np.ascontiguousarray(array)
         padding = -position % _ALIGNMENT
         chunks.append(b"\0" * padding)
         chunks.append(contiguous.data.cast("B") if contiguous.size else b"")
         position += padding
-        table.append([name, contiguous.dtype.str, contiguous.shape, position])
+        table.append((name, contiguous.dtype.str, contiguous.shape, position))
         position += contiguous.nbytes
     header = json.dumps({"meta": meta, "arrays": table}, separators=(",", ":")).encode()
     header += b" " * (-(len(header) + 8) % _ALIGNMENT)
@@ -114,7 +116,11 @@ class TrainOutput:
     metrics: dict[str, float]
 
     def to_bytes(self) -> bytes:
-        arrays = {"logprobs": self.logprobs_M, "target_offsets": self.target_offsets, "widths": self.widths_N}
+        arrays: dict[str, NDArray[Any]] = {
+            "logprobs": self.logprobs_M,
+            "target_offsets": self.target_offsets,
+            "widths": self.widths_N,
+        }
         return pack({"metrics": self.metrics}, arrays)
 
     @classmethod
