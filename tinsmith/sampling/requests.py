@@ -80,7 +80,10 @@ def _stack(parts: Sequence[list[Sequence[Any]]], k: int, dtype: type) -> NDArray
 
 @dataclass(slots=True, eq=False)
 class Sample:
-    """One continuation of a request's prompt. `key` is its arrival number; `computed` counts its cached tokens."""
+    """One continuation of a request's prompt. `key` is its arrival number.
+
+    Of its tokens, `computed` have keys and values in `blocks`; `digests` name those of the blocks that are full.
+    """
 
     request: Request
     index: int
@@ -107,6 +110,11 @@ class Sample:
     def pending(self) -> int:
         """Tokens that have not been through the model."""
         return self.length - self.computed
+
+    @property
+    def known_digests(self) -> list[bytes]:
+        """Names of its first blocks, as far as they are known: from before a preemption, or from the prompt."""
+        return max(self.digests, self.request.digests, key=len)
 
     def append(self, new: "NextToken") -> None:
         self.tokens.append(new.token)

@@ -211,11 +211,7 @@ class TorchSampler:
         tenants = [sample.tenant for sample in self._running.values()]
         candidates = [self._waiting[key] for key in scheduling.fair_order(tenants, self._queues, slots)]
         growth = sum(self._growth(sample) for sample in self._running.values())
-        shared = [self._reusable(sample) for sample in candidates]
-        costs = [
-            self._pool.cost(self._blocks_for(sample) - len(blocks), blocks)
-            for sample, blocks in zip(candidates, shared, strict=True)
-        ]
+        costs = (self._cost(sample) for sample in candidates)
         admitted = scheduling.admissible(costs, self._pool.available - growth, len(self._running))
         for sample in candidates[:admitted]:
             self._dequeue(sample)
@@ -225,10 +221,15 @@ class TorchSampler:
         blocks = self._reusable(sample)
         sample.blocks = self._pool.allocate(self._blocks_for(sample) - len(blocks), blocks)
         sample.computed = len(blocks) * self._block_size
-        sample.digests = sample.request.digests[: len(blocks)]
+        sample.digests = sample.known_digests[: len(blocks)]
         if sample.request.cache_hit_tokens is None:
             sample.request.cache_hit_tokens = sample.computed
         self._running[sample.key] = sample
+
+    def _cost(self, sample: Sample) -> int:
+        """What `_start` takes out of the available blocks."""
+        shared = self._reusable(sample)
+        return self._pool.cost(self._blocks_for(sample) - len(shared), shared)
 
     def _blocks_for(self, sample: Sample) -> int:
         return -(-sample.length // self._block_size)
@@ -236,11 +237,11 @@ class TorchSampler:
     def _reusable(self, sample: Sample) -> list[int]:
         """Cached blocks of the sample's beginning; its last token, and prompt rows to be scored, must run again."""
         limit = min(sample.length - 1, sample.request.scores.next_row) // self._block_size
-        return self._pool.match(sample.request.digests[:limit])
+        return self._pool.match(sample.known_digests[:limit])
 
     def _release(self, sample: Sample, *, forget: bool = False) -> None:
         self._pool.release(sample.blocks, forget=forget)
-        sample.blocks, sample.digests, sample.computed = [], [], 0
+        sample.blocks, sample.computed = [], 0
 
     def _drop(self, request: Request, *, forget: bool) -> None:
         """Takes all of a request's samples out."""

@@ -71,18 +71,20 @@ def fair_order(running_tenants: Sequence[str], queues: Mapping[str, Sequence[int
     return chosen
 
 
-def admissible(costs: Sequence[int], available: int, running: int) -> int:
+def admissible(costs: Iterable[int], available: int, running: int) -> int:
     """How many of the next sequences, which cost so many blocks each, may start now.
 
     Each running sequence keeps one block in reserve, so that an admission is not undone by the next step's growth.
-    The first that doesn't fit ends it: small requests never overtake a large one for ever.
+    The first that doesn't fit ends it (no further cost is looked at): small requests never overtake a large one.
     """
-    for admitted, cost in enumerate(costs):
+    admitted = 0
+    for cost in costs:
         if cost + running > available:
-            return admitted
+            break
         available -= cost
         running += 1
-    return len(costs)
+        admitted += 1
+    return admitted
 
 
 def prefill_shares(prefilling: Sequence[Prefilling], budget: int) -> dict[int, int]:
