@@ -38,6 +38,13 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "mistral-window": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=5, tie_word_embeddings=False)),
 }
 
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
+"""Sizes at which a matrix product of few rows rounds differently from one of many."""
+
+
+def wide() -> PreTrainedModel:
+    return Qwen3ForCausalLM(Qwen3Config(**(SIZES | WIDE), head_dim=32, tie_word_embeddings=True))
+
 
 def randomize(module: PreTrainedModel, seed: int) -> None:
     """Larger weights than the usual initialisation, norms and biases included: mistakes show."""
@@ -56,7 +63,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def folder(family: str) -> Path:
         path = root / family
         if not path.exists():
-            module = FAMILIES[family]()
+            module = wide() if family == "wide" else FAMILIES[family]()
             randomize(module, seed=len(family))
             module.save_pretrained(path)
         return path

@@ -70,6 +70,19 @@ def test_tenants_of_all_ranks_and_losses_together_end_where_each_ends_alone(
         assert torch.equal(together._models[model_id].weights.weights, alone._models[model_id].weights.weights)
 
 
+def test_a_call_of_one_token_gets_the_same_bits_alone_and_in_company(new_trainer: Callable[..., TorchTrainer]) -> None:
+    rng = np.random.default_rng(8)
+    small, large = (as_call(random_data(rng, [length], "cross_entropy")) for length in (1, 40))
+    alone, together = new_trainer("wide"), new_trainer("wide")
+    for trainer in (alone, together):
+        add(trainer, "m", SPECS["all"])
+        add(trainer, "neighbour", SPECS["all"])
+    [expected] = alone.forward_backward([ModelCall("m", small)])
+    _, result = together.forward_backward([ModelCall("neighbour", large), ModelCall("m", small)])
+    np.testing.assert_array_equal(result.logprobs_M, expected.logprobs_M)
+    assert torch.equal(gradient(together, "m"), gradient(alone, "m"))
+
+
 @pytest.mark.parametrize("spec", [SPECS["all"], FULL], ids=["lora", "full"])
 def test_chunks_add_up_to_one_call(spec: ModelSpec, new_trainer: Callable[..., TorchTrainer]) -> None:
     rng = np.random.default_rng(1)
@@ -189,8 +202,8 @@ def test_a_recomputed_layer_uses_the_adapters_of_its_own_pass(new_trainer: Calla
     gradients = []
     for interrupted in (False, True):
         adapter, stranger = model.new_adapter(SPECS["mlp"]), model.new_adapter(SPECS["mlp"])
-        for each in (adapter, stranger):
-            warm(each)
+        for seed, each in enumerate((adapter, stranger)):
+            warm(each, seed)
             each.require_grad()
         hidden_TD = model.hidden(tokens, tokens, [Segment(adapter, 0, 16)], attention)
         if interrupted:
