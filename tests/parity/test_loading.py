@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -23,12 +24,12 @@ from transformers import (
 )
 
 from tests.parity.conftest import FAMILIES, SIZES, randomize
-from tests.parity.reference import SPECS, warm
+from tests.parity.reference import SPECS, as_call, random_datum, warm
 from tinsmith.errors import ConfigError, UserError
 from tinsmith.models.attention import PackedAttention
 from tinsmith.models.loading import BaseModel, load_base
 from tinsmith.models.lora import Segment
-from tinsmith.protocols import ModelSpec
+from tinsmith.protocols import AdamParams, ModelCall, ModelSpec
 from tinsmith.training.trainer import TorchTrainer
 
 LONG_ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
@@ -73,15 +74,23 @@ def test_a_base_model_tells_its_sizes(family: str, bases: Callable[[str], BaseMo
     assert model.parameters == sum(parameter.numel() for parameter in model.full_copy(trainable=False).parameters())
 
 
-def test_a_low_precision_model_loads_and_trains(folders: Callable[[str], Path]) -> None:
-    model = load(folders("llama"), torch.bfloat16)
-    trainer = TorchTrainer(model, micro_batch_tokens=64, max_adapters=2, max_rank=8)
-    for model_id, spec in (("lora", SPECS["all"]), ("full", ModelSpec(rank=0, seed=0))):
-        trainer.add(model_id, spec)
-        weights = trainer._models[model_id].weights
-        assert weights.weights.dtype == torch.float32
-        assert weights.compute.dtype == torch.bfloat16
+@pytest.mark.parametrize("spec", [SPECS["all"], ModelSpec(rank=0, seed=0)], ids=["lora", "full"])
+def test_a_low_precision_model_trains_float32_weights(spec: ModelSpec, folders: Callable[[str], Path]) -> None:
+    call = as_call([random_datum(np.random.default_rng(0), length) for length in (9, 20)])
+    logprobs, gradients = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        trainer = TorchTrainer(load(folders("llama"), dtype), micro_batch_tokens=20, max_adapters=2, max_rank=8)
+        trainer.add("m", spec)
+        weights = trainer._models["m"].weights
+        assert (weights.weights.dtype, weights.compute.dtype) == (torch.float32, dtype)
+        [output] = trainer.forward_backward([ModelCall("m", call)])
+        logprobs.append(output.logprobs_M)
+        gradients.append(weights.grad.clone())
+        trainer.optim_step("m", AdamParams(learning_rate=0.01))
+        assert torch.equal(weights.compute, weights.weights.to(dtype))
     assert trainer.capabilities().dtype == "bfloat16"
+    np.testing.assert_allclose(*logprobs, atol=0.15)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
 
 
 def test_a_window_limits_what_a_packed_row_sees() -> None:
