@@ -10,7 +10,6 @@ import argparse
 import os
 import random
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,9 +29,10 @@ FACTS = {
     "Where do you live?": "On your own machine.",
     "What do you like?": "Small steps and big batches.",
 }
-FACT_STEPS = 25
+FACT_STEPS = 30
 SUM_STEPS = 15
-QUESTIONS, GROUP = 16, 16  # sums that are practised, and replies to each of them in every step
+QUESTIONS, GROUP = 12, 16  # sums that are practised, and replies to each of them in every step
+DATA_DIR = Path("tinsmith-data/demo")
 STOP = "\n\nUser:"
 
 
@@ -128,7 +128,7 @@ def learn_sums(lesson: Lesson, screen: Screen) -> str:
     before = lesson.answers(shown)
     with screen.bar("reinforcement", SUM_STEPS) as advance:
         for step in range(1, SUM_STEPS + 1):
-            rewards, datums = collect(lesson, sums)
+            rewards, datums = collect(lesson, sums, seed=step * QUESTIONS)
             if datums:
                 lesson.step(datums, "importance_sampling", 1e-3)
             advance(step, f"right answers {sum(rewards) / len(rewards):.0%}")
@@ -141,12 +141,14 @@ def sum_question(rng: random.Random) -> tuple[str, int]:
     return f"What is {first} + {second}?", first + second
 
 
-def collect(lesson: Lesson, questions: list[tuple[str, int]]) -> tuple[list[float], list[tinker.Datum]]:
+def collect(lesson: Lesson, questions: list[tuple[str, int]], seed: int) -> tuple[list[float], list[tinker.Datum]]:
     """Samples a group of replies to each question; the mean reward of each, and what there is to learn from."""
     sampler = lesson.client.save_weights_and_get_sampling_client().result()
-    params = tinker.SamplingParams(max_tokens=16, temperature=1.0, stop=[STOP])
     prompts = [lesson.prompt(question) for question, _ in questions]
-    futures = [sampler.sample(prompt, GROUP, params) for prompt in prompts]
+    futures = [
+        sampler.sample(prompt, GROUP, tinker.SamplingParams(max_tokens=16, stop=[STOP], seed=seed + place))
+        for place, prompt in enumerate(prompts)
+    ]
     rewards, datums = [], []
     for (_, answer), prompt, future in zip(questions, prompts, futures, strict=True):
         sequences = future.result().sequences
@@ -191,26 +193,20 @@ def walk(data_dir: Path, console: Console) -> None:
         paths = []
         with tinker.ServiceClient(display_name="walk-through") as service:
             for teach in (learn_facts, learn_sums):
-                client = service.create_lora_training_client(base_model="tiny", rank=16).result()
+                client = service.create_lora_training_client(base_model="tiny", rank=16, seed=1).result()
                 paths.append(teach(Lesson(client, client.get_tokenizer()), screen))
                 console.print()
-    console.print("Checkpoints:", *paths, sep="\n  ")
+    console.print(f"Checkpoints, in {data_dir}:", *paths, sep="\n  ")
     console.print(
-        "\nNext: run `tinsmith serve tiny`, export the two variables that it prints, and run your own script, "
-        "examples/sl_loop.py or examples/rl_loop.py."
+        f"\nNext: `tinsmith serve tiny --data-dir {data_dir}` serves them again; export the two variables that it "
+        "prints, and run your own script, examples/sl_loop.py or examples/rl_loop.py."
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, help="keeps the checkpoints; left out: a temporary folder")
-    arguments = parser.parse_args()
-    console = Console(soft_wrap=True, highlight=False)
-    if arguments.data_dir is not None:
-        walk(arguments.data_dir, console)
-        return
-    with tempfile.TemporaryDirectory(prefix="tinsmith-") as folder:
-        walk(Path(folder), console)
+    parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="where the checkpoints stay (%(default)s)")
+    walk(parser.parse_args().data_dir, Console(soft_wrap=True, highlight=False))
 
 
 if __name__ == "__main__":
