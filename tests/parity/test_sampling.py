@@ -23,6 +23,7 @@ from tests.parity.sampling_lab import (
     sequences,
 )
 from tinsmith.models.loading import load_base
+from tinsmith.sampling.decoding import SAMPLE_STREAM, uniforms
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning"),
@@ -77,6 +78,17 @@ def test_greedy_sampling_is_hugging_faces_generate(family: str, bases: Bases, fo
         assert output.tokens_S.tolist() == expected[0, inputs.shape[1] :].tolist()
         logprobs = expected_logprobs(module, call.call.prompt_P, output.tokens_S.tolist(), 1.0)
         np.testing.assert_allclose(output.logprobs_S, logprobs, atol=TOLERANCE, rtol=0)
+
+
+def test_a_sample_can_be_recomputed_from_its_seed(bases: Bases, folders: Folders) -> None:
+    output = run(new_sampler(bases("qwen3-tied")), sample("a", prompt(9), seed=77, num_samples=3, max_tokens=25))
+    module = reference(folders("qwen3-tied"), None)
+    for index, tokens in enumerate(sequences(output)):
+        table = all_logprobs(module, [*prompt(9).tolist(), *tokens])[8:-1].exp().numpy().cumsum(-1)
+        uniform = uniforms([77] * 25, SAMPLE_STREAM, [index] * 25, range(25))
+        assert [
+            int(np.searchsorted(row, value, side="right")) for row, value in zip(table, uniform, strict=True)
+        ] == tokens
 
 
 def test_many_samples_follow_the_models_distribution(bases: Bases, folders: Folders) -> None:

@@ -145,6 +145,16 @@ def test_a_request_with_more_samples_than_places_gets_them_all(model: BaseModel)
     )
 
 
+def test_a_prompt_is_scored_once_whenever_its_samples_run(model: BaseModel) -> None:
+    sampler = new_sampler(model, max_running=1, prefill_tokens=10)
+    sampler.submit(sample("a", prompt(50), num_samples=3, max_tokens=1, prompt_logprobs=True))
+    steps = 0
+    while sampler.load:
+        sampler.step()
+        steps += 1
+    assert steps == 5 + 1 + 1  # the later samples find the prompt in the cache
+
+
 def test_a_tenant_with_many_requests_does_not_starve_another(model: BaseModel) -> None:
     sampler = new_sampler(model, max_running=4)
     for index in range(20):
