@@ -167,6 +167,15 @@ def test_a_tenant_with_many_requests_does_not_starve_another(model: BaseModel) -
     assert order.index("few") <= 8
 
 
+def test_samples_of_one_prompt_leave_half_the_places_to_a_tenant_that_waits_for_blocks(model: BaseModel) -> None:
+    sampler = new_sampler(model, kv_tokens=8 * 40, max_running=16)
+    sampler.submit(sample("many", prompt(80), num_samples=12, max_tokens=5))
+    sampler.submit(sample("large", prompt(240), tenant="b", max_tokens=5))
+    sampler.step()
+    assert len(sampler._running) == 8
+    assert sorted(drain(sampler)) == ["large", "many"]
+
+
 # Ends
 
 
