@@ -34,7 +34,7 @@ demo: setup
 	@$(PYTHON) -m tinsmith.demo.walkthrough
 
 test: setup
-	@$(PYTHON) -m pytest -n 2 --dist loadgroup
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadgroup
 
 check: setup
 	.venv/bin/ruff check

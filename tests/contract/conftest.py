@@ -25,6 +25,7 @@ def client_environment() -> Iterator[None]:
         for name in list(os.environ):
             if name.startswith(("TINSMITH_", "TINKER_BASE", "TINKER_CREDENTIAL", "TINKER_PROJECT")):
                 patch.delenv(name)
+        patch.setenv("TINSMITH_THREADS", "1")  # several servers share the machine's cores with several tests
         yield
 
 
