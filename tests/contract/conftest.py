@@ -33,12 +33,34 @@ def client_environment() -> Iterator[None]:
 def server(tmp_path_factory: pytest.TempPathFactory, client_environment: None) -> Iterator[LocalServer]:
     """A server that answers to any model name, stopped at the end by SIGTERM, which it must obey."""
     folder = tmp_path_factory.mktemp("server")
-    server = LocalServer(folder / "data", folder / "log.txt", ["--alias", "*=tiny"])
+    server = LocalServer(folder / "data", folder / "log.txt", ["--alias", "*=tiny", "--threads", "1"])
     server.start()
     yield server
     assert server.is_ready(), f"the server did not outlive its tests; its log ends:\n{server.tail()}"
     code = server.stop()
     assert code == 0, f"the server ended with code {code}; its log ends:\n{server.tail()}"
+
+
+@pytest.fixture(scope="session")
+def small_server(tmp_path_factory: pytest.TempPathFactory, client_environment: None) -> Iterator[LocalServer]:
+    """A server of close limits: two keys, one name, small bodies, few adapters at once, short waits."""
+    folder = tmp_path_factory.mktemp("small")
+    arguments = ["--api-key", "tml-anna", "--api-key", "tml-ben", "--max-lora-adapters", "3", "--threads", "1"]
+    environment = {"TINSMITH_MAX_BODY_BYTES": str(2**20), "TINSMITH_POLL_SECONDS": "0.5"}
+    with LocalServer(folder / "data", folder / "log.txt", arguments, environment=environment) as server:
+        yield server
+
+
+@pytest.fixture
+def anna(small_server: LocalServer) -> Iterator[RawClient]:
+    with RawClient(small_server.base_url, "tml-anna") as client:
+        yield client
+
+
+@pytest.fixture
+def ben(small_server: LocalServer) -> Iterator[RawClient]:
+    with RawClient(small_server.base_url, "tml-ben") as client:
+        yield client
 
 
 @pytest.fixture(scope="session")
