@@ -154,10 +154,10 @@ def load_backend(settings: Settings, report: Callable[[str], None]) -> "tuple[Tr
 
     disable_progress_bar()  # type: ignore[no-untyped-call]  # `report` says how loading goes
     device, dtype = choose_device(settings.device, settings.dtype)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
     folder = model_folder(settings, report)
     model = load_base(folder, dtype=dtype, device=device, on_progress=report)
+    if settings.threads or model.parameters < SMALL_MODEL:
+        torch.set_num_threads(settings.threads or 1)
     _limit_context(model, settings.max_context)
     report("making room for the cache")
     tokenizer = AutoTokenizer.from_pretrained(folder)
