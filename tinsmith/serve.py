@@ -148,6 +148,7 @@ def load_backend(settings: Settings, report: Callable[[str], None]) -> "tuple[Tr
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
+    from tinsmith import sizing
     from tinsmith.models.loading import load_base
     from tinsmith.sampling.sampler import TorchSampler
     from tinsmith.training.trainer import TorchTrainer
@@ -156,7 +157,7 @@ def load_backend(settings: Settings, report: Callable[[str], None]) -> "tuple[Tr
     device, dtype = choose_device(settings.device, settings.dtype)
     folder = model_folder(settings, report)
     model = load_base(folder, dtype=dtype, device=device, on_progress=report)
-    if settings.threads or model.parameters < SMALL_MODEL:
+    if settings.threads or model.parameters < sizing.SMALL_MODEL:
         torch.set_num_threads(settings.threads or 1)
     _limit_context(model, settings.max_context)
     report("making room for the cache")

@@ -12,6 +12,9 @@ KV_SHARE = 0.35  # of free memory
 TRAIN_SHARE = 0.25
 CPU_KV_TOKENS = 65536  # a CPU cannot use more at its speed
 CPU_TRAIN_TOKENS = 4096  # larger micro-batches gain nothing on a CPU
+SMALL_MODEL = 50_000_000
+"""Parameters below which one CPU thread is faster: waking a second one for each of a thousand short operations costs
+more than it saves (docs/log.md has the numbers)."""
 DEVICE_TRAIN_TOKENS = 65536
 CGROUP = Path("/sys/fs/cgroup")
 _CGROUP_FILES = (
