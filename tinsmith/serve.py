@@ -104,6 +104,7 @@ def _retire_engine(conn: "sa.Connection", base: str, before: float) -> None:
 
 def run_engine(settings: Settings, stop: threading.Event) -> None:
     """Loads the model and works on the queue until `stop`. Raises ConfigError if the model cannot be served."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads sleep while they wait: see docs/log.md
     from tinsmith.engine.loop import Engine
     from tinsmith.store.database import Database
     from tinsmith.store.doorbell import Doorbell
