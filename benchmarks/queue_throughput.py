@@ -3,18 +3,18 @@
     python -m benchmarks.queue_throughput [--jobs N] [--submitters N] [--url URL …]
 
 Submitters are asyncio tasks that wait for each commit, as the API does; one thread claims and completes, as the engine
-does. Without --url: an SQLite file, and a Postgres server of our own if Postgres is installed. Prints JSON rows.
+does. Without --url: an SQLite file, and a Postgres server of our own if Postgres is installed.
 """
 
 import argparse
 import asyncio
-import json
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from benchmarks.recording import Row, record
 from tests.throwaway_postgres import throwaway_postgres
 from tinsmith.store import queue
 from tinsmith.store.database import Database
@@ -32,9 +32,12 @@ def main() -> None:
     parser.add_argument("--url", action="append", help="a database to measure (more than once: several)")
     arguments = parser.parse_args()
     with databases(arguments.url) as urls:
-        for url in urls:
-            for name, value, unit in measure(url, arguments.jobs, arguments.submitters):
-                print(json.dumps({"name": f"{url.partition(':')[0]}_{name}", "value": round(value, 2), "unit": unit}))
+        rows = [
+            Row(f"{url.partition(':')[0]}: {name.replace('_', ' ')}", round(value, 2), unit)
+            for url in urls
+            for name, value, unit in measure(url, arguments.jobs, arguments.submitters)
+        ]
+    record("queue_throughput", rows)
 
 
 @contextmanager

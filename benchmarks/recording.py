@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from tinsmith.config import mask_password
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("tinsmith", "torch", "transformers", "tinker", "sqlalchemy", "starlette", "uvicorn")
 
@@ -41,7 +43,7 @@ def record(name: str, rows: Iterable[Row], accelerator: str = "") -> Path:
         "versions": versions(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": commit(),
-        "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", f"benchmarks.{name}", *map(mask_password, sys.argv[1:])]),
         "rows": [asdict(row) for row in rows],
     }
     path.write_text(json.dumps(content, indent=2) + "\n")
