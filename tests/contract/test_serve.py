@@ -86,8 +86,11 @@ def test_a_data_folder_belongs_to_one_server(own_server: LocalServer) -> None:
 
 
 def test_the_log_says_what_was_chosen_and_how_to_connect(own_server: LocalServer) -> None:
-    log = own_server.log.read_text()
-    assert f"export TINKER_BASE_URL={own_server.base_url} TINKER_API_KEY=tml-local" in log
+    connect = f"export TINKER_BASE_URL={own_server.base_url} TINKER_API_KEY=tml-local"
+    deadline = time.monotonic() + 30  # the supervisor asks now and then whether the server is ready
+    while connect not in (log := own_server.log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert connect in log
     for word in ("model     tiny", "SQLite", str(own_server.data_dir), "float32 on cpu", "adapters of rank"):
         assert word in log
 
