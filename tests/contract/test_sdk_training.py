@@ -1,6 +1,5 @@
 """The SDK trains: every loss and optimizer parameter, any chunking, requests in flight, many tenants at once."""
 
-
 import numpy as np
 import pytest
 import tinker
