@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from tinsmith.models.lora import Adapter, AdapterLayout, CurrentPass, MultiAdapterLinear, Segment, initial_weights
+from tinsmith.models.lora import (
+    Adapter,
+    AdapterLayout,
+    CurrentPass,
+    MultiAdapterLinear,
+    Segment,
+    adapt,
+    initial_weights,
+)
 from tinsmith.protocols import ModelSpec
 
 INPUTS, OUTPUTS, LINEAR = 6, 10, 2
@@ -15,7 +23,7 @@ def layout_of(rank: int, linears: tuple[int, ...] = (0, LINEAR)) -> AdapterLayou
     for linear in linears:
         names += [f"{linear}.A", f"{linear}.B"]
         shapes += [(rank, INPUTS), (OUTPUTS, rank)]
-    return AdapterLayout(names, shapes, linears)
+    return AdapterLayout(names, shapes, [linear for linear in linears for _ in "AB"])
 
 
 def random_adapter(rank: int, linears: tuple[int, ...] = (0, LINEAR), dtype: torch.dtype = torch.float32) -> Adapter:
@@ -28,7 +36,7 @@ def layer(bias: bool = True) -> tuple[MultiAdapterLinear, CurrentPass]:
     torch.manual_seed(0)
     current = CurrentPass()
     linear = nn.Linear(INPUTS, OUTPUTS, bias).requires_grad_(False)
-    return MultiAdapterLinear(linear, LINEAR, current), current
+    return adapt([linear], [LINEAR], current)[0], current
 
 
 def expected(module: MultiAdapterLinear, x: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
@@ -128,3 +136,47 @@ def test_initial_weights_come_from_one_stream_of_the_seed_in_layout_order() -> N
             torch.testing.assert_close(view, expected_a)
         else:
             assert not view.any()
+
+
+def test_layers_with_the_same_input_are_one_product_and_equal_separate_ones() -> None:
+    torch.manual_seed(1)
+    layers = [nn.Linear(INPUTS, outputs).requires_grad_(False) for outputs in (10, 4, 7)]
+    originals = [(layer.weight.clone(), layer.bias.clone()) for layer in layers]
+    current = CurrentPass()
+    modules = adapt(layers, [0, 1, 2], current)
+    rank = 3
+    layout = AdapterLayout(
+        [f"{linear}.{part}" for part in "AB" for linear in range(3)],
+        [(rank, INPUTS)] * 3 + [(outputs, rank) for outputs in (10, 4, 7)],
+        [0, 1, 2, 0, 1, 2],
+    )
+    adapter = Adapter(ModelSpec(rank, 0), layout, torch.randn(layout.total), torch.float32)
+    adapter.require_grad().fill_(1.0)
+    current.segments = [Segment(None, 0, 4), Segment(adapter, 4, 9)]
+    x = torch.randn(1, 9, INPUTS, requires_grad=True)
+    upstreams = [torch.randn(1, 9, outputs) for outputs in (10, 4, 7)]
+    outputs = [module(x) for module in modules]
+    assert current.shared is None, "nothing is kept once every layer has its part"
+    [dx] = torch.autograd.grad(outputs, x, upstreams)
+
+    leaves = {name: view.clone().requires_grad_() for name, view in layout.named_views(adapter.weights).items()}
+    for linear, (weight, bias) in enumerate(originals):
+        y = x[0] @ weight.T + bias
+        delta = adapter.scale * (x[0, 4:] @ leaves[f"{linear}.A"].T) @ leaves[f"{linear}.B"].T
+        y = torch.cat([y[:4], y[4:] + delta])
+        torch.testing.assert_close(outputs[linear][0], y)
+        y.backward(upstreams[linear][0])
+    torch.testing.assert_close(dx, x.grad)
+    for name, view in layout.named_views(adapter.grad).items():
+        torch.testing.assert_close(view, leaves[name].grad + 1)
+
+
+def test_a_layer_asked_twice_or_for_another_input_does_not_get_a_stale_product() -> None:
+    layers = [nn.Linear(INPUTS, OUTPUTS, bias=False).requires_grad_(False) for _ in range(2)]
+    first, second = adapt(layers, [0, 1], CurrentPass())
+    first.group.current.segments = [Segment(None, 0, 3)]
+    x, other = torch.randn(2, 3, INPUTS)
+    with torch.no_grad():
+        torch.testing.assert_close(first(x), x @ layers[0].weight.T)
+        torch.testing.assert_close(first(x), x @ layers[0].weight.T)
+        torch.testing.assert_close(second(other), other @ layers[1].weight.T)

@@ -20,9 +20,20 @@ from tinsmith.errors import ConfigError
 from tinsmith.models.attention import ATTENTION_KEYWORD, IMPLEMENTATION, Attention, PackedAttention
 from tinsmith.models.families import Target, find_targets
 from tinsmith.models.head import target_logprobs
-from tinsmith.models.lora import Adapter, AdapterLayout, CurrentPass, MultiAdapterLinear, Segment, initial_weights
+from tinsmith.models.lora import (
+    Adapter,
+    AdapterLayout,
+    CurrentPass,
+    MultiAdapterLinear,
+    Segment,
+    adapt,
+    initial_weights,
+)
 from tinsmith.models.norms import FrozenRMSNorm, freeze_norm
 from tinsmith.protocols import ModelSpec
+
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linear layers of one parent that are applied to the same input, and so can be one product."""
 
 _PROBE_LENGTHS = (11, 6)
 _PROBE_TOLERANCE = {torch.float32: 2e-3}
@@ -50,9 +61,12 @@ class BaseModel:
         self.head_linear = len(targets) - 1
         self._current = CurrentPass()
         self._layouts: dict[tuple[int, bool, bool, bool], AdapterLayout] = {}
-        for index, target in enumerate(targets[:-1]):
-            linear = module.get_submodule(target.path)
-            module.set_submodule(target.path, MultiAdapterLinear(linear, index, self._current))
+        self._groups = _groups(module, targets[:-1])
+        for indices in self._groups:
+            paths = [targets[index].path for index in indices]
+            layers = [module.get_submodule(path) for path in paths]
+            for path, layer in zip(paths, adapt(layers, indices, self._current), strict=True):
+                module.set_submodule(path, layer)
         for path, child in list(module.named_modules()):
             if frozen := freeze_norm(child):
                 module.set_submodule(path, frozen)
@@ -83,7 +97,7 @@ class BaseModel:
         """The flat layout of an adapter with this rank and these targets."""
         key = (spec.rank, spec.train_attn, spec.train_mlp, spec.train_unembed)
         if key not in self._layouts:
-            self._layouts[key] = _adapter_layout(self.targets, spec)
+            self._layouts[key] = _adapter_layout(self.targets, [*self._groups, (self.head_linear,)], spec)
         return self._layouts[key]
 
     def new_adapter(self, spec: ModelSpec) -> Adapter:
@@ -128,16 +142,35 @@ def _checkpointing(current: CurrentPass) -> Callable[..., Any]:
     return run
 
 
-def _adapter_layout(targets: Sequence[Target], spec: ModelSpec) -> AdapterLayout:
+def _groups(module: Any, targets: Sequence[Target]) -> list[tuple[int, ...]]:
+    """Indices of the targets, those together that read the same input."""
+    groups: list[list[int]] = []
+    kinds: list[tuple[object, ...]] = []
+    for index, target in enumerate(targets):
+        parent, _, name = target.path.rpartition(".")
+        siblings = next((names for names in SAME_INPUT if name in names), (name,))
+        kind = (parent, siblings, module.get_submodule(target.path).bias is None)
+        if kinds and kinds[-1] == kind:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+            kinds.append(kind)
+    return [tuple(group) for group in groups]
+
+
+def _adapter_layout(targets: Sequence[Target], groups: Sequence[tuple[int, ...]], spec: ModelSpec) -> AdapterLayout:
     trained = {"attn": spec.train_attn, "mlp": spec.train_mlp, "unembed": spec.train_unembed}
     names: list[str] = []
     shapes: list[tuple[int, ...]] = []
     linears: list[int] = []
-    for index, target in enumerate(targets):
-        if trained[target.group]:
-            names += [f"base_model.model.{target.name}.lora_{part}.weight" for part in "AB"]
-            shapes += [(spec.rank, target.inputs), (target.outputs, spec.rank)]
-            linears.append(index)
+    for group in groups:
+        if not trained[targets[group[0]].group]:
+            continue
+        for part in "AB":
+            names += [f"base_model.model.{targets[index].name}.lora_{part}.weight" for index in group]
+            linears += group
+        shapes += [(spec.rank, targets[index].inputs) for index in group]
+        shapes += [(targets[index].outputs, spec.rank) for index in group]
     return AdapterLayout(names, shapes, linears)
 
 

@@ -1,11 +1,14 @@
 """LoRA adapters, and linear layers that apply a different adapter to every segment of a packed batch.
 
 The base weight is shared and frozen. An adapter's gradient never passes through autograd leaves: backward adds it
-straight into the adapter's flat gradient. Knows nothing of requests, losses or optimizers.
+straight into the adapter's flat gradient. Layers that read the same input (q, k and v; gate and up) are one product,
+base and adapters alike. Knows nothing of requests, losses or optimizers.
 
-Shapes: `T` rows of the batch, `N` rows of one segment, `I` inputs, `O` outputs, `R` rank.
+Shapes: `T` rows of the batch, `N` rows of one segment, `I` inputs, `O` outputs and `R` ranks of all layers of a group,
+`P` outputs of one of them.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,23 +25,45 @@ KAIMING_SLOPE = 5**0.5
 
 
 class AdapterLayout(Layout):
-    """The flat layout of every adapter with one rank and set of targets: A and B of each linear layer in turn.
+    """The flat layout of every adapter with one rank and set of targets: A and B of each linear layer.
 
-    `linears` holds the index of the linear layer that each (A, B) pair belongs to.
+    `linears` holds, for each name, the index of its linear layer, whose A comes before its B. The A matrices of layers
+    that read the same input lie one behind the other, so that together they are one matrix: their stack.
     """
 
     def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], linears: Sequence[int]) -> None:
         super().__init__(names, shapes)
         self.linears = tuple(linears)
         self.num_linears = max(linears) + 1
+        self.a_positions = [position for position, linear in enumerate(linears) if linear not in linears[:position]]
 
     def pairs(self, flat: Tensor) -> list[tuple[Tensor, Tensor] | None]:
         """(A [R, I], B [O, R]) by index of the linear layer; None where the adapter has none."""
-        views = self.views(flat)
+        matrices: dict[int, list[Tensor]] = defaultdict(list)
+        for linear, view in zip(self.linears, self.views(flat), strict=True):
+            matrices[linear].append(view)
         pairs: list[tuple[Tensor, Tensor] | None] = [None] * self.num_linears
-        for position, linear in enumerate(self.linears):
-            pairs[linear] = (views[2 * position], views[2 * position + 1])
+        for linear, (matrix_a, matrix_b) in matrices.items():
+            pairs[linear] = (matrix_a, matrix_b)
         return pairs
+
+    def stack(self, flat: Tensor, linears: Sequence[int]) -> Tensor:
+        """The A matrices of these linear layers, one below the other: [R, I]."""
+        positions = [self.linears.index(linear) for linear in linears]
+        if positions != list(range(positions[0], positions[0] + len(linears))):
+            raise ValueError(f"the A matrices of the linear layers {linears} are not neighbours")
+        start = sum(self.sizes[: positions[0]])
+        rows = sum(self.shapes[position][0] for position in positions)
+        columns = self.shapes[positions[0]][1]
+        return flat[start : start + rows * columns].view(rows, columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """An adapter's matrices for a group of linear layers: the stack of all A [R, I], and every B [P, R / layers]."""
+
+    stack_a: Tensor
+    matrices_b: tuple[Tensor, ...]
 
 
 class Adapter(FlatWeights):
@@ -55,17 +80,40 @@ class Adapter(FlatWeights):
         self.scale = spec.alpha / spec.rank
         self.pairs = layout.pairs(self.compute)
         self.grad_pairs: list[tuple[Tensor, Tensor] | None] = []
+        self._factors: dict[tuple[int, ...], Factors | None] = {}
+        self._grad_factors: dict[tuple[int, ...], Factors | None] = {}
 
     def pair(self, linear: int) -> tuple[Tensor, Tensor] | None:
         """A and B of the linear layer with this index, in the dtype of the forward pass."""
         return self.pairs[linear] if linear < len(self.pairs) else None
 
+    def factors(self, linears: tuple[int, ...]) -> Factors | None:
+        """A and B of a group of linear layers, in the dtype of the forward pass; None if the adapter has none."""
+        if linears not in self._factors:
+            self._factors[linears] = self._gather(linears, self.compute, self.pairs)
+        return self._factors[linears]
+
+    def grad_factors(self, linears: tuple[int, ...]) -> Factors | None:
+        """The places in the flat gradient that belong to `factors(linears)`."""
+        if linears not in self._grad_factors:
+            self._grad_factors[linears] = self._gather(linears, self.require_grad(), self.grad_pairs)
+        return self._grad_factors[linears]
+
     def copy(self) -> "Adapter":
         """The same weights in a buffer of their own; no gradient."""
         return Adapter(self.spec, self.layout, self.weights.clone(), self.compute.dtype)
 
+    def _gather(
+        self, linears: tuple[int, ...], flat: Tensor, pairs: Sequence[tuple[Tensor, Tensor] | None]
+    ) -> Factors | None:
+        present = [pair for linear in linears if linear < len(pairs) and (pair := pairs[linear]) is not None]
+        if not present:
+            return None
+        return Factors(self.layout.stack(flat, linears), tuple(matrix_b for _, matrix_b in present))
+
     def _grad_allocated(self, grad: Tensor) -> None:
         self.grad_pairs = self.layout.pairs(grad)
+        self._grad_factors.clear()
 
 
 def initial_weights(layout: AdapterLayout, seed: int) -> Tensor:
@@ -75,8 +123,9 @@ def initial_weights(layout: AdapterLayout, seed: int) -> Tensor:
     """
     flat = torch.zeros(layout.total)
     generator = torch.Generator().manual_seed(seed)
-    for matrix_a in layout.views(flat)[::2]:
-        nn.init.kaiming_uniform_(matrix_a, a=KAIMING_SLOPE, generator=generator)
+    views = layout.views(flat)
+    for position in layout.a_positions:
+        nn.init.kaiming_uniform_(views[position], a=KAIMING_SLOPE, generator=generator)
     return flat
 
 
@@ -98,10 +147,14 @@ class Segment:
 
 
 class CurrentPass:
-    """What the linear layers of one base model need to know of the forward pass under way."""
+    """What the linear layers of one base model need to know of the forward pass under way.
+
+    `shared` is the product that was computed last for a group of layers, until each of them has fetched its part.
+    """
 
     def __init__(self) -> None:
         self.segments: Sequence[Segment] = ()
+        self.shared: _SharedProduct | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CurrentPass":
         return self
@@ -115,76 +168,157 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> Non
         total.add_(left @ right, alpha=scale)
 
 
-def add_adapters(x_TI: Tensor, y_TO: Tensor, segments: Sequence[Segment], linear: int) -> list[Tensor]:
-    """Adds each segment's LoRA output to `y_TO` in place; returns x Aᵀ ([N, R]) of every segment that has one."""
-    inner = []
-    for segment in segments:
-        adapter = segment.adapter
-        pair = adapter.pair(linear) if adapter else None
-        if adapter is None or pair is None:
-            continue
-        x_NI, y_NO = segment.rows(x_TI), segment.rows(y_TO)
-        z_NR = F.linear(x_NI, pair[0])
-        y_NO.addmm_(z_NR, pair[1].t(), alpha=adapter.scale)
-        inner.append(z_NR)
-    return inner
+class LinearGroup:
+    """Linear layers that read the same input: their weights lie one below the other, and make one product.
 
+    `linears` holds the layers' indices, `outputs` their numbers of outputs.
+    """
 
-class _MultiAdapterProduct(torch.autograd.Function):
-    """y = x Wᵀ + b + LoRA per segment; dA and dB go to the adapters' gradients, dx to autograd."""
+    def __init__(self, layers: Sequence[nn.Linear], linears: Sequence[int], current: CurrentPass) -> None:
+        self.linears = tuple(linears)
+        self.outputs = [layer.out_features for layer in layers]
+        self.current = current
+        self.weight_OI = _stacked([layer.weight for layer in layers])
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        if biases and len(biases) < len(layers):
+            raise ValueError("either all layers of a group have a bias, or none")
+        self.bias_O = _stacked(biases) if biases else None
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, segments: Sequence[Segment], linear: int
-    ) -> Tensor:
-        x_TI = x.view(-1, x.shape[-1])
-        y_TO = F.linear(x_TI, weight_OI, bias_O)
-        inner = add_adapters(x_TI, y_TO, segments, linear)
-        ctx.save_for_backward(x_TI, *inner)
-        ctx.weight, ctx.segments, ctx.linear = weight_OI, segments, linear
-        return y_TO.view(*x.shape[:-1], -1)
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LinearGroup":
+        return self
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, *inner = ctx.saved_tensors
-        dy_TO = dy.reshape(-1, dy.shape[-1])
-        dx_TI = dy_TO @ ctx.weight
-        remaining = iter(inner)
-        for segment in ctx.segments:
-            adapter = segment.adapter
-            pair = adapter.pair(ctx.linear) if adapter else None
-            if pair is None:
+    def outputs_of(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [..., I] of T rows → [..., P] of every layer."""
+        segments = self.current.segments
+        if x.requires_grad and torch.is_grad_enabled():
+            outputs: tuple[Tensor, ...] = _GroupProduct.apply(x, self, segments)
+            return outputs
+        y_TO, _ = self.product(x.view(-1, x.shape[-1]), segments)
+        return self.split(y_TO, x.shape)
+
+    def split(self, y_TO: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+        return tuple(part_TP.view(*shape[:-1], -1) for part_TP in y_TO.split(self.outputs, 1))
+
+    def product(self, x_TI: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, list[Tensor]]:
+        """All outputs [T, O], and x Aᵀ [N, R] of every segment with an adapter here."""
+        y_TO = F.linear(x_TI, self.weight_OI, self.bias_O)
+        inner = []
+        for segment in segments:
+            factors = segment.adapter.factors(self.linears) if segment.adapter else None
+            if segment.adapter is None or factors is None:
                 continue
-            dy_NO, z_NR = segment.rows(dy_TO), next(remaining)
-            dz_NR = dy_NO @ pair[1]
-            segment.rows(dx_TI).addmm_(dz_NR, pair[0], alpha=adapter.scale)
-            if segment.trains:
-                grad_a, grad_b = adapter.grad_pairs[ctx.linear]
-                add_product(grad_a, dz_NR.t(), segment.rows(x_TI), adapter.scale)
-                add_product(grad_b, dy_NO.t(), z_NR, adapter.scale)
-        return dx_TI.view(*dy.shape[:-1], -1), None, None, None, None
+            z_NR = F.linear(segment.rows(x_TI), factors.stack_a)
+            parts = zip(*self._parts(segment.rows(y_TO), z_NR, factors), factors.matrices_b, strict=True)
+            for y_NP, z_Nr, b_Pr in parts:
+                y_NP.addmm_(z_Nr, b_Pr.t(), alpha=segment.adapter.scale)
+            inner.append(z_NR)
+        return y_TO, inner
+
+    def backward(self, x_TI: Tensor, dy_TO: Tensor, segments: Sequence[Segment], inner: Sequence[Tensor]) -> Tensor:
+        """The input's gradient; the adapters' are added to theirs. `inner` is what `product` returned."""
+        dx_TI = dy_TO @ self.weight_OI
+        remaining = iter(inner)
+        for segment in segments:
+            factors = segment.adapter.factors(self.linears) if segment.adapter else None
+            if segment.adapter is not None and factors is not None:
+                rows = (segment.rows(x_TI), segment.rows(dy_TO), segment.rows(dx_TI))
+                self._segment_backward(segment, factors, *rows, next(remaining))
+        return dx_TI
+
+    def _segment_backward(
+        self, segment: Segment, factors: Factors, x_NI: Tensor, dy_NO: Tensor, dx_NI: Tensor, z_NR: Tensor
+    ) -> None:
+        adapter: Any = segment.adapter
+        dz_NR = torch.empty_like(z_NR)
+        dy_parts, dz_parts = self._parts(dy_NO, dz_NR, factors)
+        for dy_NP, dz_Nr, b_Pr in zip(dy_parts, dz_parts, factors.matrices_b, strict=True):
+            torch.mm(dy_NP, b_Pr, out=dz_Nr)
+        dx_NI.addmm_(dz_NR, factors.stack_a, alpha=adapter.scale)
+        if segment.trains:
+            grads = adapter.grad_factors(self.linears)
+            add_product(grads.stack_a, dz_NR.t(), x_NI, adapter.scale)
+            for dy_NP, z_Nr, grad_b in zip(
+                dy_parts, self._parts(dy_NO, z_NR, factors)[1], grads.matrices_b, strict=True
+            ):
+                add_product(grad_b, dy_NP.t(), z_Nr, adapter.scale)
+
+    def _parts(self, y_NO: Tensor, z_NR: Tensor, factors: Factors) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The columns of outputs and of ranks that belong to each layer."""
+        if len(self.outputs) == 1:
+            return (y_NO,), (z_NR,)
+        return y_NO.split(self.outputs, 1), z_NR.split(factors.matrices_b[0].shape[1], 1)
+
+
+def _stacked(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The parameters one behind the other in one tensor, of which they become views."""
+    if len(parameters) == 1:
+        return parameters[0]
+    whole = torch.cat([parameter.data for parameter in parameters])
+    for parameter, part in zip(parameters, whole.split([len(parameter) for parameter in parameters]), strict=True):
+        parameter.data = part
+    return whole
+
+
+@dataclass(slots=True)
+class _SharedProduct:
+    """A group's outputs for the input `x`; those already fetched are None."""
+
+    group: LinearGroup
+    x: Tensor
+    outputs: list[Tensor | None]
+
+
+class _GroupProduct(torch.autograd.Function):
+    """y = x Wᵀ + b + LoRA per segment, for all layers of a group; dA and dB go to the adapters, dx to autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: LinearGroup, segments: Sequence[Segment]) -> tuple[Tensor, ...]:
+        x_TI = x.view(-1, x.shape[-1])
+        y_TO, inner = group.product(x_TI, segments)
+        ctx.save_for_backward(x_TI, *inner)
+        ctx.group, ctx.segments = group, segments
+        return group.split(y_TO, x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, *inner = ctx.saved_tensors
+        parts = [part.reshape(len(x_TI), -1) for part in dy]
+        dy_TO = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        dx_TI = ctx.group.backward(x_TI, dy_TO, ctx.segments, inner)
+        return dx_TI.view(*dy[0].shape[:-1], -1), None, None
 
 
 class MultiAdapterLinear(nn.Module):
     """Takes the place of an `nn.Linear`: its weight frozen and shared, an adapter per segment of the current pass."""
 
-    def __init__(self, linear: nn.Linear, index: int, current: CurrentPass) -> None:
+    def __init__(self, layer: nn.Linear, group: LinearGroup, part: int) -> None:
+        """The layer is number `part` of its group."""
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.index = index
-        self.current = current
+        self.weight, self.bias = layer.weight, layer.bias
+        self.group = group
+        self.part = part
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., I] of T rows → [..., O]."""
-        segments = self.current.segments
-        if x.requires_grad and torch.is_grad_enabled():
-            return _MultiAdapterProduct.apply(x, self.weight, self.bias, segments, self.index)
-        y = F.linear(x, self.weight, self.bias)
-        add_adapters(x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]), segments, self.index)
-        return y
+        """x [..., I] of T rows → [..., P]."""
+        if len(self.group.linears) == 1:
+            return self.group.outputs_of(x)[0]
+        current = self.group.current
+        shared = current.shared
+        if shared is None or shared.group is not self.group or shared.x is not x or shared.outputs[self.part] is None:
+            shared = current.shared = _SharedProduct(self.group, x, list(self.group.outputs_of(x)))
+        output, shared.outputs[self.part] = shared.outputs[self.part], None
+        if not any(part is not None for part in shared.outputs):
+            current.shared = None
+        return output  # type: ignore[return-value]
 
     def to_linear(self) -> nn.Linear:
         """An ordinary `nn.Linear` around the same parameters."""
         linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], self.bias is not None, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
         return linear
+
+
+def adapt(layers: Sequence[nn.Linear], linears: Sequence[int], current: CurrentPass) -> list[MultiAdapterLinear]:
+    """The replacements of linear layers that read the same input; `linears` are their indices."""
+    group = LinearGroup(layers, linears, current)
+    return [MultiAdapterLinear(layer, group, part) for part, layer in enumerate(layers)]
