@@ -6,10 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -30,12 +34,23 @@ SIZES = {
     "max_position_embeddings": 256,
 }
 
+GEMMA = {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "tie_word_embeddings": True,
+}
+"""Both kinds of layers, each with a rope of its own."""
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3-tied": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True)),
     "qwen3-untied": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=False)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)),
     "qwen2-biases": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=False)),
     "mistral-window": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=5, tie_word_embeddings=False)),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **GEMMA)),
+    "phi3-fused": lambda: Phi3ForCausalLM(Phi3Config(**SIZES, pad_token_id=0, tie_word_embeddings=False)),
 }
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
@@ -52,7 +67,7 @@ def randomize(module: PreTrainedModel, seed: int) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.1 * noise if parameter.ndim == 1 else 0.15 * noise)
+            parameter.copy_(parameter + 0.1 * noise if parameter.ndim == 1 else 0.15 * noise)
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +78,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def folder(family: str) -> Path:
         path = root / family
         if not path.exists():
+            torch.manual_seed(0)
             module = wide() if family == "wide" else FAMILIES[family]()
             randomize(module, seed=len(family))
             module.save_pretrained(path)

@@ -14,8 +14,12 @@ from tinsmith.models.lora import Adapter
 from tinsmith.protocols import AdamParams, ModelSpec
 from tinsmith.wire.packing import TrainCall
 
-ATTN = ["q_proj", "k_proj", "v_proj", "o_proj"]
-MLP = ["gate_proj", "up_proj", "down_proj"]
+ATTN = [
+    *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
+    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+    *("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),
+]
+MLP = ["gate_proj", "up_proj", "down_proj", "gate_up_proj"]
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """Which Hugging Face models can be served: finds the linear layers to adapt, or says why there is no way.
 
-Only what is known to be computed correctly is let through: decoder layers of plain attention and a gated MLP, made of
-`nn.Linear`. What a module's structure does not show (a logit scale, say), `loading` finds by comparing results.
+Only what is known to be computed correctly is let through: decoder layers whose weights are `nn.Linear` in an attention
+and an MLP; nothing else of two
+dimensions or more. What a module's structure does not show (a logit scale, say), `loading` finds by
+comparing results.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +14,10 @@ from torch import nn
 
 from tinsmith.errors import ConfigError
 
-ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
+GROUP_OF_PART = {"self_attn": "attn", "linear_attn": "attn", "mlp": "mlp"}
+"""Parts of a decoder layer in which every linear layer is adapted, and the group that their adapters belong to."""
+
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
 
 
@@ -38,6 +42,11 @@ def find_targets(module: Any) -> list[Target]:
     head_path = next(path for path, child in module.named_modules() if child is head)
     targets.append(Target(head_path, "model.unembed_tokens", "unembed", head.in_features, head.out_features))
     _check_matrices(module, {target.path for target in targets})
+    if missing := {*GROUP_OF_PART.values()} - {target.group for target in targets}:
+        raise ConfigError(
+            f"{type(module).__name__}: no linear layers to adapt ({', '.join(sorted(missing))}); served are models "
+            f"whose decoder layers have linear layers in {', '.join(GROUP_OF_PART)}"
+        )
     return targets
 
 
@@ -46,24 +55,23 @@ def _is_plain_linear(head: Any) -> bool:
 
 
 def _layer_targets(module: Any, index: int) -> Iterator[Target]:
-    for part, group, names in (("self_attn", "attn", ATTENTION_LINEARS), ("mlp", "mlp", MLP_LINEARS)):
+    for part, group in GROUP_OF_PART.items():
         prefix = f"model.layers.{index}.{part}"
         parent = getattr(module.model.layers[index], part, None)
-        for name in names:
-            linear = getattr(parent, name, None)
-            if type(linear) is not nn.Linear:
-                raise ConfigError(
-                    f"{type(module).__name__}: {prefix} has no linear layer {name}; served are models whose layers "
-                    f"have self_attn.({', '.join(ATTENTION_LINEARS)}) and mlp.({', '.join(MLP_LINEARS)})"
-                )
-            path = f"{prefix}.{name}"
-            yield Target(path, path, group, linear.in_features, linear.out_features)
+        for name, child in parent.named_modules() if parent is not None else ():
+            if type(child) is nn.Linear and not _is_gate(child):
+                yield Target(f"{prefix}.{name}", f"{prefix}.{name}", group, child.in_features, child.out_features)
+
+
+def _is_gate(linear: nn.Linear) -> bool:
+    """One number per token, as of a shared expert's gate: stays frozen."""
+    return linear.out_features == 1
 
 
 def _check_matrices(module: Any, targets: set[str]) -> None:
     embedding = module.get_input_embeddings()
     for path, child in module.named_modules():
-        if path in targets or child is embedding:
+        if path in targets or child is embedding or (type(child) is nn.Linear and _is_gate(child)):
             continue
         for name, parameter in child.named_parameters(recurse=False):
             if parameter.ndim > 1:
@@ -74,13 +82,20 @@ def _check_matrices(module: Any, targets: set[str]) -> None:
 
 
 def _check_configuration(config: Any) -> None:
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
-    if kind in _ROPE_BY_LENGTH:
-        raise ConfigError(
-            f"{config.model_type}: rope type {kind!r} changes with the longest sequence of a batch, so one request "
-            f"would change another's result"
-        )
+    for kind in _rope_kinds(getattr(config, "rope_parameters", None) or {}):
+        if kind in _ROPE_BY_LENGTH:
+            raise ConfigError(
+                f"{config.model_type}: rope type {kind!r} changes with the longest sequence of a batch, so one "
+                f"request would change another's result"
+            )
     layer_types = set(getattr(config, "layer_types", None) or ())
-    if unknown := layer_types - {"full_attention", "sliding_attention"}:
+    if unknown := layer_types - _LAYER_TYPES:
         raise ConfigError(f"{config.model_type}: layer types {sorted(unknown)} are not supported")
+
+
+def _rope_kinds(rope: Mapping[str, Any]) -> Iterator[str]:
+    """The rope types of a configuration: one for all layers, or one for each layer type."""
+    yield rope.get("rope_type", "default")
+    for own in rope.values():
+        if isinstance(own, Mapping):
+            yield own.get("rope_type", "default")
