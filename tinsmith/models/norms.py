@@ -27,7 +27,7 @@ class FrozenRMSNorm(nn.Module):
             return F.rms_norm(x, weight.shape, weight, self.eps)
         if torch.is_grad_enabled() and x.requires_grad:
             return _RMSNorm.apply(x, weight, self.eps)
-        return _normalize(x, weight, self.eps)[0]
+        return _normalize(x, self.eps)[0] * weight
 
 
 def freeze_norm(norm: nn.Module) -> FrozenRMSNorm | None:
@@ -45,11 +45,11 @@ def freeze_norm(norm: nn.Module) -> FrozenRMSNorm | None:
     return frozen if same else None
 
 
-def _normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The output in the dtype of `x`, and 1 / √(mean(x²) + ε) in fp32."""
-    wide = x.float()
-    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return weight * (wide * scale).to(x.dtype), scale
+def _normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / √(mean(x²) + ε) in the dtype of `x`, and 1 / √(mean(x²) + ε) in fp32."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    return (x * scale).to(x.dtype), scale
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -57,16 +57,15 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, scale = _normalize(x, weight, eps)
-        ctx.save_for_backward(x, scale)
+        normal, scale = _normalize(x, eps)
+        ctx.save_for_backward(normal, scale)
         ctx.weight = weight
-        return y
+        return normal * weight
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale = ctx.saved_tensors
-        normal = x * scale
+        normal, scale = ctx.saved_tensors
         inner = (dy * ctx.weight).float()
-        overlap = (inner * normal).mean(-1, keepdim=True)
-        dx = inner.addcmul_(normal, overlap, value=-1).mul_(scale)
-        return dx.to(x.dtype), None, None
+        overlap = (inner * normal).sum(-1, keepdim=True)
+        dx = inner.addcmul_(normal, overlap, value=-1 / dy.shape[-1]).mul_(scale)
+        return dx.to(dy.dtype), None, None
