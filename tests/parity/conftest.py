@@ -19,6 +19,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from tinsmith.models.loading import BaseModel, load_base
@@ -43,11 +45,17 @@ GEMMA = {
 }
 """Both kinds of layers, each with a rope of its own."""
 
+QWEN3_MOE = {"head_dim": 16, "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3-tied": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True)),
     "qwen3-untied": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=False)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)),
     "qwen2-biases": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=False)),
+    "qwen3-moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **QWEN3_MOE, tie_word_embeddings=False)),
+    "qwen3-moe-mixed": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**SIZES, **QWEN3_MOE, mlp_only_layers=[0], norm_topk_prob=True, tie_word_embeddings=True)
+    ),
     "mistral-window": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=5, tie_word_embeddings=False)),
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **GEMMA)),
     "phi3-fused": lambda: Phi3ForCausalLM(Phi3Config(**SIZES, pad_token_id=0, tie_word_embeddings=False)),

@@ -68,7 +68,19 @@ def peft_module(folder: Path, adapter: Adapter) -> nn.Module:
     spec = adapter.spec
     targets = ATTN * spec.train_attn + MLP * spec.train_mlp + ["lm_head"] * spec.train_unembed
     module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=targets, lora_dropout=0.0)
+    parameters = None
+    if hasattr(module.config, "num_experts_per_tok"):
+        # as modules, PEFT would take a linear layer beside experts for theirs
+        targets = [name for name in targets if name not in MLP]
+        parameters = [f"{name}.weight" for name in MLP] + ["experts.gate_up_proj", "experts.down_proj"]
+        parameters = parameters if spec.train_mlp else None
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        target_modules=targets,
+        target_parameters=parameters,
+        lora_dropout=0.0,
+    )
     module = get_peft_model(module, config).eval()
     for name, parameter in lora_parameters(module).items():
         parameter.data.copy_(adapter.layout.named_views(adapter.weights)[name])

@@ -14,11 +14,11 @@ from transformers import (
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
 from tests.parity.conftest import FAMILIES, SIZES, randomize
@@ -36,7 +36,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "logits scaled": (lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=3.0)), "does not know of"),
     "softcap": (lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=16)), "softcap"),
     "mixture of experts": (
-        lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, moe_intermediate_size=16, num_experts=4)),
+        lambda: GraniteMoeForCausalLM(GraniteMoeConfig(**SIZES, num_local_experts=4)),
         "mixture of experts",
     ),
     "other layout": (lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2)), "model.layers"),

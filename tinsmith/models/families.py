@@ -17,19 +17,32 @@ from tinsmith.errors import ConfigError
 GROUP_OF_PART = {"self_attn": "attn", "linear_attn": "attn", "mlp": "mlp"}
 """Parts of a decoder layer in which every linear layer is adapted, and the group that their adapters belong to."""
 
+EXPERT_PARAMETERS = {"gate_up_proj": ".base_layer", "down_proj": ""}
+"""The parameters of fused experts, in the order of the module, and what PEFT adds to the module's path for each."""
+
+_ROUTERS = ("gate", "router")
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A linear layer that adapters may train: its path in the module, its name in checkpoints, its group."""
+    """A linear layer that adapters may train: its path in the module, its name in checkpoints, its group.
+
+    If `experts` is not 0, the layer is a parameter: the fused linear layers of so many experts.
+    """
 
     path: str
     name: str
     group: str  # attn, mlp or unembed
     inputs: int
     outputs: int
+    experts: int = 0
+
+    def shapes(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of A and B, as PEFT saves them: all experts' ranks side by side."""
+        ranks = rank * max(1, self.experts)
+        return (ranks, self.inputs), (self.outputs, ranks)
 
 
 def find_targets(module: Any) -> list[Target]:
@@ -61,11 +74,40 @@ def _layer_targets(module: Any, index: int) -> Iterator[Target]:
         for name, child in parent.named_modules() if parent is not None else ():
             if type(child) is nn.Linear and not _is_gate(child):
                 yield Target(f"{prefix}.{name}", f"{prefix}.{name}", group, child.in_features, child.out_features)
+            elif _is_experts(child):
+                yield from expert_targets(module, f"{prefix}.{name}", child)
 
 
 def _is_gate(linear: nn.Linear) -> bool:
     """One number per token, as of a shared expert's gate: stays frozen."""
     return linear.out_features == 1
+
+
+def expert_targets(module: Any, path: str, experts: Any) -> Iterator[Target]:
+    """The adaptable parameters of the fused experts at `path`. Raises ConfigError for an unknown kind of experts.
+
+    PEFT adapts a module's parameters by wrapping it once for each, the first one innermost: hence the names.
+    """
+    _check_experts(module, path, experts)
+    for parameter, wrapper in EXPERT_PARAMETERS.items():
+        shape = getattr(experts, parameter).shape
+        inputs, outputs = shape[1:] if experts.is_transposed else (shape[2], shape[1])
+        yield Target(f"{path}.{parameter}", path + wrapper, "mlp", inputs, outputs, shape[0])
+
+
+def _is_experts(child: nn.Module) -> bool:
+    return any(parameter.ndim == 3 for parameter in child.parameters(recurse=False))
+
+
+def _check_experts(module: Any, path: str, experts: Any) -> None:
+    names = {name for name, _ in experts.named_parameters()}
+    biases = {f"{name}_bias" for name in EXPERT_PARAMETERS} if getattr(experts, "has_bias", False) else set()
+    plain = getattr(experts, "has_gate", False) and not getattr(experts, "has_post_expert_norm", False)
+    if names != EXPERT_PARAMETERS.keys() | biases or not plain:
+        raise ConfigError(
+            f"{type(module).__name__}: {path} is a mixture of experts of an unknown kind ({', '.join(sorted(names))}); "
+            f"served are gated experts with {' and '.join(EXPERT_PARAMETERS)} in one tensor each"
+        )
 
 
 def _check_matrices(module: Any, targets: set[str]) -> None:
@@ -74,11 +116,17 @@ def _check_matrices(module: Any, targets: set[str]) -> None:
         if path in targets or child is embedding or (type(child) is nn.Linear and _is_gate(child)):
             continue
         for name, parameter in child.named_parameters(recurse=False):
-            if parameter.ndim > 1:
+            if parameter.ndim > 1 and f"{path}.{name}" not in targets and not _is_router(module, path):
                 raise ConfigError(
                     f"{type(module).__name__}: {path}.{name} of shape {tuple(parameter.shape)} belongs to a kind of "
                     f"layer that is not supported (mixture of experts, convolution, state space, …)"
                 )
+
+
+def _is_router(module: Any, path: str) -> bool:
+    """Whether the submodule chooses among experts beside it."""
+    parent, _, name = path.rpartition(".")
+    return name in _ROUTERS and hasattr(module.get_submodule(parent), "experts")
 
 
 def _check_configuration(config: Any) -> None:

@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tinsmith.errors import ConfigError
 from tinsmith.models.attention import ATTENTION_KEYWORD, IMPLEMENTATION, Attention, PackedAttention
+from tinsmith.models.experts import MultiAdapterExperts
 from tinsmith.models.families import Target, find_targets
 from tinsmith.models.head import target_logprobs
 from tinsmith.models.lora import (
@@ -62,7 +63,12 @@ class BaseModel:
         self._current = CurrentPass()
         self._layouts: dict[tuple[int, bool, bool, bool], AdapterLayout] = {}
         self._groups = _groups(module, targets[:-1])
+        for path, indices in _expert_layers(targets).items():
+            experts = MultiAdapterExperts(module.get_submodule(path), indices, self._current)
+            module.set_submodule(path, experts)
         for indices in self._groups:
+            if targets[indices[0]].experts:
+                continue
             paths = [targets[index].path for index in indices]
             layers = [module.get_submodule(path) for path in paths]
             for path, layer in zip(paths, adapt(layers, indices, self._current), strict=True):
@@ -111,7 +117,7 @@ class BaseModel:
         for path, child in list(module.named_modules()):
             if isinstance(child, MultiAdapterLinear):
                 module.set_submodule(path, child.to_linear())
-            elif isinstance(child, FrozenRMSNorm):
+            elif isinstance(child, FrozenRMSNorm | MultiAdapterExperts):
                 module.set_submodule(path, child.original)
         return module.requires_grad_(trainable)
 
@@ -147,6 +153,10 @@ def _groups(module: Any, targets: Sequence[Target]) -> list[tuple[int, ...]]:
     groups: list[list[int]] = []
     kinds: list[tuple[object, ...]] = []
     for index, target in enumerate(targets):
+        if target.experts:
+            groups.append([index])
+            kinds.append((target.path,))
+            continue
         parent, _, name = target.path.rpartition(".")
         siblings = next((names for names in SAME_INPUT if name in names), (name,))
         kind = (parent, siblings, module.get_submodule(target.path).bias is None)
@@ -163,15 +173,28 @@ def _adapter_layout(targets: Sequence[Target], groups: Sequence[tuple[int, ...]]
     names: list[str] = []
     shapes: list[tuple[int, ...]] = []
     linears: list[int] = []
+    transposed: list[int] = []
     for group in groups:
         if not trained[targets[group[0]].group]:
             continue
         for part in "AB":
             names += [f"base_model.model.{targets[index].name}.lora_{part}.weight" for index in group]
             linears += group
-        shapes += [(spec.rank, targets[index].inputs) for index in group]
-        shapes += [(targets[index].outputs, spec.rank) for index in group]
-    return AdapterLayout(names, shapes, linears)
+        shapes_a, shapes_b = zip(*(targets[index].shapes(spec.rank) for index in group), strict=True)
+        if targets[group[0]].experts:
+            transposed.append(len(shapes) + 1)
+        shapes += [*shapes_a, *shapes_b]
+    return AdapterLayout(names, shapes, linears, transposed)
+
+
+def _expert_layers(targets: Sequence[Target]) -> dict[str, tuple[int, ...]]:
+    """The indices of the fused layers that belong to each module of experts, by its path."""
+    layers: dict[str, tuple[int, ...]] = {}
+    for index, target in enumerate(targets):
+        if target.experts:
+            path = target.path.rpartition(".")[0]
+            layers[path] = (*layers.get(path, ()), index)
+    return layers
 
 
 def load_base(

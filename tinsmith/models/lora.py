@@ -9,7 +9,7 @@ Shapes: `T` rows of the batch, `N` rows of one segment, `I` inputs, `O` outputs 
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +31,27 @@ class AdapterLayout(Layout):
     that read the same input lie one behind the other, so that together they are one matrix: their stack.
     """
 
-    def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], linears: Sequence[int]) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        shapes: Sequence[tuple[int, ...]],
+        linears: Sequence[int],
+        transposed: Collection[int] = (),
+    ) -> None:
+        """The matrices at the positions `transposed` lie in the buffer with their columns one after the other."""
         super().__init__(names, shapes)
+        self.transposed = frozenset(transposed)
         self.linears = tuple(linears)
         self.num_linears = max(linears) + 1
         self.a_positions = [position for position, linear in enumerate(linears) if linear not in linears[:position]]
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """One view into `flat` ([total]) per name."""
+        views = super().views(flat)
+        for position in self.transposed:
+            rows, columns = self.shapes[position]
+            views[position] = views[position].view(columns, rows).t()
+        return views
 
     def pairs(self, flat: Tensor) -> list[tuple[Tensor, Tensor] | None]:
         """(A [R, I], B [O, R]) by index of the linear layer; None where the adapter has none."""

@@ -4,7 +4,7 @@ Sizes, names, shapes and ranks are checked on reading; what does not fit is refu
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tinsmith.errors import UserError
+from tinsmith.models.families import EXPERT_PARAMETERS
 from tinsmith.models.flat import Layout
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import Adapter
@@ -76,7 +77,7 @@ def load_weights(model: BaseModel, folder: Path) -> LoraWeights | FullWeights:
 def save_adapter(adapter: Adapter, base: str, folder: Path) -> None:
     """Writes adapter_model.safetensors (fp32) and adapter_config.json."""
     write_tensors(adapter.layout.named_views(adapter.weights), folder / ADAPTER_FILE)
-    modules = {name.split(".lora_")[0].rpartition(".")[2] for name in adapter.layout.names}
+    modules, parameters = _peft_targets(adapter.layout.names)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -85,10 +86,25 @@ def save_adapter(adapter: Adapter, base: str, folder: Path) -> None:
         "lora_alpha": adapter.spec.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(modules),
+        "target_modules": modules,
+        "target_parameters": parameters,
         "inference_mode": True,
     }
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _peft_targets(names: Sequence[str]) -> tuple[list[str], list[str] | None]:
+    """PEFT's target_modules and target_parameters of a layout's names.
+
+    Beside experts, an MLP's linear layers are named as parameters: as modules, PEFT takes them for the experts'.
+    """
+    paths = {name.split(".lora_")[0] for name in names}
+    modules = {path.rpartition(".")[2] for path in paths}
+    if "experts" not in modules:
+        return sorted(modules), None
+    linears = {path.rpartition(".")[2] for path in paths if ".mlp." in path} - {"experts", "base_layer"}
+    parameters = [f"experts.{name}" for name in EXPERT_PARAMETERS] + [f"{name}.weight" for name in sorted(linears)]
+    return sorted(modules - linears - {"experts", "base_layer"}), parameters
 
 
 def save_full(tensors: Mapping[str, Tensor], config: Any, folder: Path) -> None:
