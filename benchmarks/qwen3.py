@@ -1,0 +1,96 @@
+"""Random models of Qwen3's architecture for benchmarks, and the clock that times several sides of a comparison.
+
+Knows no adapters and no memory.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from tinsmith.models.loading import BaseModel, load_base
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A model's shape."""
+
+    hidden: int
+    layers: int
+    intermediate: int
+    vocabulary: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+SMALL = Sizes(512, 4, 1536, 4096, heads=8, kv_heads=4, head_dim=64)
+QWEN3_0_6B = Sizes(1024, 28, 3072, 151_936, heads=16, kv_heads=8, head_dim=128)
+
+
+def write_model(folder: Path, sizes: Sizes, dtype: torch.dtype) -> Path:
+    """A model with random weights, in its folder."""
+    config = Qwen3Config(
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
+        max_position_embeddings=32_768,
+        tie_word_embeddings=False,
+    )
+    Qwen3ForCausalLM(config).to(dtype).save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, dtype: torch.dtype, device: torch.device) -> BaseModel:
+    return load_base(folder, dtype=dtype, device=device, on_progress=lambda _: None)
+
+
+def choose_device(name: str) -> tuple[torch.device, torch.dtype, str]:
+    """`cpu`, `cuda` or `auto` as a device, the dtype in which it trains, and the accelerator's name for `record`."""
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        return torch.device("cuda"), torch.bfloat16, f"1 x {torch.cuda.get_device_name()}"
+    return torch.device("cpu"), torch.float32, ""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One side of a comparison: what is timed, and what comes before it, untimed."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+
+
+def interleaved(cases: Mapping[str, Case], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of every round, by case; the cases take turns, so that a slow moment meets all of them.
+
+    A first round of each does not count.
+    """
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for number in range(rounds + 1):
+        for name, case in cases.items():
+            case.prepare()
+            elapsed = milliseconds(case.run)
+            if number:
+                times[name].append(elapsed)
+    return times
+
+
+def milliseconds(action: Callable[[], object]) -> float:
+    """How long one call takes, what it started on a GPU included."""
+    _wait()
+    began = time.perf_counter()
+    action()
+    _wait()
+    return 1000 * (time.perf_counter() - began)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
