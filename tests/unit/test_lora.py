@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+from tinsmith.models.grouped import GroupedAdapters, can_group
 from tinsmith.models.lora import (
     Adapter,
     AdapterLayout,
     CurrentPass,
+    LinearGroup,
     MultiAdapterLinear,
     Segment,
-    adapt,
     initial_weights,
 )
 from tinsmith.protocols import ModelSpec
@@ -30,6 +31,11 @@ def random_adapter(rank: int, linears: tuple[int, ...] = (0, LINEAR), dtype: tor
     layout = layout_of(rank, linears)
     generator = torch.Generator().manual_seed(rank)
     return Adapter(ModelSpec(rank, 0), layout, torch.randn(layout.total, generator=generator), dtype)
+
+
+def adapt(layers: list[nn.Linear], linears: list[int], current: CurrentPass) -> list[MultiAdapterLinear]:
+    group = LinearGroup(layers, linears, current)
+    return [MultiAdapterLinear(each, group, part) for part, each in enumerate(layers)]
 
 
 def layer(bias: bool = True) -> tuple[MultiAdapterLinear, CurrentPass]:
@@ -180,3 +186,60 @@ def test_a_layer_asked_twice_or_for_another_input_does_not_get_a_stale_product()
         torch.testing.assert_close(first(x), x @ layers[0].weight.T)
         torch.testing.assert_close(first(x), x @ layers[0].weight.T)
         torch.testing.assert_close(second(other), other @ layers[1].weight.T)
+
+
+def grouped_and_in_turn(segments: list[Segment], linears: int = 3) -> list[list[torch.Tensor]]:
+    """Outputs, input gradient and adapters' gradients of three layers of one group, computed in both ways."""
+    torch.manual_seed(3)
+    layers = [nn.Linear(16, outputs).requires_grad_(False) for outputs in (32, 8, 24)[:linears]]
+    current = CurrentPass()
+    modules = adapt(layers, list(range(linears)), current)
+    x = torch.randn(1, segments[-1].end, 16, requires_grad=True)
+    upstreams = [torch.randn(1, segments[-1].end, layer.out_features) for layer in layers]
+    results = []
+    for together in (False, True):
+        grouped = GroupedAdapters(segments)
+        current.segments, current.grouped = segments, (segments, grouped) if together else None
+        for segment in segments:
+            if segment.adapter:
+                segment.adapter.require_grad().fill_(1.0)
+        outputs = [module(x) for module in modules]
+        [dx] = torch.autograd.grad(outputs, x, upstreams)
+        grouped.add_gradients()
+        adapters = {id(segment.adapter): segment.adapter for segment in segments if segment.adapter}
+        results.append([*outputs, dx, *(adapter.grad.clone() for adapter in adapters.values())])
+    return results
+
+
+def wide_adapter(rank: int, seed: int, linears: int = 3) -> Adapter:
+    outputs = (32, 8, 24)[:linears]
+    names = [f"{linear}.{part}" for part in "AB" for linear in range(linears)]
+    key = (rank, linears)
+    if key not in WIDE_LAYOUTS:
+        shapes = [(rank, 16)] * linears + [(size, rank) for size in outputs]
+        WIDE_LAYOUTS[key] = AdapterLayout(names, shapes, [*range(linears), *range(linears)])
+    generator = torch.Generator().manual_seed(seed)
+    layout = WIDE_LAYOUTS[key]
+    return Adapter(ModelSpec(rank, 0), layout, torch.randn(layout.total, generator=generator), torch.float32)
+
+
+WIDE_LAYOUTS: dict[tuple[int, int], AdapterLayout] = {}
+
+
+def test_adapters_applied_together_give_what_they_give_in_turn() -> None:
+    first, second, larger = wide_adapter(8, 1), wide_adapter(8, 2), wide_adapter(16, 3)
+    adapters = [first, second, None, larger, first, second, None]
+    bounds = [0, 5, 6, 10, 30, 31, 40, 48]
+    segments = [Segment(*parts) for parts in zip(adapters, bounds[:-1], bounds[1:], strict=True)]
+    segments[1].trains = False
+    for in_turn, together in zip(*grouped_and_in_turn(segments), strict=True):
+        assert in_turn.any()
+        torch.testing.assert_close(together, in_turn)
+
+
+def test_ranks_that_grouped_products_cannot_take_are_recognised() -> None:
+    groups = [LinearGroup([nn.Linear(16, outputs) for outputs in (32, 8, 24)], [0, 1, 2], CurrentPass())]
+    for rank, fits in ((8, True), (4, True), (3, False)):
+        assert can_group([Segment(wide_adapter(rank, 0), 0, 4)], groups, item_bytes=4) is fits
+    assert not can_group([Segment(wide_adapter(4, 0), 0, 4)], groups, item_bytes=2)
+    assert not can_group([Segment(None, 0, 4)], groups, item_bytes=2)

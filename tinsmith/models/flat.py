@@ -3,6 +3,7 @@
 Knows names, shapes and dtypes; not what the tensors mean.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -16,11 +17,16 @@ class Layout:
         self.names = tuple(names)
         self.shapes = tuple(shapes)
         self.sizes = tuple(torch.Size(shape).numel() for shape in shapes)
-        self.total = sum(self.sizes)
+        self.starts = (0, *itertools.accumulate(self.sizes))
+        self.total = self.starts[-1]
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """One view into `flat` ([total]) per name."""
         return [part.view(shape) for part, shape in zip(flat.split(self.sizes), self.shapes, strict=True)]
+
+    def view(self, flat: Tensor, position: int) -> Tensor:
+        """The tensor at `position`, as a view into `flat` ([…, total])."""
+        return flat[..., self.starts[position] : self.starts[position + 1]].unflatten(-1, self.shapes[position])
 
     def named_views(self, flat: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.names, self.views(flat), strict=True))

@@ -20,14 +20,15 @@ from tinsmith.errors import ConfigError
 from tinsmith.models.attention import ATTENTION_KEYWORD, IMPLEMENTATION, Attention, PackedAttention
 from tinsmith.models.experts import MultiAdapterExperts
 from tinsmith.models.families import Target, find_targets
+from tinsmith.models.grouped import GroupedAdapters, can_group
 from tinsmith.models.head import target_logprobs
 from tinsmith.models.lora import (
     Adapter,
     AdapterLayout,
     CurrentPass,
+    LinearGroup,
     MultiAdapterLinear,
     Segment,
-    adapt,
     initial_weights,
 )
 from tinsmith.models.norms import FrozenRMSNorm, freeze_norm
@@ -66,16 +67,20 @@ class BaseModel:
         for path, indices in _expert_layers(targets).items():
             experts = MultiAdapterExperts(module.get_submodule(path), indices, self._current)
             module.set_submodule(path, experts)
-        for indices in self._groups:
-            if targets[indices[0]].experts:
-                continue
-            paths = [targets[index].path for index in indices]
-            layers = [module.get_submodule(path) for path in paths]
-            for path, layer in zip(paths, adapt(layers, indices, self._current), strict=True):
-                module.set_submodule(path, layer)
+        self.groups_adapters = device.type == "cuda"
+        self._linear_groups = [self._adapt(indices) for indices in self._groups if not targets[indices[0]].experts]
         for path, child in list(module.named_modules()):
             if frozen := freeze_norm(child):
                 module.set_submodule(path, frozen)
+
+    def _adapt(self, indices: tuple[int, ...]) -> LinearGroup:
+        """Replaces the linear layers with these indices, which read the same input."""
+        paths = [self.targets[index].path for index in indices]
+        group = LinearGroup([self.module.get_submodule(path) for path in paths], indices, self._current)
+        for part, path in enumerate(paths):
+            layer = MultiAdapterLinear(self.module.get_submodule(path), group, part)
+            self.module.set_submodule(path, layer)
+        return group
 
     def hidden(
         self,
@@ -94,10 +99,18 @@ class BaseModel:
         embedded = owner.get_input_embeddings()(tokens_T[None])
         if torch.is_grad_enabled() and not embedded.requires_grad:
             embedded.requires_grad_(True)
+            self._group_adapters(segments, embedded)
         output = owner.model(
             inputs_embeds=embedded, position_ids=positions_T[None], use_cache=False, **{ATTENTION_KEYWORD: attention}
         )
         return output.last_hidden_state.squeeze(0)
+
+    def _group_adapters(self, segments: Sequence[Segment], embedded: Tensor) -> None:
+        """Has the pass that begins with `embedded` apply its adapters together, if they can be."""
+        if self.groups_adapters and can_group(segments, self._linear_groups, self.dtype.itemsize):
+            adapters = GroupedAdapters(segments)
+            self._current.grouped = (segments, adapters)
+            embedded.register_hook(lambda _: adapters.add_gradients())  # the last gradient of a backward pass
 
     def layout(self, spec: ModelSpec) -> AdapterLayout:
         """The flat layout of an adapter with this rank and these targets."""

@@ -11,7 +11,7 @@ Shapes: `T` rows of the batch, `N` rows of one segment, `I` inputs, `O` outputs 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -63,20 +63,23 @@ class AdapterLayout(Layout):
             pairs[linear] = (matrix_a, matrix_b)
         return pairs
 
-    def stack(self, flat: Tensor, linears: Sequence[int]) -> Tensor:
-        """The A matrices of these linear layers, one below the other: [R, I]."""
+    def factors(self, flat: Tensor, linears: Sequence[int]) -> "Factors | None":
+        """Views into `flat` ([…, total]) for linear layers that read the same input; None if the adapter has none."""
+        if linears[0] not in self.linears:
+            return None
         positions = [self.linears.index(linear) for linear in linears]
         if positions != list(range(positions[0], positions[0] + len(linears))):
             raise ValueError(f"the A matrices of the linear layers {linears} are not neighbours")
-        start = sum(self.sizes[: positions[0]])
-        rows = sum(self.shapes[position][0] for position in positions)
-        columns = self.shapes[positions[0]][1]
-        return flat[start : start + rows * columns].view(rows, columns)
+        rank, columns = self.shapes[positions[0]]
+        start = self.starts[positions[0]]
+        stack = flat[..., start : start + len(linears) * rank * columns].unflatten(-1, (-1, columns))
+        others = [position + self.linears[position + 1 :].index(self.linears[position]) + 1 for position in positions]
+        return Factors(stack, tuple(self.view(flat, position) for position in others))
 
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """An adapter's matrices for a group of linear layers: the stack of all A [R, I], and every B [P, R / layers]."""
+    """An adapter's matrices for a group of linear layers: the stack of all A […, R, I], every B […, P, R / layers]."""
 
     stack_a: Tensor
     matrices_b: tuple[Tensor, ...]
@@ -106,26 +109,18 @@ class Adapter(FlatWeights):
     def factors(self, linears: tuple[int, ...]) -> Factors | None:
         """A and B of a group of linear layers, in the dtype of the forward pass; None if the adapter has none."""
         if linears not in self._factors:
-            self._factors[linears] = self._gather(linears, self.compute, self.pairs)
+            self._factors[linears] = self.layout.factors(self.compute, linears)
         return self._factors[linears]
 
     def grad_factors(self, linears: tuple[int, ...]) -> Factors | None:
         """The places in the flat gradient that belong to `factors(linears)`."""
         if linears not in self._grad_factors:
-            self._grad_factors[linears] = self._gather(linears, self.require_grad(), self.grad_pairs)
+            self._grad_factors[linears] = self.layout.factors(self.require_grad(), linears)
         return self._grad_factors[linears]
 
     def copy(self) -> "Adapter":
         """The same weights in a buffer of their own; no gradient."""
         return Adapter(self.spec, self.layout, self.weights.clone(), self.compute.dtype)
-
-    def _gather(
-        self, linears: tuple[int, ...], flat: Tensor, pairs: Sequence[tuple[Tensor, Tensor] | None]
-    ) -> Factors | None:
-        present = [pair for linear in linears if linear < len(pairs) and (pair := pairs[linear]) is not None]
-        if not present:
-            return None
-        return Factors(self.layout.stack(flat, linears), tuple(matrix_b for _, matrix_b in present))
 
     def _grad_allocated(self, grad: Tensor) -> None:
         self.grad_pairs = self.layout.pairs(grad)
@@ -162,18 +157,37 @@ class Segment:
         return batch if self.end - self.start == batch.shape[0] else batch[self.start : self.end]
 
 
+class AppliedAdapters(Protocol):
+    """How the adapters of a pass are applied to a group of linear layers."""
+
+    def add(self, group: "LinearGroup", x_TI: Tensor, y_TO: Tensor) -> list[Tensor]:
+        """Adds all LoRA outputs to `y_TO` in place; returns what `backward` needs."""
+
+    def backward(
+        self, group: "LinearGroup", x_TI: Tensor, dy_TO: Tensor, dx_TI: Tensor, saved: Sequence[Tensor]
+    ) -> None:
+        """Adds to the input's gradient in place, and to the gradients of the adapters that train."""
+
+
 class CurrentPass:
     """What the linear layers of one base model need to know of the forward pass under way.
 
-    `shared` is the product that was computed last for a group of layers, until each of them has fetched its part.
+    `grouped` applies the adapters of `segments` where that is faster than one after the other. `shared` is the product
+    that was computed last for a group of layers, until each of them has fetched its part.
     """
 
     def __init__(self) -> None:
         self.segments: Sequence[Segment] = ()
+        self.grouped: tuple[Sequence[Segment], AppliedAdapters] | None = None
         self.shared: _SharedProduct | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CurrentPass":
         return self
+
+    def adapters(self) -> AppliedAdapters:
+        if self.grouped is not None and self.grouped[0] is self.segments:
+            return self.grouped[1]
+        return AdaptersInTurn(self.segments)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
@@ -182,6 +196,52 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> Non
         total.addmm_(left, right, alpha=scale)
     else:
         total.add_(left @ right, alpha=scale)
+
+
+class AdaptersInTurn:
+    """Applies one adapter after the other: fastest on a CPU."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self._segments = segments
+
+    def add(self, group: "LinearGroup", x_TI: Tensor, y_TO: Tensor) -> list[Tensor]:
+        """Returns x Aᵀ [N, R] of every segment that has an adapter here."""
+        inner = []
+        for segment in self._segments:
+            factors = segment.adapter.factors(group.linears) if segment.adapter else None
+            if segment.adapter is None or factors is None:
+                continue
+            z_NR = F.linear(segment.rows(x_TI), factors.stack_a)
+            parts = zip(group.columns(segment.rows(y_TO)), group.ranks(z_NR), factors.matrices_b, strict=True)
+            for y_NP, z_Nr, b_Pr in parts:
+                y_NP.addmm_(z_Nr, b_Pr.t(), alpha=segment.adapter.scale)
+            inner.append(z_NR)
+        return inner
+
+    def backward(
+        self, group: "LinearGroup", x_TI: Tensor, dy_TO: Tensor, dx_TI: Tensor, saved: Sequence[Tensor]
+    ) -> None:
+        remaining = iter(saved)
+        for segment in self._segments:
+            factors = segment.adapter.factors(group.linears) if segment.adapter else None
+            if segment.adapter is None or factors is None:
+                continue
+            x_NI, dy_NO, z_NR = segment.rows(x_TI), segment.rows(dy_TO), next(remaining)
+            dz_NR = torch.empty_like(z_NR)
+            for dy_NP, dz_Nr, b_Pr in zip(group.columns(dy_NO), group.ranks(dz_NR), factors.matrices_b, strict=True):
+                torch.mm(dy_NP, b_Pr, out=dz_Nr)
+            segment.rows(dx_TI).addmm_(dz_NR, factors.stack_a, alpha=segment.adapter.scale)
+            if segment.trains:
+                _add_gradients(segment.adapter, group, x_NI, dy_NO, z_NR, dz_NR)
+
+
+def _add_gradients(
+    adapter: Adapter, group: "LinearGroup", x_NI: Tensor, dy_NO: Tensor, z_NR: Tensor, dz_NR: Tensor
+) -> None:
+    grads: Any = adapter.grad_factors(group.linears)
+    add_product(grads.stack_a, dz_NR.t(), x_NI, adapter.scale)
+    for dy_NP, z_Nr, grad_b in zip(group.columns(dy_NO), group.ranks(z_NR), grads.matrices_b, strict=True):
+        add_product(grad_b, dy_NP.t(), z_Nr, adapter.scale)
 
 
 class LinearGroup:
@@ -194,7 +254,7 @@ class LinearGroup:
         self.linears = tuple(linears)
         self.outputs = [layer.out_features for layer in layers]
         self.current = current
-        self.weight_OI = _stacked([layer.weight for layer in layers])
+        self.weight_OI: Tensor = _stacked([layer.weight for layer in layers])
         biases = [layer.bias for layer in layers if layer.bias is not None]
         if biases and len(biases) < len(layers):
             raise ValueError("either all layers of a group have a bias, or none")
@@ -203,69 +263,31 @@ class LinearGroup:
     def __deepcopy__(self, memo: dict[int, Any]) -> "LinearGroup":
         return self
 
+    def columns(self, y_NO: Tensor) -> Sequence[Tensor]:
+        """The outputs [N, P] of each layer."""
+        return (y_NO,) if len(self.outputs) == 1 else y_NO.split(self.outputs, 1)
+
+    def ranks(self, z_NR: Tensor) -> Sequence[Tensor]:
+        """The part of an adapter's rank space that belongs to each layer."""
+        return (z_NR,) if len(self.outputs) == 1 else z_NR.chunk(len(self.outputs), 1)
+
     def outputs_of(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [..., I] of T rows → [..., P] of every layer."""
-        segments = self.current.segments
+        adapters = self.current.adapters()
         if x.requires_grad and torch.is_grad_enabled():
-            outputs: tuple[Tensor, ...] = _GroupProduct.apply(x, self, segments)
+            outputs: tuple[Tensor, ...] = _GroupProduct.apply(x, self, adapters)
             return outputs
-        y_TO, _ = self.product(x.view(-1, x.shape[-1]), segments)
+        x_TI = x.view(-1, x.shape[-1])
+        y_TO = F.linear(x_TI, self.weight_OI, self.bias_O)
+        adapters.add(self, x_TI, y_TO)
         return self.split(y_TO, x.shape)
 
     def split(self, y_TO: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
-        return tuple(part_TP.view(*shape[:-1], -1) for part_TP in y_TO.split(self.outputs, 1))
-
-    def product(self, x_TI: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, list[Tensor]]:
-        """All outputs [T, O], and x Aᵀ [N, R] of every segment with an adapter here."""
-        y_TO = F.linear(x_TI, self.weight_OI, self.bias_O)
-        inner = []
-        for segment in segments:
-            factors = segment.adapter.factors(self.linears) if segment.adapter else None
-            if segment.adapter is None or factors is None:
-                continue
-            z_NR = F.linear(segment.rows(x_TI), factors.stack_a)
-            parts = zip(*self._parts(segment.rows(y_TO), z_NR, factors), factors.matrices_b, strict=True)
-            for y_NP, z_Nr, b_Pr in parts:
-                y_NP.addmm_(z_Nr, b_Pr.t(), alpha=segment.adapter.scale)
-            inner.append(z_NR)
-        return y_TO, inner
-
-    def backward(self, x_TI: Tensor, dy_TO: Tensor, segments: Sequence[Segment], inner: Sequence[Tensor]) -> Tensor:
-        """The input's gradient; the adapters' are added to theirs. `inner` is what `product` returned."""
-        dx_TI = dy_TO @ self.weight_OI
-        remaining = iter(inner)
-        for segment in segments:
-            factors = segment.adapter.factors(self.linears) if segment.adapter else None
-            if segment.adapter is not None and factors is not None:
-                rows = (segment.rows(x_TI), segment.rows(dy_TO), segment.rows(dx_TI))
-                self._segment_backward(segment, factors, *rows, next(remaining))
-        return dx_TI
-
-    def _segment_backward(
-        self, segment: Segment, factors: Factors, x_NI: Tensor, dy_NO: Tensor, dx_NI: Tensor, z_NR: Tensor
-    ) -> None:
-        adapter: Any = segment.adapter
-        dz_NR = torch.empty_like(z_NR)
-        dy_parts, dz_parts = self._parts(dy_NO, dz_NR, factors)
-        for dy_NP, dz_Nr, b_Pr in zip(dy_parts, dz_parts, factors.matrices_b, strict=True):
-            torch.mm(dy_NP, b_Pr, out=dz_Nr)
-        dx_NI.addmm_(dz_NR, factors.stack_a, alpha=adapter.scale)
-        if segment.trains:
-            grads = adapter.grad_factors(self.linears)
-            add_product(grads.stack_a, dz_NR.t(), x_NI, adapter.scale)
-            for dy_NP, z_Nr, grad_b in zip(
-                dy_parts, self._parts(dy_NO, z_NR, factors)[1], grads.matrices_b, strict=True
-            ):
-                add_product(grad_b, dy_NP.t(), z_Nr, adapter.scale)
-
-    def _parts(self, y_NO: Tensor, z_NR: Tensor, factors: Factors) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """The columns of outputs and of ranks that belong to each layer."""
-        if len(self.outputs) == 1:
-            return (y_NO,), (z_NR,)
-        return y_NO.split(self.outputs, 1), z_NR.split(factors.matrices_b[0].shape[1], 1)
+        """[T, O] → [..., P] of every layer, with the leading dimensions of `shape`."""
+        return tuple(y_TP.view(*shape[:-1], -1) for y_TP in self.columns(y_TO))
 
 
-def _stacked(parameters: Sequence[nn.Parameter]) -> Tensor:
+def _stacked(parameters: Sequence[Tensor]) -> Tensor:
     """The parameters one behind the other in one tensor, of which they become views."""
     if len(parameters) == 1:
         return parameters[0]
@@ -288,19 +310,21 @@ class _GroupProduct(torch.autograd.Function):
     """y = x Wᵀ + b + LoRA per segment, for all layers of a group; dA and dB go to the adapters, dx to autograd."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: LinearGroup, segments: Sequence[Segment]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, group: LinearGroup, adapters: AppliedAdapters) -> tuple[Tensor, ...]:
         x_TI = x.view(-1, x.shape[-1])
-        y_TO, inner = group.product(x_TI, segments)
-        ctx.save_for_backward(x_TI, *inner)
-        ctx.group, ctx.segments = group, segments
+        y_TO = F.linear(x_TI, group.weight_OI, group.bias_O)
+        saved = adapters.add(group, x_TI, y_TO)
+        ctx.save_for_backward(x_TI, *saved)
+        ctx.group, ctx.adapters = group, adapters
         return group.split(y_TO, x.shape)
 
     @staticmethod
     def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, *inner = ctx.saved_tensors
+        x_TI, *saved = ctx.saved_tensors
         parts = [part.reshape(len(x_TI), -1) for part in dy]
         dy_TO = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-        dx_TI = ctx.group.backward(x_TI, dy_TO, ctx.segments, inner)
+        dx_TI = dy_TO @ ctx.group.weight_OI
+        ctx.adapters.backward(ctx.group, x_TI, dy_TO, dx_TI, saved)
         return dx_TI.view(*dy[0].shape[:-1], -1), None, None
 
 
@@ -332,9 +356,3 @@ class MultiAdapterLinear(nn.Module):
         linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], self.bias is not None, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
         return linear
-
-
-def adapt(layers: Sequence[nn.Linear], linears: Sequence[int], current: CurrentPass) -> list[MultiAdapterLinear]:
-    """The replacements of linear layers that read the same input; `linears` are their indices."""
-    group = LinearGroup(layers, linears, current)
-    return [MultiAdapterLinear(layer, group, part) for part, layer in enumerate(layers)]
