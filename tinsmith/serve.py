@@ -243,8 +243,7 @@ def _token_budgets(settings: Settings, model: "BaseModel", max_running: int) -> 
 
     sizes = sizing.ModelSizes(
         layers=model.num_layers,
-        kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
+        kv_numbers=model.cache_shape.numbers,
         hidden=model.config.hidden_size,
         intermediate=model.config.intermediate_size,
         max_context=model.max_context,

@@ -28,8 +28,7 @@ class ModelSizes:
     """What decides about memory: counts, and bytes per number in the model's dtype."""
 
     layers: int
-    kv_heads: int
-    head_dim: int
+    kv_numbers: int  # of one token, in all layers
     hidden: int
     intermediate: int
     max_context: int
@@ -38,7 +37,7 @@ class ModelSizes:
     @property
     def kv_bytes(self) -> int:
         """Of one token's keys and values."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.item_bytes
+        return self.kv_numbers * self.item_bytes
 
     @property
     def activation_bytes(self) -> int:

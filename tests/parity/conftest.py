@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -46,6 +48,17 @@ GEMMA = {
 """Both kinds of layers, each with a rope of its own."""
 
 QWEN3_MOE = {"head_dim": 16, "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 2,
+    "tie_word_embeddings": False,
+}
+"""Keys that are wider than values, and as many key/value heads as query heads; no experts."""
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3-tied": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True)),
@@ -58,6 +71,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "mistral-window": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=5, tie_word_embeddings=False)),
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **GEMMA)),
+    "deepseek-mla": lambda: DeepseekV3ForCausalLM(DeepseekV3Config(**(SIZES | LATENT))),
     "phi3-fused": lambda: Phi3ForCausalLM(Phi3Config(**SIZES, pad_token_id=0, tie_word_embeddings=False)),
 }
 

@@ -24,11 +24,15 @@ from transformers import (
 from tests.parity.conftest import FAMILIES, SIZES, randomize
 from tests.parity.reference import SPECS, as_call, random_datum, warm
 from tinsmith.errors import ConfigError, UserError
-from tinsmith.models.attention import PackedAttention
+from tinsmith.models.attention import CacheShape, PackedAttention
 from tinsmith.models.loading import BaseModel, load_base
 from tinsmith.models.lora import Segment
 from tinsmith.protocols import AdamParams, ModelCall, ModelSpec
 from tinsmith.training.trainer import TorchTrainer
+
+KEYS_AND_VALUES = {"deepseek-mla": (4, 20, 16)} | dict.fromkeys(
+    ("llama", "qwen2-biases", "mistral-window", "phi3-fused"), (2, 8, 8)
+)
 
 LONG_ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 
@@ -66,8 +70,9 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_base_model_tells_its_sizes(family: str, bases: Callable[[str], BaseModel]) -> None:
     model = bases(family)
-    assert (model.vocab_size, model.max_context, model.num_layers, model.num_kv_heads) == (97, 256, 2, 2)
-    assert model.head_dim == (8 if family in ("llama", "qwen2-biases", "mistral-window", "phi3-fused") else 16)
+    assert (model.vocab_size, model.max_context, model.num_layers) == (97, 256, 2)
+    heads, key_dim, value_dim = KEYS_AND_VALUES.get(family, (2, 16, 16))
+    assert model.cache_shape == CacheShape((0, 1), heads, key_dim, value_dim)
     assert model.parameters == sum(parameter.numel() for parameter in model.full_copy(trainable=False).parameters())
 
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinsmith.models.attention import CacheShape
 from tinsmith.sampling.kv_cache import BlockPool, KVCache, chain_digests
 
 
@@ -93,11 +94,9 @@ def test_the_books_stay_right_under_any_sequence_of_operations(operations):
 
 def test_copying_and_clearing_blocks_touches_every_layer_and_no_other_block():
     cache = KVCache(
-        num_layers=2,
+        CacheShape(layers=(0, 3), heads=1, key_dim=3, value_dim=2),
         num_blocks=4,
         block_size=2,
-        num_kv_heads=1,
-        head_dim=3,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )

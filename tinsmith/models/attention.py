@@ -3,11 +3,13 @@
 Every forward pass brings an `Attention` object along (a keyword argument that transformers hands down to the attention
 function), so there is no state between passes. Knows no adapters and no requests.
 
-Shapes: `H` query heads, `G` key/value heads, `T` rows of all sequences, `L` rows of one, `d` head dimension.
+Shapes: `H` query heads, `G` key/value heads, `T` rows of all sequences, `L` rows of one, `d` dimension of queries and
+keys, `e` dimension of values.
 """
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -29,9 +31,9 @@ class Attention(Protocol):
     """What a forward pass is given; called once per layer."""
 
     def __call__(
-        self, layer: int, query_HTd: Tensor, key_GTd: Tensor, value_GTd: Tensor, scaling: float, window: int | None
+        self, layer: int, query_HTd: Tensor, key_GTd: Tensor, value_GTe: Tensor, scaling: float, window: int | None
     ) -> Tensor:
-        """Returns [T, H, d]. A row sees itself and what precedes it, at most `window` rows in all."""
+        """Returns [T, H, e]. A row sees itself and what precedes it, at most `window` rows in all."""
 
 
 class PackedAttention:
@@ -45,10 +47,13 @@ class PackedAttention:
         layer: int,
         query_HTd: Tensor,
         key_GTd: Tensor,
-        value_GTd: Tensor,
+        value_GTe: Tensor,
         scaling: float,
         window: int | None,
     ) -> Tensor:
+        width = value_GTe.shape[-1]
+        # The kernels that hold no [L, L] matrix want values as wide as the keys.
+        value_GTd = F.pad(value_GTe, (0, max(0, key_GTd.shape[-1] - width)))
         gqa = query_HTd.shape[0] != key_GTd.shape[0]
         outputs = []
         # Split, not sliced: a slice's gradient is as long as the whole, so that n slices would cost n² in backward.
@@ -60,13 +65,52 @@ class PackedAttention:
                 query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
             )
             outputs.append(output_HLd.squeeze(0).transpose(0, 1))
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[..., :width]
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
     """Boolean [L, L]: True where a query row may see a key row."""
     ones = torch.ones(length, length, dtype=torch.bool, device=device)
     return ones.tril().triu(1 - window)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """The keys and values that one token leaves behind: in which layers, of how many heads, and how wide."""
+
+    layers: tuple[int, ...]
+    heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def numbers(self) -> int:
+        """Of one token, in all layers."""
+        return len(self.layers) * self.heads * (self.key_dim + self.value_dim)
+
+
+class ShapeRecorder(PackedAttention):
+    """Attention within one sequence that notes what it is given."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__([0, rows])
+        self._seen: dict[int, tuple[int, int, int]] = {}
+
+    def __call__(
+        self, layer: int, query_HTd: Tensor, key_GTd: Tensor, value_GTe: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        self._seen[layer] = (key_GTd.shape[0], key_GTd.shape[2], value_GTe.shape[2])
+        return super().__call__(layer, query_HTd, key_GTd, value_GTe, scaling, window)
+
+    def cache_shape(self) -> CacheShape:
+        """Raises ConfigError unless all layers are alike."""
+        shapes = set(self._seen.values())
+        if len(shapes) != 1:
+            raise ConfigError(
+                f"layers of one size of keys and values can be served; these have (heads, key dimension, value "
+                f"dimension) {sorted(shapes)}"
+            )
+        return CacheShape(tuple(self._seen), *shapes.pop())
 
 
 def _delegate(

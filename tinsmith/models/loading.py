@@ -17,7 +17,14 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tinsmith.errors import ConfigError
-from tinsmith.models.attention import ATTENTION_KEYWORD, IMPLEMENTATION, Attention, PackedAttention
+from tinsmith.models.attention import (
+    ATTENTION_KEYWORD,
+    IMPLEMENTATION,
+    Attention,
+    CacheShape,
+    PackedAttention,
+    ShapeRecorder,
+)
 from tinsmith.models.experts import MultiAdapterExperts
 from tinsmith.models.families import Target, find_targets
 from tinsmith.models.grouped import GroupedAdapters, can_group
@@ -56,8 +63,6 @@ class BaseModel:
         self.vocab_size: int = config.vocab_size
         self.max_context: int = config.max_position_embeddings
         self.num_layers: int = config.num_hidden_layers
-        self.num_kv_heads: int = config.num_key_value_heads
-        self.head_dim: int = module.model.layers[0].self_attn.head_dim
         self.parameters = sum(parameter.numel() for parameter in module.parameters())
         self.architecture: str = type(module).__name__
         self.head_linear = len(targets) - 1
@@ -72,6 +77,7 @@ class BaseModel:
         for path, child in list(module.named_modules()):
             if frozen := freeze_norm(child):
                 module.set_submodule(path, frozen)
+        self.cache_shape = _observe_cache_shape(self)
 
     def _adapt(self, indices: tuple[int, ...]) -> LinearGroup:
         """Replaces the linear layers with these indices, which read the same input."""
@@ -144,6 +150,14 @@ class BaseModel:
             # transformers checkpoints only layers in training mode; their submodules stay in evaluation mode
             layer.training = enabled
             layer._gradient_checkpointing_func = recompute
+
+
+@torch.no_grad()
+def _observe_cache_shape(model: BaseModel) -> CacheShape:
+    recorder = ShapeRecorder(1)
+    zero_T = torch.zeros(1, dtype=torch.int64, device=model.device)
+    model.hidden(zero_T, zero_T, [Segment(None, 0, 1)], recorder)
+    return recorder.cache_shape()
 
 
 def _checkpointing(current: CurrentPass) -> Callable[..., Any]:

@@ -3,8 +3,8 @@
 Knows blocks and positions, not requests. Prefill chunks attend one sequence at a time; single rows (decoding) attend
 together, in lanes of similar length. What pads a batch is masked, so it never changes a result.
 
-Legend: T rows of the batch, H query heads, G key/value heads, d head dimension, N decoding rows of one group, B blocks,
-C rows of a chunk, K cached tokens of its sequence.
+Legend: T rows of the batch, H query heads, G key/value heads, d key dimension, e value dimension, N decoding rows of
+one group, B blocks, C rows of a chunk, K cached tokens of its sequence.
 """
 
 from collections.abc import Sequence
@@ -21,28 +21,29 @@ class PagedAttention:
     """The attention of one forward pass over the rows of `spans`; rows in no span are padding and stay zero."""
 
     def __init__(self, cache: KVCache, lanes: Lanes, spans: Sequence[Span], rows: int) -> None:
-        device = cache.data_L2BSGd.device
+        device = cache.keys_LBSGd.device
         self._cache = cache
         self._slots_T = torch.tensor(_slots(spans, rows, cache), device=device)
         self._chunks = [_Chunk(span, device) for span in spans if span.count > 1]
         self._decoding = lanes.enter([span for span in spans if span.count == 1])
 
     def __call__(
-        self, layer: int, query_HTd: Tensor, key_GTd: Tensor, value_GTd: Tensor, scaling: float, window: int | None
+        self, layer: int, query_HTd: Tensor, key_GTd: Tensor, value_GTe: Tensor, scaling: float, window: int | None
     ) -> Tensor:
-        """Returns [T, H, d]."""
-        keys, values = self._cache.slots(layer)
+        """Returns [T, H, e]."""
+        place = self._cache.places[layer]
+        keys, values = self._cache.slots(place)
         keys.index_copy_(0, self._slots_T, key_GTd.transpose(0, 1))
-        values.index_copy_(0, self._slots_T, value_GTd.transpose(0, 1))
-        heads, rows, head_dim = query_HTd.shape
-        output_THd = query_HTd.new_zeros(rows, heads, head_dim)
+        values.index_copy_(0, self._slots_T, value_GTe.transpose(0, 1))
+        heads, rows, _ = query_HTd.shape
+        output_THe = value_GTe.new_zeros(rows, heads, value_GTe.shape[2])
         for group in self._decoding:
-            attended_NHd = group.attend(layer, query_HTd, key_GTd, value_GTd, scaling, window)
-            output_THd.index_copy_(0, group.rows_N, attended_NHd)
-        blocks = self._cache.blocks(layer)
+            attended_NHe = group.attend(place, query_HTd, key_GTd, value_GTe, scaling, window)
+            output_THe.index_copy_(0, group.rows_N, attended_NHe)
+        blocks = self._cache.blocks(place)
         for chunk in self._chunks:
-            chunk.attend(blocks, query_HTd, output_THd, scaling, window)
-        return output_THd
+            chunk.attend(blocks, query_HTd, output_THe, scaling, window)
+        return output_THe
 
 
 def _slots(spans: Sequence[Span], rows: int, cache: KVCache) -> list[int]:
@@ -67,20 +68,20 @@ class _Chunk:
         self._masks: dict[int | None, Tensor] = {}
 
     def attend(
-        self, blocks: tuple[Tensor, Tensor], query_HTd: Tensor, output_THd: Tensor, scaling: float, window: int | None
+        self, blocks: tuple[Tensor, Tensor], query_HTd: Tensor, output_THe: Tensor, scaling: float, window: int | None
     ) -> None:
-        key_KGd, value_KGd = (part.index_select(0, self._blocks_B).flatten(0, 1)[: self._total] for part in blocks)
+        key_KGd, value_KGe = (part.index_select(0, self._blocks_B).flatten(0, 1)[: self._total] for part in blocks)
         causal = self._span.past == 0 and (window is None or window >= self._total)
         attended = F.scaled_dot_product_attention(
             query_HTd[None, :, self._rows],
             key_KGd.transpose(0, 1)[None],
-            value_KGd.transpose(0, 1)[None],
+            value_KGe.transpose(0, 1)[None],
             attn_mask=None if causal else self._mask(window),
             is_causal=causal,
             scale=scaling,
             enable_gqa=query_HTd.shape[0] != key_KGd.shape[1],
         )
-        output_THd[self._rows] = attended[0].transpose(0, 1)
+        output_THe[self._rows] = attended[0].transpose(0, 1)
 
     def _mask(self, window: int | None) -> Tensor:
         """Boolean [C, K]: True where the row may look."""

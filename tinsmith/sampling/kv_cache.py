@@ -2,7 +2,7 @@
 
 `BlockPool` is bookkeeping alone (no tensors): reference counts, reuse by content in least-recently-used order.
 `KVCache` holds the keys and values. Neither knows requests or the model. Legend: L layers, B blocks, S tokens in a
-block, G key/value heads, d head dimension.
+block, G key/value heads, d key dimension, e value dimension.
 """
 
 from collections import Counter, OrderedDict, deque
@@ -12,6 +12,8 @@ from hashlib import blake2b
 import numpy as np
 import torch
 from torch import Tensor
+
+from tinsmith.models.attention import CacheShape
 
 
 def chain_digests(parent: bytes, tokens: Sequence[int], block_size: int) -> list[bytes]:
@@ -123,38 +125,34 @@ class BlockPool:
 class KVCache:
     """Keys and values of all layers, in blocks of `block_size` tokens; one block more than asked for is scratch.
 
-    Rows that only pad a batch write to the scratch block; nothing reads it.
+    Rows that only pad a batch write to the scratch block; nothing reads it. `places` numbers the model's layers that
+    have keys and values: where each lies in dimension L.
     """
 
     def __init__(
-        self,
-        *,
-        num_layers: int,
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, shape: CacheShape, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.block_size = block_size
         self.scratch_slot = num_blocks * block_size
-        shape = (num_layers, 2, num_blocks + 1, block_size, num_kv_heads, head_dim)
-        self.data_L2BSGd = torch.zeros(shape, dtype=dtype, device=device)
-        self._slots = [(layer[0].flatten(0, 1), layer[1].flatten(0, 1)) for layer in self.data_L2BSGd]
+        self.places = {layer: place for place, layer in enumerate(shape.layers)}
+        sizes = (len(shape.layers), num_blocks + 1, block_size, shape.heads)
+        self.keys_LBSGd = torch.zeros(*sizes, shape.key_dim, dtype=dtype, device=device)
+        self.values_LBSGe = torch.zeros(*sizes, shape.value_dim, dtype=dtype, device=device)
 
-    def slots(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer as [(B + 1)·S, G, d]: token t of block b is row b·S + t."""
-        return self._slots[layer]
+    def slots(self, place: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer as [(B + 1)·S, G, d or e]: token t of block b is row b·S + t."""
+        return self.keys_LBSGd[place].flatten(0, 1), self.values_LBSGe[place].flatten(0, 1)
 
-    def blocks(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer as [B + 1, S, G, d]."""
-        return self.data_L2BSGd[layer, 0], self.data_L2BSGd[layer, 1]
+    def blocks(self, place: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer as [B + 1, S, G, d or e]."""
+        return self.keys_LBSGd[place], self.values_LBSGe[place]
 
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copies whole blocks, in every layer."""
-        self.data_L2BSGd[:, :, targets] = self.data_L2BSGd[:, :, sources]
+        for data in (self.keys_LBSGd, self.values_LBSGe):
+            data[:, targets] = data[:, sources]
 
     def clear_blocks(self, blocks: Sequence[int]) -> None:
         """Zeroes blocks that may hold NaN: what is masked must be finite, for its weight of 0 to make it vanish."""
-        self.data_L2BSGd[:, :, blocks] = 0
+        for data in (self.keys_LBSGd, self.values_LBSGe):
+            data[:, blocks] = 0

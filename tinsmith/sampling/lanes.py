@@ -4,8 +4,8 @@ A sequence that decodes occupies a lane among sequences of similar length. It is
 cache; then each step adds one row to both. The paged cache stays the truth: lanes can be forgotten at any time. They
 take as much memory again as the running sequences' padded lengths.
 
-Legend: L layers, N lanes in use, G key/value heads, J query heads of each, H = G · J, S padded length, d head
-dimension.
+Legend: L layers, N lanes in use, G key/value heads, J query heads of each, H = G · J, S padded length, d key
+dimension, e value dimension.
 """
 
 from collections import defaultdict
@@ -70,8 +70,8 @@ class LaneGroup:
         self._owners: list[int] = []
         self._filled: list[int] = []
         # Scores in fp32 are fastest with each key's rows side by side; a fused kernel wants the keys one by one.
-        self._fused = cache.data_L2BSGd.dtype != torch.float32
-        self._keys_LNGSd, self._values_LNGSd = self._allocate(1)
+        self._fused = cache.keys_LBSGd.dtype != torch.float32
+        self._keys_LNGSd, self._values_LNGSe = self._allocate(1)
 
     def enter(self, spans: Sequence[Span]) -> None:
         """Lets those leave who are not among `spans`, lets the others in, and prepares one pass."""
@@ -85,33 +85,34 @@ class LaneGroup:
         self._prepare([wanted[owner] for owner in self._owners])
 
     def attend(
-        self, layer: int, query_HTd: Tensor, key_GTd: Tensor, value_GTd: Tensor, scaling: float, window: int | None
+        self, place: int, query_HTd: Tensor, key_GTd: Tensor, value_GTe: Tensor, scaling: float, window: int | None
     ) -> Tensor:
-        """Adds the new row of each sequence; returns [N, H, d], in the order of `rows_N`."""
+        """Adds the new row of each sequence; returns [N, H, e], in the order of `rows_N`."""
         count = len(self._owners)
-        key_NGSd, value_NGSd = self._keys_LNGSd[layer, :count], self._values_LNGSd[layer, :count]
+        key_NGSd, value_NGSe = self._keys_LNGSd[place, :count], self._values_LNGSe[place, :count]
         cells = (self._lanes_N, slice(None), self._newest_N)
         key_NGSd[cells] = key_GTd.index_select(1, self.rows_N).transpose(0, 1)
-        value_NGSd[cells] = value_GTd.index_select(1, self.rows_N).transpose(0, 1)
+        value_NGSe[cells] = value_GTe.index_select(1, self.rows_N).transpose(0, 1)
         query_NHd = query_HTd.index_select(1, self.rows_N).transpose(0, 1)
         query_NGJd = query_NHd.unflatten(1, (key_NGSd.shape[1], -1))
         mask_N1S = self._mask(window, query_HTd.dtype)
         if self._fused:
-            attended_NGJd = F.scaled_dot_product_attention(
-                query_NGJd, key_NGSd, value_NGSd, attn_mask=mask_N1S[:, None], scale=scaling
+            attended_NGJe = F.scaled_dot_product_attention(
+                query_NGJd, key_NGSd, value_NGSe, attn_mask=mask_N1S[:, None], scale=scaling
             )
-            return attended_NGJd.flatten(1, 2)
+            return attended_NGJe.flatten(1, 2)
         mask = mask_N1S.repeat_interleave(key_NGSd.shape[1], 0)
-        query, key, value = (part.flatten(0, 1) for part in (query_NGJd, key_NGSd.transpose(2, 3), value_NGSd))
+        query, key, value = (part.flatten(0, 1) for part in (query_NGJd, key_NGSd.transpose(2, 3), value_NGSe))
         weights = torch.baddbmm(mask, query, key, alpha=scaling).softmax(-1)
-        return torch.bmm(weights, value).view(query_NHd.shape)
+        return torch.bmm(weights, value).view(*query_NHd.shape[:2], -1)
 
     def _allocate(self, lanes: int) -> tuple[Tensor, Tensor]:
-        layers, _, _, _, heads, head_dim = self._cache.data_L2BSGd.shape
-        values = self._cache.data_L2BSGd.new_zeros(layers, lanes, heads, self._length, head_dim)
+        layers, _, _, heads, key_dim = self._cache.keys_LBSGd.shape
+        value_dim = self._cache.values_LBSGe.shape[-1]
+        values = self._cache.values_LBSGe.new_zeros(layers, lanes, heads, self._length, value_dim)
         if self._fused:
-            return torch.zeros_like(values), values
-        return values.new_zeros(layers, lanes, heads, head_dim, self._length).transpose(3, 4), values
+            return values.new_zeros(layers, lanes, heads, self._length, key_dim), values
+        return values.new_zeros(layers, lanes, heads, key_dim, self._length).transpose(3, 4), values
 
     def _leave(self, lane: int) -> None:
         """Frees a lane; the last sequence moves into it."""
@@ -119,7 +120,7 @@ class LaneGroup:
         last = len(self._owners)
         if lane != last:
             self._owners[lane], self._filled[lane] = owner, filled
-            for part in (self._keys_LNGSd, self._values_LNGSd):
+            for part in (self._keys_LNGSd, self._values_LNGSe):
                 part[:, lane] = part[:, last]
 
     def _load(self, spans: Sequence[Span]) -> None:
@@ -133,17 +134,17 @@ class LaneGroup:
         width = -(-self._length // size)
         # What is masked must still be finite, so the rest of a table is filled up with the sequence's own blocks.
         tables = [[*span.blocks[:width], *[span.blocks[-1]] * (width - len(span.blocks))] for span in spans]
-        data = self._cache.data_L2BSGd[:, :, torch.tensor(tables, device=self._keys_LNGSd.device)]
-        data_L2NSGd = data.flatten(3, 4)[:, :, :, : self._length]
-        self._keys_LNGSd[:, first:last] = data_L2NSGd[:, 0].transpose(2, 3)
-        self._values_LNGSd[:, first:last] = data_L2NSGd[:, 1].transpose(2, 3)
+        index = torch.tensor(tables, device=self._keys_LNGSd.device)
+        for lanes, data in ((self._keys_LNGSd, self._cache.keys_LBSGd), (self._values_LNGSe, self._cache.values_LBSGe)):
+            data_LNSG = data[:, index].flatten(2, 3)[:, :, : self._length]
+            lanes[:, first:last] = data_LNSG.transpose(2, 3)
         self._owners += [span.owner for span in spans]
         self._filled += [span.past for span in spans]
 
     def _grow(self, lanes: int) -> None:
-        old = (self._keys_LNGSd, self._values_LNGSd)
-        self._keys_LNGSd, self._values_LNGSd = self._allocate(lanes)
-        for part, previous in zip((self._keys_LNGSd, self._values_LNGSd), old, strict=True):
+        old = (self._keys_LNGSd, self._values_LNGSe)
+        self._keys_LNGSd, self._values_LNGSe = self._allocate(lanes)
+        for part, previous in zip((self._keys_LNGSd, self._values_LNGSe), old, strict=True):
             part[:, : previous.shape[1]] = previous
 
     def _prepare(self, spans: Sequence[Span]) -> None:

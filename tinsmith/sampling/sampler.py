@@ -58,11 +58,9 @@ class TorchSampler:
         self._end_tokens = end_of_sequence_tokens(model.module.generation_config, tokenizer)
         self._pool = BlockPool(kv_tokens // block_size)
         self._cache = KVCache(
-            num_layers=model.num_layers,
+            model.cache_shape,
             num_blocks=self._pool.num_blocks,
             block_size=block_size,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
             dtype=model.dtype,
             device=model.device,
         )
