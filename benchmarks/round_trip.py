@@ -1,13 +1,15 @@
-"""How long a client waits for its answer: SDK, HTTP, queue, engine and arithmetic, on the embedded model.
+"""How long a client waits for its answer: SDK, HTTP, queue, engine and arithmetic, on two small models.
 
     python -m benchmarks.round_trip [--repetitions N]
 
 Starts a server of its own. Each number is the time from calling the SDK to having the result, one request (or one
 pipelined pair) at a time. "compute" rows are the same work in the trainer and the sampler alone, without a server.
+The models are the embedded one (1.8 M parameters) and one of the size that the rival was measured with (0.2 M).
 """
 
 import argparse
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,9 +19,11 @@ from statistics import median
 import numpy as np
 import tinker
 from tinker import types
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.recording import Row, percentile, record
 from tinsmith.config import Settings
+from tinsmith.demo import tiny_folder
 from tinsmith.demo.local_server import LocalServer
 from tinsmith.protocols import BASE_SNAPSHOT, AdamParams, ModelCall, ModelSpec, SnapshotCall, Trainer
 from tinsmith.wire.packing import SampleCall, TrainCall
@@ -27,6 +31,14 @@ from tinsmith.wire.packing import SampleCall, TrainCall
 RANK = 16
 SHORT, LONG, LONG_DATUMS = 8, 128, 8
 PROMPT, SAMPLES, SAMPLED = 16, 8, 64
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
 WARM_UP = 10
 LEARNING_RATE = 1e-4
 
@@ -43,14 +55,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=60)
     repetitions = parser.parse_args().repetitions
+    results: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with LocalServer(folder / "data", folder / "log.txt") as server:
-            os.environ.update(server.client_environment())
-            with tinker.ServiceClient() as service:
-                served = measure(client_actions(service), repetitions)
-    computed = measure(backend_actions(), repetitions)
-    record("round_trip", [*rows(served, "", CASES), *rows(computed, "compute: ", {})])
+        for prefix, model in (("", "tiny"), ("0.2 M parameters: ", str(small_model(folder / "small")))):
+            served = measure_served(model, folder / "served", repetitions)
+            computed = measure(backend_actions(model), repetitions)
+            results += [*rows(served, prefix, CASES), *rows(computed, f"{prefix}compute: ", {})]
+    record("round_trip", results)
+
+
+def measure_served(model: str, folder: Path, repetitions: int) -> dict[str, list[float]]:
+    folder.mkdir(exist_ok=True)
+    with LocalServer(folder / "data", folder / "log.txt", ["--alias", f"*={model}"], model=model) as server:
+        os.environ.update(server.client_environment())
+        with tinker.ServiceClient() as service:
+            return measure(client_actions(service), repetitions)
+
+
+def small_model(folder: Path) -> Path:
+    """A random model of the embedded one's kind with 0.2 M parameters, and the same tokenizer."""
+    shutil.copytree(tiny_folder(), folder)
+    config = AutoConfig.from_pretrained(folder)
+    for name, value in SMALL.items():
+        setattr(config, name, value)
+    config.layer_types = config.layer_types[: config.num_hidden_layers]
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
 
 
 def client_actions(service: tinker.ServiceClient) -> dict[str, Callable[[], object]]:
@@ -76,11 +107,11 @@ def client_actions(service: tinker.ServiceClient) -> dict[str, Callable[[], obje
     return dict(zip(CASES, actions, strict=True))
 
 
-def backend_actions() -> dict[str, Callable[[], object]]:
+def backend_actions(model: str) -> dict[str, Callable[[], object]]:
     """The same work without server and client, by case."""
     from tinsmith.serve import load_backend
 
-    trainer, sampler = load_backend(Settings(), lambda progress: None)
+    trainer, sampler = load_backend(Settings(model=model), lambda progress: None)
     trainer.add("model", ModelSpec(rank=RANK, seed=1))
     short, long = calls(1, SHORT), calls(LONG_DATUMS, LONG)
     prompt = SampleCall(np.arange(PROMPT, dtype=np.int32), 1, SAMPLES, SAMPLED, stop_at_eos=False)
