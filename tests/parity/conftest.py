@@ -10,6 +10,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -47,6 +49,13 @@ GEMMA = {
 }
 """Both kinds of layers, each with a rope of its own."""
 
+GPT_OSS = {
+    "head_dim": 16,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "sliding_window": 5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
 QWEN3_MOE = {"head_dim": 16, "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}
 LATENT = {
     "num_key_value_heads": 4,
@@ -69,6 +78,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3-moe-mixed": lambda: Qwen3MoeForCausalLM(
         Qwen3MoeConfig(**SIZES, **QWEN3_MOE, mlp_only_layers=[0], norm_topk_prob=True, tie_word_embeddings=True)
     ),
+    "gpt-oss": lambda: GptOssForCausalLM(GptOssConfig(**SIZES, **GPT_OSS, tie_word_embeddings=False)),
     "mistral-window": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=5, tie_word_embeddings=False)),
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **GEMMA)),
     "deepseek-mla": lambda: DeepseekV3ForCausalLM(DeepseekV3Config(**(SIZES | LATENT))),

@@ -99,7 +99,7 @@ def test_a_window_limits_what_a_packed_row_sees() -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(heads, 14, 8) for heads in (4, 2, 2))
     bounds = [0, 3, 14]
-    output_THd = PackedAttention(bounds)(0, query, key, value, 0.3, 4)
+    output_THd = PackedAttention(bounds)(0, query, key, value, 0.3, 4, None)
     for start, end in itertools.pairwise(bounds):
         for row in range(start, end):
             seen = slice(max(start, row - 3), row + 1)

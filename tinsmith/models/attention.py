@@ -31,9 +31,19 @@ class Attention(Protocol):
     """What a forward pass is given; called once per layer."""
 
     def __call__(
-        self, layer: int, query_HTd: Tensor, key_GTd: Tensor, value_GTe: Tensor, scaling: float, window: int | None
+        self,
+        layer: int,
+        query_HTd: Tensor,
+        key_GTd: Tensor,
+        value_GTe: Tensor,
+        scaling: float,
+        window: int | None,
+        sinks_H: Tensor | None,
     ) -> Tensor:
-        """Returns [T, H, e]. A row sees itself and what precedes it, at most `window` rows in all."""
+        """Returns [T, H, e]. A row sees itself and what precedes it, at most `window` rows in all.
+
+        A sink is one more score of every row of its head, with a value of zero.
+        """
 
 
 class PackedAttention:
@@ -50,22 +60,55 @@ class PackedAttention:
         value_GTe: Tensor,
         scaling: float,
         window: int | None,
+        sinks_H: Tensor | None,
     ) -> Tensor:
-        width = value_GTe.shape[-1]
-        # The kernels that hold no [L, L] matrix want values as wide as the keys.
-        value_GTd = F.pad(value_GTe, (0, max(0, key_GTd.shape[-1] - width)))
-        gqa = query_HTd.shape[0] != key_GTd.shape[0]
         outputs = []
         # Split, not sliced: a slice's gradient is as long as the whole, so that n slices would cost n² in backward.
-        wholes = (query_HTd[None], key_GTd[None], value_GTd[None])
+        wholes = (query_HTd[None], key_GTd[None], value_GTe[None])
         for query, key, value in zip(*(whole.split(self.lengths, dim=2) for whole in wholes), strict=True):
             length = query.shape[2]
             mask = None if window is None or length <= window else _band(length, window, query.device)
-            output_HLd = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
-            )
-            outputs.append(output_HLd.squeeze(0).transpose(0, 1))
-        return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[..., :width]
+            outputs.append(attend(query, key, value, scaling, mask, sinks_H).squeeze(0).transpose(0, 1))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None, sinks_H: Tensor | None
+) -> Tensor:
+    """[1, H, L, e], of a query [1, H, L, d], keys [1, G, K, d] and values [1, G, K, e].
+
+    `mask` is boolean [L, K]; None means causal, with L = K.
+    """
+    width, extra = value.shape[-1], 0
+    if sinks_H is not None:
+        query, key, value, mask, extra = _with_sinks(query, key, value, scaling, mask, sinks_H)
+    if value.shape[-1] < key.shape[-1]:
+        # The kernels that hold no [L, K] matrix want values as wide as the keys.
+        value = F.pad(value, (0, key.shape[-1] - value.shape[-1]))
+    gqa = query.shape[1] != key.shape[1]
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
+    )
+    return output if output.shape[2:] == (query.shape[2] - extra, width) else output[:, :, extra:, :width]
+
+
+def _with_sinks(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None, sinks_H: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int]:
+    """The sinks as a first key: in dimensions of its own, one for each query head that shares it.
+
+    Without a mask a first query comes along, so that every row sees one key more; returns how many to drop, too.
+    """
+    heads, key_heads = query.shape[1], key.shape[1]
+    sharing = heads // key_heads
+    own = torch.eye(sharing, dtype=query.dtype, device=query.device).repeat(key_heads, 1)
+    query = torch.cat([query, own[None, :, None].expand(*query.shape[:3], -1)], -1)
+    sinks = F.pad((sinks_H.to(key.dtype) / scaling).view(1, key_heads, 1, sharing), (key.shape[-1], 0))
+    key = torch.cat([sinks, F.pad(key, (0, sharing))], 2)
+    value = F.pad(value, (0, 0, 1, 0))
+    if mask is not None:
+        return query, key, value, F.pad(mask, (1, 0), value=True), 0
+    return F.pad(query, (0, 0, 1, 0)), key, value, None, 1
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
@@ -97,10 +140,17 @@ class ShapeRecorder(PackedAttention):
         self._seen: dict[int, tuple[int, int, int]] = {}
 
     def __call__(
-        self, layer: int, query_HTd: Tensor, key_GTd: Tensor, value_GTe: Tensor, scaling: float, window: int | None
+        self,
+        layer: int,
+        query_HTd: Tensor,
+        key_GTd: Tensor,
+        value_GTe: Tensor,
+        scaling: float,
+        window: int | None,
+        sinks_H: Tensor | None,
     ) -> Tensor:
         self._seen[layer] = (key_GTd.shape[0], key_GTd.shape[2], value_GTe.shape[2])
-        return super().__call__(layer, query_HTd, key_GTd, value_GTe, scaling, window)
+        return super().__call__(layer, query_HTd, key_GTd, value_GTe, scaling, window, sinks_H)
 
     def cache_shape(self) -> CacheShape:
         """Raises ConfigError unless all layers are alike."""
@@ -123,6 +173,7 @@ def _delegate(
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer, with [1, heads, T, d]; passes on to the pass's own `Attention`."""
@@ -134,7 +185,7 @@ def _delegate(
         what = ", ".join(unknown) or ("dropout" if dropout else "attention_mask")
         raise ConfigError(f"{type(module).__name__} asks for attention with {what}, which Tinsmith cannot do")
     heads_HTd = (query.squeeze(0), key.squeeze(0), value.squeeze(0))
-    output_THd = attention(module.layer_idx, *heads_HTd, scaling, sliding_window)  # type: ignore[arg-type]
+    output_THd = attention(module.layer_idx, *heads_HTd, scaling, sliding_window, s_aux)  # type: ignore[arg-type]
     return output_THd[None], None
 
 

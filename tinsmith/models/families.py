@@ -54,7 +54,8 @@ def find_targets(module: Any) -> list[Target]:
         raise ConfigError(f"{type(module).__name__}: its LM head is not a plain linear layer without bias ({head})")
     head_path = next(path for path, child in module.named_modules() if child is head)
     targets.append(Target(head_path, "model.unembed_tokens", "unembed", head.in_features, head.out_features))
-    _check_matrices(module, {target.path for target in targets})
+    experts = {target.path.rpartition(".")[0] for target in targets if target.experts}
+    _check_matrices(module, experts | {target.path for target in targets})
     if missing := {*GROUP_OF_PART.values()} - {target.group for target in targets}:
         raise ConfigError(
             f"{type(module).__name__}: no linear layers to adapt ({', '.join(sorted(missing))}); served are models "
@@ -110,13 +111,13 @@ def _check_experts(module: Any, path: str, experts: Any) -> None:
         )
 
 
-def _check_matrices(module: Any, targets: set[str]) -> None:
+def _check_matrices(module: Any, known: set[str]) -> None:
     embedding = module.get_input_embeddings()
     for path, child in module.named_modules():
-        if path in targets or child is embedding or (type(child) is nn.Linear and _is_gate(child)):
+        if path in known or child is embedding or (type(child) is nn.Linear and _is_gate(child)):
             continue
         for name, parameter in child.named_parameters(recurse=False):
-            if parameter.ndim > 1 and f"{path}.{name}" not in targets and not _is_router(module, path):
+            if parameter.ndim > 1 and not _is_router(module, path):
                 raise ConfigError(
                     f"{type(module).__name__}: {path}.{name} of shape {tuple(parameter.shape)} belongs to a kind of "
                     f"layer that is not supported (mixture of experts, convolution, state space, …)"

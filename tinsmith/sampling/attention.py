@@ -10,9 +10,9 @@ one group, B blocks, C rows of a chunk, K cached tokens of its sequence.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from tinsmith.models.attention import attend
 from tinsmith.sampling.kv_cache import KVCache
 from tinsmith.sampling.lanes import Lanes, Span
 
@@ -28,7 +28,14 @@ class PagedAttention:
         self._decoding = lanes.enter([span for span in spans if span.count == 1])
 
     def __call__(
-        self, layer: int, query_HTd: Tensor, key_GTd: Tensor, value_GTe: Tensor, scaling: float, window: int | None
+        self,
+        layer: int,
+        query_HTd: Tensor,
+        key_GTd: Tensor,
+        value_GTe: Tensor,
+        scaling: float,
+        window: int | None,
+        sinks_H: Tensor | None,
     ) -> Tensor:
         """Returns [T, H, e]."""
         place = self._cache.places[layer]
@@ -38,11 +45,11 @@ class PagedAttention:
         heads, rows, _ = query_HTd.shape
         output_THe = value_GTe.new_zeros(rows, heads, value_GTe.shape[2])
         for group in self._decoding:
-            attended_NHe = group.attend(place, query_HTd, key_GTd, value_GTe, scaling, window)
+            attended_NHe = group.attend(place, query_HTd, key_GTd, value_GTe, scaling, window, sinks_H)
             output_THe.index_copy_(0, group.rows_N, attended_NHe)
         blocks = self._cache.blocks(place)
         for chunk in self._chunks:
-            chunk.attend(blocks, query_HTd, output_THe, scaling, window)
+            chunk.attend(blocks, query_HTd, output_THe, scaling, window, sinks_H)
         return output_THe
 
 
@@ -68,18 +75,23 @@ class _Chunk:
         self._masks: dict[int | None, Tensor] = {}
 
     def attend(
-        self, blocks: tuple[Tensor, Tensor], query_HTd: Tensor, output_THe: Tensor, scaling: float, window: int | None
+        self,
+        blocks: tuple[Tensor, Tensor],
+        query_HTd: Tensor,
+        output_THe: Tensor,
+        scaling: float,
+        window: int | None,
+        sinks_H: Tensor | None,
     ) -> None:
         key_KGd, value_KGe = (part.index_select(0, self._blocks_B).flatten(0, 1)[: self._total] for part in blocks)
         causal = self._span.past == 0 and (window is None or window >= self._total)
-        attended = F.scaled_dot_product_attention(
+        attended = attend(
             query_HTd[None, :, self._rows],
             key_KGd.transpose(0, 1)[None],
             value_KGe.transpose(0, 1)[None],
-            attn_mask=None if causal else self._mask(window),
-            is_causal=causal,
-            scale=scaling,
-            enable_gqa=query_HTd.shape[0] != key_KGd.shape[1],
+            scaling,
+            None if causal else self._mask(window),
+            sinks_H,
         )
         output_THe[self._rows] = attended[0].transpose(0, 1)
 

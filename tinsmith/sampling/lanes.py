@@ -85,7 +85,14 @@ class LaneGroup:
         self._prepare([wanted[owner] for owner in self._owners])
 
     def attend(
-        self, place: int, query_HTd: Tensor, key_GTd: Tensor, value_GTe: Tensor, scaling: float, window: int | None
+        self,
+        place: int,
+        query_HTd: Tensor,
+        key_GTd: Tensor,
+        value_GTe: Tensor,
+        scaling: float,
+        window: int | None,
+        sinks_H: Tensor | None,
     ) -> Tensor:
         """Adds the new row of each sequence; returns [N, H, e], in the order of `rows_N`."""
         count = len(self._owners)
@@ -96,14 +103,18 @@ class LaneGroup:
         query_NHd = query_HTd.index_select(1, self.rows_N).transpose(0, 1)
         query_NGJd = query_NHd.unflatten(1, (key_NGSd.shape[1], -1))
         mask_N1S = self._mask(window, query_HTd.dtype)
-        if self._fused:
+        if self._fused and sinks_H is None:
             attended_NGJe = F.scaled_dot_product_attention(
                 query_NGJd, key_NGSd, value_NGSe, attn_mask=mask_N1S[:, None], scale=scaling
             )
             return attended_NGJe.flatten(1, 2)
         mask = mask_N1S.repeat_interleave(key_NGSd.shape[1], 0)
         query, key, value = (part.flatten(0, 1) for part in (query_NGJd, key_NGSd.transpose(2, 3), value_NGSe))
-        weights = torch.baddbmm(mask, query, key, alpha=scaling).softmax(-1)
+        scores = torch.baddbmm(mask, query, key, alpha=scaling)
+        if sinks_H is not None:
+            sinks = sinks_H.to(scores.dtype).view(-1, scores.shape[1], 1).repeat(count, 1, 1)
+            scores = torch.cat([scores, sinks], -1)
+        weights = scores.softmax(-1)[..., : self._length]
         return torch.bmm(weights, value).view(*query_NHd.shape[:2], -1)
 
     def _allocate(self, lanes: int) -> tuple[Tensor, Tensor]:
