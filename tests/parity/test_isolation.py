@@ -1,13 +1,14 @@
 """What a tenant gets does not depend on who else is in the batch, how a batch is cut, or who fails beside it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
 from tests.parity.reference import SPECS, Datum, as_call, random_datum, warm
-from tinsmith.errors import UserError
+from tinsmith.errors import TinsmithError, UserError
 from tinsmith.models.attention import PackedAttention
 from tinsmith.models.lora import Segment
 from tinsmith.protocols import AdamParams, ModelCall, ModelSpec
@@ -167,6 +168,100 @@ def test_a_bad_request_is_refused_without_touching_its_neighbours(new_trainer: C
     assert isinstance(result, TrainOutput)
     for error, offending in zip(errors, ("'nobody'", "to 97", "257"), strict=True):
         assert offending in str(error)
+
+
+CURSED = 96
+
+
+@contextmanager
+def breaking(trainer: TorchTrainer, model_ids: Sequence[str], where: str) -> Iterator[None]:
+    """While this holds, a pass over rows that contain the token `CURSED` runs out of memory, in the first layer."""
+    cursed = False
+
+    def notice(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal cursed
+        cursed = bool((inputs[0] == CURSED).any())
+
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 3.14 GiB")
+
+    def after_layer(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if cursed:
+            run_out() if where == "forward" else output.register_hook(run_out)
+
+    weights = [trainer._models[model_id].weights for model_id in model_ids]
+    modules = {id(module): module for module in (getattr(each, "module", trainer._model.module) for each in weights)}
+    handles = []
+    for module in modules.values():
+        handles.append(module.get_input_embeddings().register_forward_pre_hook(notice))
+        handles.append(module.model.layers[0].register_forward_hook(after_layer))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def cursed_call(rng: np.random.Generator, loss: str = "cross_entropy") -> TrainCall:
+    data = random_data(rng, [6, 9, 5], loss)
+    data[1].tokens[4] = CURSED
+    return as_call(data, loss)
+
+
+def uncursed(rng: np.random.Generator, lengths: Sequence[int]) -> TrainCall:
+    data = random_data(rng, lengths, "cross_entropy")
+    for datum in data:
+        datum.tokens[:] = [token % CURSED for token in datum.tokens]
+    return as_call(data)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("budget", [1000, 12])
+@pytest.mark.parametrize("spec", [SPECS["all"], FULL], ids=["lora", "full"])
+def test_a_pass_that_runs_out_of_memory_fails_only_the_call_that_did_it(
+    spec: ModelSpec, budget: int, where: str, new_trainer: Callable[..., TorchTrainer]
+) -> None:
+    rng = np.random.default_rng(11)
+    first, second, third = (uncursed(rng, [4, 9, 6]) for _ in range(3))
+    bad = ModelCall("m", cursed_call(rng))
+    trainer, clean = (new_trainer(micro_batch_tokens=budget) for _ in range(2))
+    for each in (trainer, clean):
+        add(each, "m", spec)
+        add(each, "neighbour", SPECS["attention"])
+        add(each, "untouched", SPECS["mlp"])
+        each.forward_backward([ModelCall("neighbour", first)])
+    sound = [ModelCall("m", first), ModelCall("untouched", second), ModelCall("neighbour", third)]
+    with breaking(trainer, ["m", "neighbour"], where):
+        before, failed, *after = trainer.forward_backward([sound[0], bad, *sound[1:]])
+    expected = clean.forward_backward(sound)
+
+    assert isinstance(failed, TinsmithError)
+    assert failed.category == "server"
+    assert "OutOfMemoryError: tried to allocate 3.14 GiB" in str(failed)
+    for result, reference in zip([before, *after], expected, strict=True):
+        assert isinstance(result, TrainOutput)
+        np.testing.assert_array_equal(result.logprobs_M, reference.logprobs_M)
+        assert result.metrics == reference.metrics
+    for model_id in ("m", "neighbour", "untouched"):
+        assert torch.equal(gradient(trainer, model_id), gradient(clean, model_id)), model_id
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_a_call_that_breaks_alone_adds_nothing(
+    accumulated: bool, where: str, new_trainer: Callable[..., TorchTrainer]
+) -> None:
+    rng = np.random.default_rng(12)
+    trainer = new_trainer()
+    add(trainer, "m", SPECS["all"])
+    if accumulated:
+        trainer.forward_backward([ModelCall("m", uncursed(rng, [7]))])
+    before = gradient(trainer, "m")
+    with breaking(trainer, ["m"], where):
+        [failed] = trainer.forward_backward([ModelCall("m", cursed_call(rng))])
+    assert isinstance(failed, TinsmithError)
+    assert torch.equal(gradient(trainer, "m"), before)
+    assert bool(trainer.optim_step("m", PARAMS)["grad_norm"]) == accumulated
 
 
 @pytest.mark.parametrize("spec", [SPECS["all"], FULL], ids=["lora", "full"])

@@ -267,10 +267,10 @@ class Engine:
             results = self._trainer.forward_backward(calls)
         except Exception as error:  # the trainer itself broke: nobody's gradient can be trusted
             log.exception("a batch of %d requests failed", len(calls))
-            for header in headers:
-                if header.kind == "forward_backward":
-                    self._lanes[header.subject].lost_chunk = f"{header.request_id} met a server error"
-            return {header.number: _failed(header, error) for header in headers}
+            results = [TinsmithError(f"failed on the server: {type(error).__name__}: {error}") for _ in headers]
+        for header, result in zip(headers, results, strict=True):
+            if header.kind == "forward_backward" and isinstance(result, TinsmithError) and result.category == "server":
+                self._lanes[header.subject].lost_chunk = f"{header.request_id} met a server error"
         return {header.number: _outcome(header, result) for header, result in zip(headers, results, strict=True)}
 
     def _end(self, header: Header, *, failed: bool) -> None:

@@ -34,6 +34,25 @@ class Trainable:
         self.accumulated = False
 
 
+class GradientBackup:
+    """A model's accumulated gradient at one moment; nothing is copied if there was none."""
+
+    def __init__(self, model: Trainable) -> None:
+        self._model = model
+        self._accumulated = model.accumulated
+        grad = model.weights.grad
+        self._grad = grad.clone() if model.accumulated and grad is not None else None
+
+    def restore(self) -> None:
+        """Also takes back what a broken backward pass has added, which the model does not know of."""
+        grad = self._model.weights.grad
+        if self._grad is not None and grad is not None:
+            grad.copy_(self._grad)
+        elif grad is not None:
+            grad.zero_()
+        self._model.accumulated = self._accumulated
+
+
 class Run:
     """One call under way."""
 
@@ -41,18 +60,22 @@ class Run:
         self.model_id = model_id
         self.model = model
         self.call = call
-        self.error: TinsmithError | None = None
         self._loss = LOSS_FUNCTIONS[call.loss]
         self._config = {**LOSSES[call.loss].config, **call.config}
         self._logprobs_M = np.empty(len(call.targets_M), np.float32)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what was computed; the gradient is the caller's business."""
+        self.error: TinsmithError | None = None
         self._metrics: dict[str, float] = {}
-        self._before: tuple[bool, Tensor | None] | None = None
+        self._before: GradientBackup | None = None
 
     def begin(self, cut: Cut) -> None:
         """Before the micro-batch that holds `cut`: makes sure that the call's gradient can be taken back."""
-        grad = self.model.weights.require_grad()
+        self.model.weights.require_grad()
         if cut.opens:
-            self._before = (self.model.accumulated, grad.clone() if self.model.accumulated else None)
+            self._before = GradientBackup(self.model)
 
     def lose(self, cut: Cut, logprobs_M: Tensor, datum_M: Tensor) -> Tensor | None:
         """Takes the cut's logprobs; returns the loss's gradient in them, or None if there is none or it failed."""
@@ -87,13 +110,17 @@ class Run:
             else:
                 self._metrics[name] += value
 
+    def break_off(self, reason: str) -> None:
+        """Ends a call whose pass breaks even without company."""
+        self.error = TinsmithError(
+            f"the server could not compute this request of {self.call.num_tokens} tokens, also when run alone: "
+            f"{reason}. Nothing of it was added to the gradient. If memory ran out, a smaller train_tokens helps, or "
+            f"shorter datums"
+        )
+
     def _fail(self, loss: float) -> None:
         if self._before is not None:
-            accumulated, grad = self._before
-            self.model.clear_gradient()
-            if grad is not None:
-                self.model.weights.require_grad().copy_(grad)
-            self.model.accumulated = accumulated
+            self._before.restore()
             self._before = None
         self.error = UserError(
             f"the loss {self.call.loss!r} or its gradient is not finite (loss {loss}); nothing of this request was "

@@ -2,9 +2,12 @@
 
 Implements `protocols.Trainer`. Knows models and losses; neither requests' origin nor what runs next.
 
+A pass that breaks (out of memory, say) is undone, and its calls run again one by one, so that only the culprit fails.
+
 Shapes: `T` rows of a packed micro-batch, `M` target entries, `D` hidden size.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -23,9 +26,11 @@ from tinsmith.models.lora import Adapter, Segment
 from tinsmith.models.weights import FullWeights, LoraWeights
 from tinsmith.protocols import AdamParams, Capabilities, ModelCall, ModelSpec
 from tinsmith.training.batching import MicroBatch, pack, plan
-from tinsmith.training.runs import Run, Trainable, check_call
+from tinsmith.training.runs import GradientBackup, Run, Trainable, check_call
 from tinsmith.training.states import load_state, save_state
 from tinsmith.wire.packing import TrainOutput
+
+log = logging.getLogger(__name__)
 
 
 class TorchTrainer:
@@ -78,9 +83,7 @@ class TorchTrainer:
         """Runs all calls together; one outcome per call, in order. A failed call adds nothing to any gradient."""
         started = [self._start(call) for call in calls]
         for group in _groups([run for run in started if isinstance(run, Run)]):
-            pieces = [run.call for run in group]
-            for cuts in plan(pieces, [run.model_id for run in group], self._budget):
-                self._pass(group, pack(pieces, cuts))
+            self._run(group)
         return [run.outcome() if isinstance(run, Run) else run for run in started]
 
     def optim_step(self, model_id: str, params: AdamParams) -> dict[str, float]:
@@ -140,6 +143,36 @@ class TorchTrainer:
         except UserError as error:
             return error
         return Run(call.model_id, model, call.call)
+
+    def _run(self, group: Sequence[Run]) -> None:
+        """All passes of some calls; if one breaks, each call again, alone."""
+        reason = self._attempt(group)
+        if reason is None:
+            return
+        if len(group) == 1:
+            group[0].break_off(reason)
+            return
+        for run in group:
+            self._run([run])
+
+    def _attempt(self, group: Sequence[Run]) -> str | None:
+        """Returns why a pass broke, with every gradient as it was before; None if none did."""
+        backups: list[GradientBackup] = []
+        try:
+            if not group[0].call.forward_only:
+                backups = [GradientBackup(model) for model in {run.model_id: run.model for run in group}.values()]
+            calls = [run.call for run in group]
+            for cuts in plan(calls, [run.model_id for run in group], self._budget):
+                self._pass(group, pack(calls, cuts))
+            return None
+        except Exception as error:  # whatever it was, it must not reach the neighbours
+            log.exception("a pass of %d requests broke", len(group))
+            reason = f"{type(error).__name__}: {error}"
+        for backup in backups:
+            backup.restore()
+        for run in group:
+            run.restart()
+        return reason
 
     def _pass(self, group: Sequence[Run], batch: MicroBatch) -> None:
         """Forward of one micro-batch, every call's own loss, and one backward for all that did not fail."""
