@@ -69,6 +69,15 @@ LATENT = {
 }
 """Keys that are wider than values, and as many key/value heads as query heads; no experts."""
 
+DEEPSEEK_MOE = LATENT | {
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 24,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+}
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3-tied": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True)),
     "qwen3-untied": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=False)),
@@ -82,6 +91,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "mistral-window": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=5, tie_word_embeddings=False)),
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **GEMMA)),
     "deepseek-mla": lambda: DeepseekV3ForCausalLM(DeepseekV3Config(**(SIZES | LATENT))),
+    "deepseek-moe": lambda: DeepseekV3ForCausalLM(DeepseekV3Config(**(SIZES | DEEPSEEK_MOE))),
     "phi3-fused": lambda: Phi3ForCausalLM(Phi3Config(**SIZES, pad_token_id=0, tie_word_embeddings=False)),
 }
 
@@ -97,6 +107,9 @@ def randomize(module: PreTrainedModel, seed: int) -> None:
     """Larger weights than the usual initialisation, norms and biases included: mistakes show."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
         for parameter in module.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(parameter + 0.1 * noise if parameter.ndim == 1 else 0.15 * noise)

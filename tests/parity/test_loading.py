@@ -30,7 +30,7 @@ from tinsmith.models.lora import Segment
 from tinsmith.protocols import AdamParams, ModelCall, ModelSpec
 from tinsmith.training.trainer import TorchTrainer
 
-KEYS_AND_VALUES = {"deepseek-mla": (4, 20, 16)} | dict.fromkeys(
+KEYS_AND_VALUES = {"deepseek-mla": (4, 20, 16), "deepseek-moe": (4, 20, 16)} | dict.fromkeys(
     ("llama", "qwen2-biases", "mistral-window", "phi3-fused"), (2, 8, 8)
 )
 

@@ -4,7 +4,7 @@ Sizes, names, shapes and ranks are checked on reading; what does not fit is refu
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinsmith.errors import UserError
 from tinsmith.models.families import EXPERT_PARAMETERS
@@ -54,7 +54,7 @@ def save_weights(weights: LoraWeights | FullWeights, folder: Path) -> None:
     if isinstance(weights, LoraWeights):
         save_adapter(weights.adapter, weights.base, folder)
     else:
-        save_full(dict(weights.module.named_parameters()), weights.module.config, folder)
+        save_full(dict(weights.module.named_parameters()), weights.module, folder)
 
 
 def load_weights(model: BaseModel, folder: Path) -> LoraWeights | FullWeights:
@@ -67,10 +67,12 @@ def load_weights(model: BaseModel, folder: Path) -> LoraWeights | FullWeights:
     module = model.full_copy(trainable=False)
     parameters = dict(module.named_parameters())
     full_layout = Layout(list(parameters), [tuple(parameter.shape) for parameter in parameters.values()])
-    views = full_layout.named_views(read_flat(folder / MODEL_FILE, full_layout))
+    buffers = read_buffers(folder / MODEL_FILE, module)
+    views = full_layout.named_views(read_flat(folder / MODEL_FILE, full_layout, others=buffers))
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(views[name])
+    replace_buffers(module, buffers)
     return FullWeights(module)
 
 
@@ -107,10 +109,35 @@ def _peft_targets(names: Sequence[str]) -> tuple[list[str], list[str] | None]:
     return sorted(modules - linears - {"experts", "base_layer"}), parameters
 
 
-def save_full(tensors: Mapping[str, Tensor], config: Any, folder: Path) -> None:
-    """Writes model.safetensors and config.json, as `from_pretrained` reads them; tied tensors are written once."""
-    write_tensors(tensors, folder / MODEL_FILE)
-    config.save_pretrained(folder)
+def save_full(tensors: Mapping[str, Tensor], module: Any, folder: Path) -> None:
+    """Writes model.safetensors and config.json, as `from_pretrained` reads them; tied tensors are written once.
+
+    `tensors` are the values of the module's parameters; its buffers are added.
+    """
+    write_tensors({**tensors, **_saved_buffers(module)}, folder / MODEL_FILE)
+    module.config.save_pretrained(folder)
+
+
+def _saved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Those that belong to the weights, such as the bias with which a router chooses its experts."""
+    saved = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in saved}
+
+
+def read_buffers(path: Path, module: nn.Module) -> dict[str, Tensor]:
+    """What a safetensors file holds for the buffers of `module`. Raises UserError if one is missing or misshapen."""
+    buffers = {}
+    for name, buffer in _saved_buffers(module).items():
+        buffers[name] = read_tensor(path, name)
+        if buffers[name].shape != buffer.shape:
+            raise UserError(f"{path.name}: {name} has shape {list(buffers[name].shape)}, not {list(buffer.shape)}")
+    return buffers
+
+
+def replace_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Writes what `read_buffers` returned."""
+    for name, value in buffers.items():
+        module.get_buffer(name).copy_(value)
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -135,14 +162,14 @@ def adapter_spec(folder: Path) -> ModelSpec:
     )
 
 
-def read_flat(path: Path, layout: Layout, *, prefix: str = "") -> Tensor:
-    """Flat fp32 CPU weights of a safetensors file that holds exactly the layout's tensors.
+def read_flat(path: Path, layout: Layout, *, prefix: str = "", others: Collection[str] = ()) -> Tensor:
+    """Flat fp32 CPU weights of a safetensors file that holds exactly the layout's tensors, and `others`.
 
     With a `prefix`, reads only the names that start with it. Raises UserError.
     """
     flat = torch.empty(layout.total)
     with _open(path) as file:
-        found = {name for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+        found = {name for name in file.keys() if name.startswith(prefix)} - set(others)  # noqa: SIM118
         wanted = {prefix + name for name in layout.names}
         if found != wanted:
             missing, surplus = sorted(wanted - found), sorted(found - wanted)

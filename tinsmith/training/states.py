@@ -12,14 +12,17 @@ from torch import Tensor
 
 from tinsmith.errors import UserError
 from tinsmith.models.flat import Layout
+from tinsmith.models.full import FullModel
 from tinsmith.models.lora import Adapter
 from tinsmith.models.weights import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
     MODEL_FILE,
     adapter_spec,
+    read_buffers,
     read_flat,
     read_tensor,
+    replace_buffers,
     save_adapter,
     save_full,
     write_tensors,
@@ -37,7 +40,7 @@ def save_state(model: Trainable, base: str, folder: Path, *, optimizer: bool, gr
     if isinstance(weights, Adapter):
         save_adapter(weights, base, folder)
     else:
-        save_full(weights.layout.named_views(weights.weights), weights.module.config, folder)
+        save_full(weights.layout.named_views(weights.weights), weights.module, folder)
     if optimizer:
         write_tensors(_optimizer_tensors(model.optimizer, weights.layout), folder / OPTIMIZER_FILE)
     if gradient and model.accumulated and weights.grad is not None:
@@ -48,12 +51,14 @@ def load_state(model: Trainable, folder: Path, *, optimizer: bool, gradient: boo
     """Replaces the model's state. Raises UserError, and changes nothing, if the files do not fit the model."""
     weights = model.weights
     layout, device = weights.layout, weights.weights.device
-    flat = _read_weights(model, folder)
+    flat, buffers = _read_weights(model, folder)
     state = _read_optimizer(folder / OPTIMIZER_FILE, layout, device) if optimizer else AdamW()
     has_gradient = gradient and (folder / GRADIENT_FILE).exists()
     grad = read_flat(folder / GRADIENT_FILE, layout) if has_gradient else None
     weights.weights.copy_(flat)
     weights.weights_changed()
+    if isinstance(weights, FullModel):
+        replace_buffers(weights.module, buffers)
     model.optimizer = state
     model.clear_gradient()
     if grad is not None:
@@ -61,18 +66,21 @@ def load_state(model: Trainable, folder: Path, *, optimizer: bool, gradient: boo
         model.accumulated = True
 
 
-def _read_weights(model: Trainable, folder: Path) -> Tensor:
+def _read_weights(model: Trainable, folder: Path) -> tuple[Tensor, dict[str, Tensor]]:
+    """The flat weights, and a full model's buffers."""
     weights = model.weights
     is_lora = (folder / ADAPTER_CONFIG).exists()
     if is_lora != isinstance(weights, Adapter):
         kinds = {True: "a LoRA adapter", False: "a full-parameter model"}
         raise UserError(f"the checkpoint holds {kinds[is_lora]}, this model is {kinds[not is_lora]}")
-    if is_lora:
+    if isinstance(weights, Adapter):
         own = weights.spec
         saved = replace(adapter_spec(folder), seed=own.seed, optimizer=own.optimizer)
         if saved != own:
             raise UserError(f"the checkpoint's adapter does not fit this model: {saved} is not {own}")
-    return read_flat(folder / (ADAPTER_FILE if is_lora else MODEL_FILE), weights.layout)
+        return read_flat(folder / ADAPTER_FILE, weights.layout), {}
+    buffers = read_buffers(folder / MODEL_FILE, weights.module)
+    return read_flat(folder / MODEL_FILE, weights.layout, others=buffers), buffers
 
 
 def _optimizer_tensors(optimizer: AdamW, layout: Layout) -> dict[str, Tensor]:
