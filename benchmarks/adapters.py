@@ -122,18 +122,19 @@ def _targets(tokens_NL: Tensor) -> Tensor:
 
 def _peft_cases(folder: Path, tokens_NL: Tensor, dtype: torch.dtype) -> dict[str, Case]:
     crowds = [count for count in CROWDS if count <= len(tokens_NL)]
-    model = _peft_model(folder, tokens_NL.device, dtype, crowds[-1])
+    model = peft_model(folder, tokens_NL.device, dtype, crowds[-1])
     cases = {"transformers, frozen base": Case(partial(train_plain_base, model, tokens_NL))}
     for count in crowds:
         name = f"PEFT, {count} adapter{'s, one after the other' * (count > 1)}"
         cases[name] = Case(partial(train_peft_in_turn, model, tokens_NL, count))
         if count > 1:
             run = partial(train_peft_mixed, model, tokens_NL, count)
-            cases[f"PEFT, {count} adapters, mixed batch"] = Case(run, prepare=partial(_train_all, model))
+            cases[f"PEFT, {count} adapters, mixed batch"] = Case(run, prepare=partial(train_all, model))
     return cases
 
 
-def _peft_model(folder: Path, device: torch.device, dtype: torch.dtype, adapters: int) -> PeftModel:
+def peft_model(folder: Path, device: torch.device, dtype: torch.dtype, adapters: int) -> PeftModel:
+    """Adapters "0", "1", … of the same kind as ours on transformers' own module."""
     module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
     config = LoraConfig(r=RANK, lora_alpha=32, target_modules=LINEARS, ensure_weight_tying=False)
     model: Any = get_peft_model(module, config, adapter_name="0", autocast_adapter_dtype=False)
@@ -163,7 +164,8 @@ def train_peft_mixed(model: PeftModel, tokens_NL: Tensor, adapters: int) -> None
     _backward(model(input_ids=tokens_NL, adapter_names=names, use_cache=False).logits, tokens_NL)
 
 
-def _train_all(model: PeftModel) -> None:
+def train_all(model: PeftModel) -> None:
+    """Makes every adapter trainable at once, in evaluation mode."""
     model.eval()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)

@@ -1,0 +1,71 @@
+"""The benchmarks run: tiny sizes, all kinds of rows; what they measure is no matter here."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import adapters, training_memory
+from benchmarks.qwen3 import Sizes
+from benchmarks.training_memory import Problem
+
+TINY = Sizes(32, 2, 64, 97, heads=4, kv_heads=2, head_dim=16)
+PROBLEM = Problem("cpu", tokens=48, vocabulary=97, hidden=32)
+
+# transformers' own, while PEFT asks a module about its checkpointing.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def test_adapters_are_compared_with_the_base_and_with_peft() -> None:
+    batch = adapters.random_batch(8, 4, TINY.vocabulary, torch.device("cpu"))
+    rows = adapters.measure(TINY, batch, torch.float32, rounds=1)
+    names = [row.name for row in rows]
+    assert all(row.value > 0 for row in rows)
+    assert "ours, 8 adapters of ranks 4 to 128: ratio to the frozen base" in names
+    assert "PEFT, 8 adapters, mixed batch: best" in names
+
+
+def test_every_side_of_the_adapters_comparison_computes_the_same_gradients(tmp_path: Path) -> None:
+    """One adapter of ours, of PEFT's in turn, and in PEFT's mixed batch, from the same weights."""
+    tokens_NL = adapters.random_batch(4, 5, TINY.vocabulary, torch.device("cpu"))
+    model = adapters.load(adapters.write_model(tmp_path, TINY, torch.float32), torch.float32, tokens_NL.device)
+    peft = adapters.peft_model(tmp_path, tokens_NL.device, torch.float32, 1)
+    [ours] = adapters.new_adapters(model, [adapters.RANK])
+    layout = ours.layout.named_views(ours.weights)
+    theirs = {_our_name(name): value for name, value in peft.named_parameters() if "lora_" in name}
+    for name, value in theirs.items():
+        torch.nn.init.normal_(layout[name], std=0.1)
+        value.data.copy_(layout[name])
+    adapters.train_ours(model, [ours], tokens_NL)
+    for train in (adapters.train_peft_in_turn, adapters.train_peft_mixed):
+        for value in theirs.values():
+            value.grad = None
+        adapters.train_all(peft)
+        train(peft, tokens_NL, 1)
+        for name, gradient in ours.layout.named_views(ours.require_grad()).items():
+            torch.testing.assert_close(gradient, theirs[name].grad, atol=1e-3, rtol=1e-3)
+
+
+def test_memory_of_the_loss_and_of_a_whole_step_is_measured() -> None:
+    rows = training_memory.measure(PROBLEM, [32], 1, lambda problem: 1 + training_memory.resident_extra(problem))
+    names = [row.name for row in rows]
+    assert "loss, hidden 32, with an adapter on the head: memory, ours / plain" in names
+    assert "whole step, gradient checkpointing on: extra memory" in names
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_both_sides_of_the_loss_compute_the_same(adapter: bool, tmp_path: Path) -> None:
+    inputs = training_memory.loss_inputs(replace(PROBLEM, adapter=adapter), tmp_path)
+    if inputs.adapter is not None:
+        torch.nn.init.normal_(inputs.adapter.weights, std=0.1)
+    gradients = []
+    for loss in (training_memory.plain_loss, training_memory.our_loss):
+        inputs.clear()
+        loss(inputs)
+        gradients.append(inputs.hidden_TD.grad)
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
+
+
+def _our_name(parameter: str) -> str:
+    return parameter.replace(".0.weight", ".weight").replace("model.lm_head", "model.model.unembed_tokens")
