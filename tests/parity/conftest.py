@@ -21,10 +21,14 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from tinsmith.models.loading import BaseModel, load_base
@@ -77,6 +81,18 @@ DEEPSEEK_MOE = LATENT | {
     "n_group": 4,
     "topk_group": 2,
 }
+DELTA = {
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "rms_norm_eps": 0.02,
+    "tie_word_embeddings": False,
+}
+"""One layer with a recurrent state, one with gated attention. A delta net's output is normalised, however small it is:
+with the usual epsilon, fp32 leaves 1e-4 of difference between one way to add up and another."""
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3-tied": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True)),
@@ -92,6 +108,8 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **GEMMA)),
     "deepseek-mla": lambda: DeepseekV3ForCausalLM(DeepseekV3Config(**(SIZES | LATENT))),
     "deepseek-moe": lambda: DeepseekV3ForCausalLM(DeepseekV3Config(**(SIZES | DEEPSEEK_MOE))),
+    "qwen3-next": lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**SIZES, **DELTA, mlp_only_layers=[0, 1])),
+    "qwen3.5": lambda: Qwen3_5ForCausalLM(Qwen3_5TextConfig(**SIZES, **DELTA)),
     "phi3-fused": lambda: Phi3ForCausalLM(Phi3Config(**SIZES, pad_token_id=0, tie_word_embeddings=False)),
 }
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from tinsmith.errors import ConfigError
+from tinsmith.models.recurrence import Recurrence, Run
 
 IMPLEMENTATION = "tinsmith"
 ATTENTION_KEYWORD = "tinsmith_attention"
@@ -28,7 +29,11 @@ _HARMLESS_KEYWORDS = frozenset(
 
 
 class Attention(Protocol):
-    """What a forward pass is given; called once per layer."""
+    """What a forward pass is given; called once per layer with attention."""
+
+    @property
+    def recurrence(self) -> Recurrence:
+        """The same sequences, for layers that have a recurrent state instead."""
 
     def __call__(
         self,
@@ -50,7 +55,16 @@ class PackedAttention:
     """Causal attention within each of the packed sequences whose row boundaries are `cu_seqlens` ([0, …, T])."""
 
     def __init__(self, cu_seqlens: Sequence[int]) -> None:
+        self._cu_seqlens = cu_seqlens
+        self._recurrence: Recurrence | None = None
         self.lengths = [end - start for start, end in itertools.pairwise(cu_seqlens)]
+
+    @property
+    def recurrence(self) -> Recurrence:
+        """Every sequence from its beginning."""
+        if self._recurrence is None:
+            self._recurrence = Recurrence([Run(range(*bounds)) for bounds in itertools.pairwise(self._cu_seqlens)])
+        return self._recurrence
 
     def __call__(
         self,

@@ -1,9 +1,8 @@
 """Which Hugging Face models can be served: finds the linear layers to adapt, or says why there is no way.
 
-Only what is known to be computed correctly is let through: decoder layers whose weights are `nn.Linear` in an attention
-and an MLP; nothing else of two
-dimensions or more. What a module's structure does not show (a logit scale, say), `loading` finds by
-comparing results.
+Only what is known to be computed correctly is let through: decoder layers of an attention (or a gated delta net) and an
+MLP (or a mixture of experts), made of `nn.Linear` and fused experts. What a module's structure does not show (a logit
+scale, say), `loading` finds by comparing results.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from tinsmith.errors import ConfigError
+from tinsmith.models.delta_nets import CONVOLUTION, is_delta_net
 
 GROUP_OF_PART = {"self_attn": "attn", "linear_attn": "attn", "mlp": "mlp"}
 """Parts of a decoder layer in which every linear layer is adapted, and the group that their adapters belong to."""
@@ -21,7 +21,7 @@ EXPERT_PARAMETERS = {"gate_up_proj": ".base_layer", "down_proj": ""}
 """The parameters of fused experts, in the order of the module, and what PEFT adds to the module's path for each."""
 
 _ROUTERS = ("gate", "router")
-_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "linear_attention"})
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
 
 
@@ -48,6 +48,7 @@ class Target:
 def find_targets(module: Any) -> list[Target]:
     """Every adaptable linear layer, in the order of the module; the unembedding comes last. Raises ConfigError."""
     _check_configuration(module.config)
+    _check_recurrent_layers(module)
     targets = [target for index in range(len(module.model.layers)) for target in _layer_targets(module, index)]
     head = module.get_output_embeddings()
     if not _is_plain_linear(head):
@@ -75,7 +76,7 @@ def _layer_targets(module: Any, index: int) -> Iterator[Target]:
         for name, child in parent.named_modules() if parent is not None else ():
             if type(child) is nn.Linear and not _is_gate(child):
                 yield Target(f"{prefix}.{name}", f"{prefix}.{name}", group, child.in_features, child.out_features)
-            elif _is_experts(child):
+            elif group == "mlp" and _is_experts(child):
                 yield from expert_targets(module, f"{prefix}.{name}", child)
 
 
@@ -117,7 +118,7 @@ def _check_matrices(module: Any, known: set[str]) -> None:
         if path in known or child is embedding or (type(child) is nn.Linear and _is_gate(child)):
             continue
         for name, parameter in child.named_parameters(recurse=False):
-            if parameter.ndim > 1 and not _is_router(module, path):
+            if parameter.ndim > 1 and not _is_router(module, path) and not _is_convolution(module, path):
                 raise ConfigError(
                     f"{type(module).__name__}: {path}.{name} of shape {tuple(parameter.shape)} belongs to a kind of "
                     f"layer that is not supported (mixture of experts, convolution, state space, …)"
@@ -128,6 +129,22 @@ def _is_router(module: Any, path: str) -> bool:
     """Whether the submodule chooses among experts beside it."""
     parent, _, name = path.rpartition(".")
     return name in _ROUTERS and hasattr(module.get_submodule(parent), "experts")
+
+
+def _is_convolution(module: Any, path: str) -> bool:
+    """Whether the submodule is the frozen convolution of a delta net."""
+    parent, _, name = path.rpartition(".")
+    return name == CONVOLUTION and is_delta_net(module.get_submodule(parent))
+
+
+def _check_recurrent_layers(module: Any) -> None:
+    kinds = getattr(module.config, "layer_types", None) or ()
+    for index, kind in enumerate(kinds):
+        if kind == "linear_attention" and not is_delta_net(getattr(module.model.layers[index], "linear_attn", None)):
+            raise ConfigError(
+                f"{type(module).__name__}: model.layers.{index} is recurrent in a way that Tinsmith does not know of; "
+                f"of recurrent layers, gated delta nets are served"
+            )
 
 
 def _check_configuration(config: Any) -> None:

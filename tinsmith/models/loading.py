@@ -25,6 +25,7 @@ from tinsmith.models.attention import (
     PackedAttention,
     ShapeRecorder,
 )
+from tinsmith.models.delta_nets import is_delta_net, run_by_sequence
 from tinsmith.models.experts import MultiAdapterExperts
 from tinsmith.models.families import Target, find_targets
 from tinsmith.models.grouped import GroupedAdapters, can_group
@@ -68,6 +69,10 @@ class BaseModel:
         self.head_linear = len(targets) - 1
         self._current = CurrentPass()
         self._layouts: dict[tuple[int, bool, bool, bool], AdapterLayout] = {}
+        delta_nets = [child for child in module.modules() if is_delta_net(child)]
+        for layer in delta_nets:
+            run_by_sequence(layer, self._current)
+        self.is_recurrent = bool(delta_nets)
         self._groups = _groups(module, targets[:-1])
         for path, indices in _expert_layers(targets).items():
             experts = MultiAdapterExperts(module.get_submodule(path), indices, self._current)

@@ -169,6 +169,20 @@ class AppliedAdapters(Protocol):
         """Adds to the input's gradient in place, and to the gradients of the adapters that train."""
 
 
+class SegmentPart(Segment):
+    """Some rows of a segment, where they lie in a batch of fewer rows; trains as long as the whole one does."""
+
+    __slots__ = ("_whole",)
+
+    def __init__(self, whole: Segment, start: int, end: int) -> None:
+        self._whole = whole
+        self.adapter, self.start, self.end = whole.adapter, start, end
+
+    @property
+    def trains(self) -> bool:  # type: ignore[override]
+        return self._whole.trains
+
+
 class CurrentPass:
     """What the linear layers of one base model need to know of the forward pass under way.
 

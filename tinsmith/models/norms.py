@@ -3,6 +3,7 @@
 On a GPU PyTorch's fused kernel; on a CPU a backward pass written by hand, which takes half the time of autograd's.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ def freeze_norm(norm: nn.Module) -> FrozenRMSNorm | None:
     weight = getattr(norm, "weight", None)
     if not isinstance(eps, float) or not isinstance(weight, nn.Parameter) or len(list(norm.parameters())) != 1:
         return None
+    if len(inspect.signature(norm.forward).parameters) != 1:
+        return None  # a gated one
     frozen = FrozenRMSNorm(norm, eps)
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(3, *weight.shape, generator=generator).to(weight.device, weight.dtype)

@@ -156,7 +156,7 @@ def adapter_spec(folder: Path) -> ModelSpec:
     spec = ModelSpec(rank=rank, seed=0, alpha=float(alpha))
     return replace(
         spec,
-        train_attn=any(".self_attn." in name for name in names),
+        train_attn=any(".self_attn." in name or ".linear_attn." in name for name in names),
         train_mlp=any(".mlp." in name for name in names),
         train_unembed=any(".unembed_tokens." in name for name in names),
     )

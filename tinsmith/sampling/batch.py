@@ -19,6 +19,7 @@ from tinsmith.sampling.attention import PagedAttention
 from tinsmith.sampling.decoding import SAMPLE_STREAM, TokenDistributions, uniforms
 from tinsmith.sampling.kv_cache import KVCache
 from tinsmith.sampling.lanes import Lanes, Span
+from tinsmith.sampling.recurrent import StateStore
 from tinsmith.sampling.requests import NextToken, Sample
 from tinsmith.sampling.scoring import ScoringJob, score, segments_of
 
@@ -35,7 +36,7 @@ class Work:
     start: int = 0
 
 
-def forward(model: BaseModel, cache: KVCache, lanes: Lanes, works: Sequence[Work]) -> Tensor:
+def forward(model: BaseModel, cache: KVCache, lanes: Lanes, states: StateStore, works: Sequence[Work]) -> Tensor:
     """Hidden states [T, D] of all works' rows, sorted by snapshot, with the same base weights; fills the cache."""
     tokens: list[int] = []
     positions: list[int] = []
@@ -49,7 +50,7 @@ def forward(model: BaseModel, cache: KVCache, lanes: Lanes, works: Sequence[Work
     padding = max(0, LEAST_ROWS - len(tokens))
     segments = segments_of((work.sample.adapter, work.rows) for work in works)
     segments[-1].end += padding
-    attention = PagedAttention(cache, lanes, spans, len(tokens) + padding)
+    attention = PagedAttention(cache, lanes, states, spans, len(tokens) + padding)
     return model.hidden(
         torch.tensor(tokens + [0] * padding, device=model.device),
         torch.tensor(positions + [0] * padding, device=model.device),

@@ -24,6 +24,7 @@ from tinsmith.sampling import scheduling
 from tinsmith.sampling.batch import Work, forward, next_tokens, score_prompts
 from tinsmith.sampling.kv_cache import BlockPool, KVCache, chain_digests
 from tinsmith.sampling.lanes import Lanes
+from tinsmith.sampling.recurrent import StateStore
 from tinsmith.sampling.requests import NextToken, Request, Sample, Snapshot, check
 from tinsmith.sampling.scoring import PromptScores
 from tinsmith.sampling.stopping import StopStrings, end_of_sequence_tokens
@@ -64,6 +65,7 @@ class TorchSampler:
             dtype=model.dtype,
             device=model.device,
         )
+        self._states = StateStore()
         self._lanes: dict[int, Lanes] = {}  # by version of the module that runs; the base is -1
         self._versions = count()
         self._arrivals = count()
@@ -167,6 +169,8 @@ class TorchSampler:
         assert all(not sample.blocks and not sample.computed for sample in self._waiting.values())
         assert sorted(self._waiting) == sorted(key for queue in self._queues.values() for key in queue)
         assert len(self._running) <= self._max_running
+        begun = [key for key, sample in self._running.items() if sample.computed]
+        self._states.check(begun if self._model.is_recurrent else [])
         for sample in self._running.values():
             assert sample.computed < sample.length <= self._max_context
             assert sample.computed <= len(sample.blocks) * self._block_size
@@ -233,12 +237,18 @@ class TorchSampler:
         return -(-sample.length // self._block_size)
 
     def _reusable(self, sample: Sample) -> list[int]:
-        """Cached blocks of the sample's beginning; its last token, and prompt rows to be scored, must run again."""
+        """Cached blocks of the sample's beginning; its last token, and prompt rows to be scored, must run again.
+
+        A recurrent model must run all of it: its states are not in the blocks.
+        """
+        if self._model.is_recurrent:
+            return []
         limit = min(sample.length - 1, sample.request.scores.next_row) // self._block_size
         return self._pool.match(sample.known_digests[:limit])
 
     def _release(self, sample: Sample, *, forget: bool = False) -> None:
         self._pool.release(sample.blocks, forget=forget)
+        self._states.drop(sample.key)
         sample.blocks, sample.computed = [], 0
 
     def _drop(self, request: Request, *, forget: bool) -> None:
@@ -272,7 +282,7 @@ class TorchSampler:
     def _run(self, works: list[Work], lanes: Lanes) -> list[Finished]:
         self._make_room(works)
         with torch.inference_mode():
-            hidden_TD = forward(self._model, self._cache, lanes, works)
+            hidden_TD = forward(self._model, self._cache, lanes, self._states, works)
             score_prompts(self._model, works, hidden_TD)
             for work in works:
                 self._advance(work.sample, work.rows)
@@ -323,6 +333,7 @@ class TorchSampler:
         for sample in waiting[:allowed]:
             sample.blocks = self._pool.allocate(0, leader.blocks)
             sample.digests, sample.computed = leader.digests.copy(), leader.computed
+            self._states.fork(leader.key, sample.key)
             self._running[sample.key] = sample
         for sample in waiting[allowed:]:
             self._enqueue(sample)
