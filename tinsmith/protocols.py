@@ -5,7 +5,7 @@ Any object with these methods serves: the modules in `training/` and `sampling/`
 are returned or raised as `TinsmithError` and leave every other request untouched.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -118,10 +118,13 @@ class Trainer(Protocol):
     def drop(self, model_id: str) -> None:
         """Forgets the model and frees its memory."""
 
-    def forward_backward(self, calls: Sequence[ModelCall]) -> list[TrainOutput | TinsmithError]:
+    def forward_backward(
+        self, calls: Sequence[ModelCall], pause: Callable[[], None] | None = None
+    ) -> list[TrainOutput | TinsmithError]:
         """Runs all calls, of any models, ranks and losses, together; one outcome per call, in order.
 
         Gradients add to the model's accumulated gradient unless `forward_only`. A failed call adds nothing.
+        `pause` is called between micro-batches, when the device is free for others.
         """
 
     def optim_step(self, model_id: str, params: AdamParams) -> dict[str, float]:

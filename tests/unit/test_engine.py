@@ -315,6 +315,25 @@ def test_a_checkpoint_restores_weights_and_optimizer_and_its_name_cannot_be_take
     np.testing.assert_allclose(bench.logprobs(twin), moved, atol=2e-6)
 
 
+def test_sampling_goes_on_between_the_micro_batches_of_another_tenants_long_request(bench: Bench) -> None:
+    model_id = bench.create("a")
+    bench.run()
+    sampler_id = bench.sampler("base", "base", None)
+    prompt = np.array([5, 6, 7], np.int32)
+    asked = SampleCall(prompt, seed=1, max_tokens=4, stop_at_eos=False)
+    sample = bench.submit(sampler_id, "sample", asked.to_bytes(), seq=0)
+    rows = [[4 + (row + place) % 90 for place in range(301)] for row in range(8)]  # 2,400 tokens: 8 micro-batches
+    long = bench.submit(model_id, "forward_backward", datums(*rows).to_bytes())
+    states = []
+    complete = bench.engine._ledger.complete
+    bench.engine._ledger.complete = lambda outcomes: (complete(outcomes), states.append(bench.find(long).state))
+    bench.engine.turn()
+    assert bench.find(sample).state == "done"
+    assert "running" in states, "the sample ended before the long request did"
+    bench.run()
+    assert bench.find(long).state == "done"
+
+
 def test_a_finished_session_frees_its_models(bench: Bench) -> None:
     model = bench.create("a")
     lesson(bench, model, range(2))

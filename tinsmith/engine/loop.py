@@ -25,6 +25,7 @@ from tinsmith.wire.packing import SampleCall, SampleOutput, TrainCall, TrainOutp
 
 if TYPE_CHECKING:
     from tinsmith.engine.operations import MakeCheckpoint
+    from tinsmith.store.bell import Bell
     from tinsmith.store.ledger import Ledger
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,8 @@ class Engine:
         self._lanes: dict[str, Lane] = {}
         self._served: dict[str, float] = {}
         self._sampling: dict[str, Header] = {}
+        self._bell: Bell | None = None
+        self._shared_at = time.monotonic()
         self._claimed_at = 0.0
         self._more_queued = False
         self._pruning = False
@@ -97,7 +100,7 @@ class Engine:
 
     def run(self, stop: threading.Event) -> None:
         """Serves until `stop` is set; then leaves every model's state on disk."""
-        bell = self._ledger.listen()
+        bell = self._bell = self._ledger.listen()
         self.take_over()
         capabilities = self._trainer.capabilities().to_dict()
         beating = threading.Thread(target=self._beat, args=(stop, capabilities), name="heartbeat", daemon=True)
@@ -137,9 +140,9 @@ class Engine:
             self._claim()
         self._close_gaps()
         work = self._plan()
-        began = time.monotonic()
+        self._shared_at = time.monotonic()
         self._train(work)
-        self._sample(time.monotonic() - began)
+        self._sample()
         self._keep_house()
         return bool(self._more_queued or self._pruning or work or self._sampler.load)
 
@@ -264,7 +267,7 @@ class Engine:
         if not calls:
             return {}
         try:
-            results = self._trainer.forward_backward(calls)
+            results = self._trainer.forward_backward(calls, self._let_others_in)
         except Exception as error:  # the trainer itself broke: nobody's gradient can be trusted
             log.exception("a batch of %d requests failed", len(calls))
             results = [TinsmithError(f"failed on the server: {type(error).__name__}: {error}") for _ in headers]
@@ -308,14 +311,24 @@ class Engine:
         self._sampler.submit(call)
         self._sampling[header.request_id] = header
 
-    def _sample(self, seconds: float) -> None:
-        """Steps the sampler at least once, and for as long as training has just had the device."""
-        until = time.monotonic() + seconds
+    def _let_others_in(self) -> None:
+        """Between two micro-batches: what has been asked for meanwhile is taken in, and sampling has its turn."""
+        if self._bell is not None and self._bell.wait(0.0):
+            self._claim()
+        self._sample()
+
+    def _sample(self) -> None:
+        """Steps the sampler at least once, and for as long as training has just had the device.
+
+        So either has half of the time while both have work, and a token waits for one micro-batch at most.
+        """
+        until = 2 * time.monotonic() - self._shared_at
         while self._sampler.load:
             finished = self._sampler.step()
             self._ledger.complete([_outcome(self._sampling.pop(end.request_id), end.output) for end in finished])
             if time.monotonic() >= until:
-                return
+                break
+        self._shared_at = time.monotonic()
 
     # House-keeping
 

@@ -8,7 +8,7 @@ Shapes: `T` rows of a packed micro-batch, `M` target entries, `D` hidden size.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -79,11 +79,16 @@ class TorchTrainer:
         """Forgets a model; an unknown one is forgotten already."""
         self._models.pop(model_id, None)
 
-    def forward_backward(self, calls: Sequence[ModelCall]) -> list[TrainOutput | TinsmithError]:
-        """Runs all calls together; one outcome per call, in order. A failed call adds nothing to any gradient."""
+    def forward_backward(
+        self, calls: Sequence[ModelCall], pause: Callable[[], None] | None = None
+    ) -> list[TrainOutput | TinsmithError]:
+        """Runs all calls together; one outcome per call, in order. A failed call adds nothing to any gradient.
+
+        `pause` is called after each micro-batch.
+        """
         started = [self._start(call) for call in calls]
         for group in _groups([run for run in started if isinstance(run, Run)]):
-            self._run(group)
+            self._run(group, pause)
         return [run.outcome() if isinstance(run, Run) else run for run in started]
 
     def optim_step(self, model_id: str, params: AdamParams) -> dict[str, float]:
@@ -144,35 +149,36 @@ class TorchTrainer:
             return error
         return Run(call.model_id, model, call.call)
 
-    def _run(self, group: Sequence[Run]) -> None:
+    def _run(self, group: Sequence[Run], pause: Callable[[], None] | None) -> None:
         """All passes of some calls; if one breaks, each call again, alone."""
-        reason = self._attempt(group)
+        reason = self._attempt(group, pause)
         if reason is None:
             return
         if len(group) == 1:
             group[0].break_off(reason)
             return
         for run in group:
-            self._run([run])
+            self._run([run], pause)
 
-    def _attempt(self, group: Sequence[Run]) -> str | None:
+    def _attempt(self, group: Sequence[Run], pause: Callable[[], None] | None) -> str | None:
         """Returns why a pass broke, with every gradient as it was before; None if none did."""
+        calls = [run.call for run in group]
         backups: list[GradientBackup] = []
-        try:
-            if not group[0].call.forward_only:
-                backups = [GradientBackup(model) for model in {run.model_id: run.model for run in group}.values()]
-            calls = [run.call for run in group]
-            for cuts in plan(calls, [run.model_id for run in group], self._budget):
+        if not group[0].call.forward_only:
+            backups = [GradientBackup(model) for model in {run.model_id: run.model for run in group}.values()]
+        for cuts in plan(calls, [run.model_id for run in group], self._budget):
+            try:
                 self._pass(group, pack(calls, cuts))
-            return None
-        except Exception as error:  # whatever it was, it must not reach the neighbours
-            log.exception("a pass of %d requests broke", len(group))
-            reason = f"{type(error).__name__}: {error}"
-        for backup in backups:
-            backup.restore()
-        for run in group:
-            run.restart()
-        return reason
+            except Exception as error:  # whatever it was, it must not reach the neighbours
+                log.exception("a pass of %d requests broke", len(group))
+                for backup in backups:
+                    backup.restore()
+                for run in group:
+                    run.restart()
+                return f"{type(error).__name__}: {error}"
+            if pause is not None:
+                pause()
+        return None
 
     def _pass(self, group: Sequence[Run], batch: MicroBatch) -> None:
         """Forward of one micro-batch, every call's own loss, and one backward for all that did not fail."""
