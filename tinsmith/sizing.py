@@ -11,7 +11,7 @@ import psutil
 KV_SHARE = 0.35  # of free memory
 TRAIN_SHARE = 0.25
 CPU_KV_TOKENS = 65536  # a CPU cannot use more at its speed
-CPU_TRAIN_TOKENS = 4096  # larger micro-batches gain nothing on a CPU
+CPU_TRAIN_TOKENS = 1024  # larger micro-batches gain nothing on a CPU, and a neighbour's token waits for one
 SMALL_MODEL = 50_000_000
 """Parameters below which one CPU thread is faster: waking a second one for each of a thousand short operations costs
 more than it saves (docs/log.md has the numbers)."""
