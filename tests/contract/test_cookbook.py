@@ -32,7 +32,7 @@ class Cookbook:
         """The metrics that the recipe logged, one entry a step."""
         log = self.folder / f"{log_path}.log"
         order = {
-            "module": f"tinker_cookbook.recipes.{recipe}",
+            "module": recipe if recipe.startswith("tests.") else f"tinker_cookbook.recipes.{recipe}",
             "arguments": [f"log_path={self.folder / log_path}", *arguments],
             "folder": str(self.folder),
             "log": str(log),
@@ -117,3 +117,14 @@ def test_dpo_widens_the_margin(cookbook: Cookbook) -> None:
     assert abs(margins[0]) < 0.01
     assert margins[-1] > 0.1
     assert column(metrics, "accuracy")[-1] == 1.0
+
+
+def test_off_policy_distillation_learns_the_teachers_likeliest_tokens(cookbook: Cookbook) -> None:
+    lesson = [MODEL, "batch_size=8", "learning_rate=1e-3", "max_steps=5", "lr_schedule=constant", "eval_every=0"]
+    cookbook.run("chat_sl.train", "teacher", *lesson, "behavior_if_log_dir_exists=delete")
+    teacher = json.loads((cookbook.folder / "teacher/checkpoints.jsonl").read_text().splitlines()[-1])
+    settings = [f"teacher={teacher['sampler_path']}", "steps=5"]
+    metrics = cookbook.run("tests.contract.distill_off_policy", "distilled", *settings)
+    losses = column(metrics, "train/loss:sum")
+    assert len(losses) == 5
+    assert losses[-1] < losses[0]
