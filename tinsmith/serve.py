@@ -242,10 +242,8 @@ def _token_budgets(settings: Settings, model: "BaseModel", max_running: int) -> 
     from tinsmith import sizing
 
     sizes = sizing.ModelSizes(
-        layers=model.num_layers,
         kv_numbers=model.cache_shape.numbers,
-        hidden=model.config.hidden_size,
-        intermediate=model.config.intermediate_size,
+        activation_bytes=model.activation_bytes,
         max_context=model.max_context,
         item_bytes=model.dtype.itemsize,
     )

@@ -27,10 +27,8 @@ _CGROUP_FILES = (
 class ModelSizes:
     """What decides about memory: counts, and bytes per number in the model's dtype."""
 
-    layers: int
     kv_numbers: int  # of one token, in all layers
-    hidden: int
-    intermediate: int
+    activation_bytes: int  # of one token, in a training forward pass that keeps everything for backward
     max_context: int
     item_bytes: int
 
@@ -38,12 +36,6 @@ class ModelSizes:
     def kv_bytes(self) -> int:
         """Of one token's keys and values."""
         return self.kv_numbers * self.item_bytes
-
-    @property
-    def activation_bytes(self) -> int:
-        """Of one token in a training forward pass that keeps everything for backward (about 16 hidden-size and 6
-        intermediate-size vectors per layer)."""
-        return self.layers * (16 * self.hidden + 6 * self.intermediate) * self.item_bytes
 
 
 def kv_cache_tokens(sizes: ModelSizes, free_bytes: int, max_running: int, *, on_cpu: bool) -> int:

@@ -304,3 +304,10 @@ def test_a_sink_takes_its_share_of_every_rows_attention(window: int | None) -> N
     expected_THd = (weights @ value).transpose(0, 1)
     torch.testing.assert_close(output_THd, expected_THd)
     torch.testing.assert_close(gradients, torch.autograd.grad(expected_THd, inputs, upstream_THd))
+
+
+def test_a_token_costs_the_activations_of_the_experts_that_it_passes_through(bases: Bases) -> None:
+    attention = 32 + 64 + 2 * (32 + 32) + 64 + 32
+    one_expert = 32 + 48 + 24 + 32
+    model = bases("qwen3-moe")
+    assert model.activation_bytes == 2 * 4 * 2 * (attention + 2 * one_expert)

@@ -6,7 +6,7 @@ import pytest
 
 from tinsmith.sizing import ModelSizes, free_host_memory, kv_cache_tokens, train_tokens
 
-SIZES = ModelSizes(layers=4, kv_numbers=512, hidden=128, intermediate=384, max_context=2048, item_bytes=4)
+SIZES = ModelSizes(kv_numbers=512, activation_bytes=70000, max_context=2048, item_bytes=4)
 GIB = 2**30
 
 

@@ -46,8 +46,8 @@ SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linear layers of one parent that are applied to the same input, and so can be one product."""
 
 _PROBE_LENGTHS = (11, 6)
-_PROBE_TOLERANCE = {torch.float32: 2e-3}
-_PROBE_TOLERANCE_LOW_PRECISION = 0.25
+_PROBE_TOLERANCE = 2e-3  # of every logprob, in fp32
+_PROBE_TOLERANCE_LOW_PRECISION = 0.15  # on average: a router's choice between equals turns on the last bit
 
 
 class BaseModel:
@@ -83,6 +83,8 @@ class BaseModel:
             if frozen := freeze_norm(child):
                 module.set_submodule(path, frozen)
         self.cache_shape = _observe_cache_shape(self)
+        self.activation_bytes: int = 2 * _numbers_per_token(config, targets[:-1]) * self.dtype.itemsize
+        """Of one token: a generous estimate of what backward keeps, the inputs of every matrix product twice."""
 
     def _adapt(self, indices: tuple[int, ...]) -> LinearGroup:
         """Replaces the linear layers with these indices, which read the same input."""
@@ -219,6 +221,13 @@ def _adapter_layout(targets: Sequence[Target], groups: Sequence[tuple[int, ...]]
     return AdapterLayout(names, shapes, linears, transposed)
 
 
+def _numbers_per_token(config: Any, targets: Sequence[Target]) -> int:
+    """What goes in and comes out of all linear layers; a token passes through few of the experts."""
+    plain = sum(target.inputs + target.outputs for target in targets if not target.experts)
+    fused = sum(target.inputs + target.outputs for target in targets if target.experts)
+    return plain + fused * (config.num_experts_per_tok if fused else 0)
+
+
 def _expert_layers(targets: Sequence[Target]) -> dict[str, tuple[int, ...]]:
     """The indices of the fused layers that belong to each module of experts, by its path."""
     layers: dict[str, tuple[int, ...]] = {}
@@ -276,8 +285,10 @@ def _check_same_results(model: BaseModel, prompts: Sequence[Tensor], expected_M:
     hidden_TD = model.hidden(tokens_T, positions_T, segments, PackedAttention([0, *ends]))
     rows = torch.tensor(rows_M, device=model.device)
     ours_M = target_logprobs(model, hidden_TD, segments, rows, tokens_T[rows + 1])
-    difference = (ours_M - expected_M).abs().max().item()
-    allowed = _PROBE_TOLERANCE.get(model.dtype, _PROBE_TOLERANCE_LOW_PRECISION)
+    differences_M = (ours_M - expected_M).abs()
+    exact = model.dtype == torch.float32
+    difference = (differences_M.max() if exact else differences_M.mean()).item()
+    allowed = _PROBE_TOLERANCE if exact else _PROBE_TOLERANCE_LOW_PRECISION
     if not difference <= allowed:
         raise ConfigError(
             f"{model.architecture} computes something that Tinsmith does not know of: logprobs differ by "

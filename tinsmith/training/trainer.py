@@ -51,7 +51,7 @@ class TorchTrainer:
         self._max_rank = max_rank
         self._models: dict[str, Trainable] = {}
         if gradient_checkpointing == "auto":
-            gradient_checkpointing = _activation_bytes(model, micro_batch_tokens) > _free_bytes(model.device) / 3
+            gradient_checkpointing = micro_batch_tokens * model.activation_bytes > _free_bytes(model.device) / 3
         model.checkpoint_gradients(gradient_checkpointing)
 
     def capabilities(self) -> Capabilities:
@@ -244,12 +244,6 @@ def _losses(runs: Sequence[Run], batch: MicroBatch, segments: Sequence[Segment],
         else:
             upstream_M[entries] = gradient
     return upstream_M
-
-
-def _activation_bytes(model: BaseModel, tokens: int) -> int:
-    """A generous estimate of what backward keeps: about the inputs of every matrix product, twice."""
-    linear_inputs = sum(target.inputs + target.outputs for target in model.targets[:-1])
-    return 2 * tokens * linear_inputs * model.dtype.itemsize
 
 
 def _free_bytes(device: torch.device) -> int:
