@@ -42,6 +42,9 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine; 0: every core.")] = None,
+    deterministic: Annotated[
+        bool | None, typer.Option("--deterministic", help="Training gives the same bits alone and in company.")
+    ] = None,
     max_context: Annotated[int | None, typer.Option(help="Tokens; 0: what the model was made for.")] = None,
     kv_cache_tokens: Annotated[int | None, typer.Option(help="Sampling cache; 0: from free memory.")] = None,
     train_tokens: Annotated[int | None, typer.Option(help="Training micro-batch; 0: from free memory.")] = None,

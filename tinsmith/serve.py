@@ -38,6 +38,7 @@ API_GRACE = 5.0  # seconds to answer what is under way
 ENGINE_GRACE = 60.0  # seconds to finish a slice of work and write what it must
 KEEP_ALIVE = 120  # seconds; longer than clients keep idle connections, so that they never meet a closed one
 CPU_RUNNING, DEVICE_RUNNING = 64, 256  # sequences sampled at once
+DETERMINISTIC_TRAIN_TOKENS = {"cpu": 1024, "cuda": 8192}  # of a micro-batch, however much memory is free
 _WEIGHT_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
@@ -156,6 +157,8 @@ def load_backend(settings: Settings, report: Callable[[str], None]) -> "tuple[Tr
 
     disable_progress_bar()  # type: ignore[no-untyped-call]  # `report` says how loading goes
     device, dtype = choose_device(settings.device, settings.dtype)
+    if settings.deterministic:
+        _choose_deterministic_algorithms()
     folder = model_folder(settings, report)
     model = load_base(folder, dtype=dtype, device=device, on_progress=report)
     if settings.threads or model.parameters < sizing.SMALL_MODEL:
@@ -170,6 +173,7 @@ def load_backend(settings: Settings, report: Callable[[str], None]) -> "tuple[Tr
         micro_batch_tokens=train_tokens,
         max_adapters=settings.max_lora_adapters,
         max_rank=settings.max_lora_rank,
+        deterministic=settings.deterministic,
     )
     sampler = TorchSampler(model, tokenizer, kv_tokens=kv_tokens, max_running=running)
     logger.info(
@@ -229,6 +233,16 @@ def _download(name: str, report: Callable[[str], None]) -> Path:
         raise ConfigError(f"{name!r} is no folder here, and could not be fetched from the hub: {reason}") from error
 
 
+def _choose_deterministic_algorithms() -> None:
+    """Torch's own switch; what has no deterministic algorithm on this device then says so in the log."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it with the first product
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # filling costs time, and shows only reads of garbage
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def _limit_context(model: "BaseModel", wanted: int) -> None:
     if wanted > model.max_context:
         raise ConfigError(f"max_context is {wanted}, but the model was made for {model.max_context} tokens at most")
@@ -249,9 +263,10 @@ def _token_budgets(settings: Settings, model: "BaseModel", max_running: int) -> 
     )
     on_cpu = model.device.type == "cpu"
     free = sizing.free_host_memory() if on_cpu else torch.cuda.mem_get_info(model.device)[0]
+    fixed = DETERMINISTIC_TRAIN_TOKENS[model.device.type] if settings.deterministic else 0
     return (
         settings.kv_cache_tokens or sizing.kv_cache_tokens(sizes, free, max_running, on_cpu=on_cpu),
-        settings.train_tokens or sizing.train_tokens(sizes, free, on_cpu=on_cpu),
+        settings.train_tokens or fixed or sizing.train_tokens(sizes, free, on_cpu=on_cpu),
     )
 
 

@@ -117,8 +117,19 @@ WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
 """Sizes at which a matrix product of few rows rounds differently from one of many."""
 
 
+BROAD = {"hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 1}
+"""Sizes at which products of hundreds of rows round differently, with two threads those of dozens."""
+
+
 def wide() -> PreTrainedModel:
     return Qwen3ForCausalLM(Qwen3Config(**(SIZES | WIDE), head_dim=32, tie_word_embeddings=True))
+
+
+def broad() -> PreTrainedModel:
+    return Qwen3ForCausalLM(Qwen3Config(**(SIZES | BROAD), head_dim=32, tie_word_embeddings=True))
+
+
+SIZED = {"wide": wide, "broad": broad}
 
 
 def randomize(module: PreTrainedModel, seed: int) -> None:
@@ -142,7 +153,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         path = root / family
         if not path.exists():
             torch.manual_seed(0)
-            module = wide() if family == "wide" else FAMILIES[family]()
+            module = (SIZED | FAMILIES)[family]()
             randomize(module, seed=len(family))
             module.save_pretrained(path)
         return path

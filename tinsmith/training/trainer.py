@@ -34,7 +34,11 @@ log = logging.getLogger(__name__)
 
 
 class TorchTrainer:
-    """Trains on one device. `micro_batch_tokens` bounds the rows of one pass; a longer datum passes alone."""
+    """Trains on one device. `micro_batch_tokens` bounds the rows of one pass; a longer datum passes alone.
+
+    If `deterministic`, every call runs in passes of its own: products of other shapes round differently (by about
+    1e-7), so only then are a call's bits a matter of that call, its model, `micro_batch_tokens` and the machine.
+    """
 
     def __init__(
         self,
@@ -44,11 +48,13 @@ class TorchTrainer:
         max_adapters: int,
         max_rank: int,
         gradient_checkpointing: bool | Literal["auto"] = "auto",
+        deterministic: bool = False,
     ) -> None:
         self._model = model
         self._budget = micro_batch_tokens
         self._max_adapters = max_adapters
         self._max_rank = max_rank
+        self._deterministic = deterministic
         self._models: dict[str, Trainable] = {}
         if gradient_checkpointing == "auto":
             gradient_checkpointing = micro_batch_tokens * model.activation_bytes > _free_bytes(model.device) / 3
@@ -87,7 +93,8 @@ class TorchTrainer:
         `pause` is called after each micro-batch.
         """
         started = [self._start(call) for call in calls]
-        for group in _groups([run for run in started if isinstance(run, Run)]):
+        runs = [run for run in started if isinstance(run, Run)]
+        for group in ([run] for run in runs) if self._deterministic else _groups(runs):
             self._run(group, pause)
         return [run.outcome() if isinstance(run, Run) else run for run in started]
 
@@ -164,10 +171,9 @@ class TorchTrainer:
         """Returns why a pass broke, with every gradient as it was before; None if none did."""
         calls = [run.call for run in group]
         backups: list[GradientBackup] = []
-        if not group[0].call.forward_only:
-            backups = [GradientBackup(model) for model in {run.model_id: run.model for run in group}.values()]
         for cuts in plan(calls, [run.model_id for run in group], self._budget):
             try:
+                backups = backups or _back_up(group)
                 self._pass(group, pack(calls, cuts))
             except Exception as error:  # whatever it was, it must not reach the neighbours
                 log.exception("a pass of %d requests broke", len(group))
@@ -217,6 +223,11 @@ def _groups(runs: Sequence[Run]) -> Iterator[list[Run]]:
         if adapters:
             yield adapters
         yield from ([run] for run in shared if not isinstance(run.model.weights, Adapter))
+
+
+def _back_up(group: Sequence[Run]) -> list[GradientBackup]:
+    """The gradients to which the calls will add."""
+    return [GradientBackup(model) for model in {r.model_id: r.model for r in group if not r.call.forward_only}.values()]
 
 
 def _segments(runs: Sequence[Run], batch: MicroBatch) -> list[Segment]:
