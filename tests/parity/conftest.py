@@ -22,6 +22,8 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -94,6 +96,13 @@ DELTA = {
 """One layer with a recurrent state, one with gated attention. A delta net's output is normalised, however small it is:
 with the usual epsilon, fp32 leaves 1e-4 of difference between one way to add up and another."""
 
+SHARED_EXPERT = {
+    "moe_intermediate_size": 24,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "shared_expert_intermediate_size": 20,
+}
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3-tied": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True)),
     "qwen3-untied": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=False)),
@@ -109,6 +118,10 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "deepseek-mla": lambda: DeepseekV3ForCausalLM(DeepseekV3Config(**(SIZES | LATENT))),
     "deepseek-moe": lambda: DeepseekV3ForCausalLM(DeepseekV3Config(**(SIZES | DEEPSEEK_MOE))),
     "qwen3-next": lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**SIZES, **DELTA, mlp_only_layers=[0, 1])),
+    "qwen3-next-moe": lambda: Qwen3NextForCausalLM(
+        Qwen3NextConfig(**SIZES, **DELTA, **SHARED_EXPERT, mlp_only_layers=[1])
+    ),
+    "qwen3.5-moe": lambda: Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**SIZES, **DELTA, **SHARED_EXPERT)),
     "qwen3.5": lambda: Qwen3_5ForCausalLM(Qwen3_5TextConfig(**SIZES, **DELTA)),
     "phi3-fused": lambda: Phi3ForCausalLM(Phi3Config(**SIZES, pad_token_id=0, tie_word_embeddings=False)),
 }

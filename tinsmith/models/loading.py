@@ -249,7 +249,7 @@ def load_base(
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load a causal language model from {str(folder)!r}: {error}") from error
-    module = module.to(device).eval().requires_grad_(False)
+    module = _text_part(module).to(device).eval().requires_grad_(False)
     if not isinstance(getattr(getattr(module, "model", None), "layers", None), nn.ModuleList):
         raise ConfigError(f"{type(module).__name__} has no list of decoder layers at model.layers")
     targets = find_targets(module)
@@ -261,6 +261,18 @@ def load_base(
     _check_same_results(model, prompts, torch.cat(expected))
     on_progress(f"loaded {model.architecture}, {model.parameters / 1e6:,.1f} M parameters")
     return model
+
+
+def _text_part(module: Any) -> Any:
+    """The causal language model inside one that also sees pictures; any other module as it is."""
+    inner = getattr(getattr(module, "model", None), "language_model", None)
+    if inner is None:
+        return module
+    with torch.device("meta"):
+        text: Any = AutoModelForCausalLM.from_config(module.config.get_text_config())
+    text.model, text.generation_config = inner, module.generation_config
+    text.set_output_embeddings(module.get_output_embeddings())
+    return text
 
 
 def _probe_prompts(vocab_size: int, device: torch.device) -> list[Tensor]:
