@@ -14,8 +14,12 @@ from tinsmith.models.lora import Segment
 ROWS = 45
 
 
-def segments_of(model: BaseModel) -> list[Segment]:
-    adapters = [model.new_adapter(SPECS[name]) for name in ("all", "attention", "unembedding")]
+TRAINED, FROZEN = ("all", "attention", "unembedding"), ("attention", "attention", "attention")
+"""Adapters of which some change the head, or none."""
+
+
+def segments_of(model: BaseModel, kinds: tuple[str, ...] = TRAINED) -> list[Segment]:
+    adapters = [model.new_adapter(SPECS[name]) for name in kinds]
     for adapter in adapters:
         warm(adapter)
         adapter.require_grad()
@@ -39,13 +43,18 @@ def plain_logits(model: BaseModel, hidden_TD: torch.Tensor, segments: list[Segme
 
 @pytest.mark.parametrize("rows_per_chunk", [8, 11, 1000])
 @pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("kinds", [TRAINED, FROZEN], ids=["trained", "frozen"])
 def test_target_logprobs_and_all_gradients_equal_log_softmax(
-    rows_per_chunk: int, several: bool, bases: Callable[[str], BaseModel], monkeypatch: pytest.MonkeyPatch
+    rows_per_chunk: int,
+    several: bool,
+    kinds: tuple[str, ...],
+    bases: Callable[[str], BaseModel],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = bases("qwen3-untied")
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", rows_per_chunk * model.vocab_size)
     torch.manual_seed(0)
-    segments = segments_of(model)
+    segments = segments_of(model, kinds)
     hidden_TD = torch.randn(ROWS, 32, requires_grad=True)
     rows_M = torch.arange(2, ROWS).repeat_interleave(3)[4:] if several else torch.arange(ROWS)
     targets_M = torch.randint(model.vocab_size, (len(rows_M),))
@@ -57,10 +66,40 @@ def test_target_logprobs_and_all_gradients_equal_log_softmax(
     torch.testing.assert_close(logprobs_M, expected_M, atol=1e-5, rtol=1e-5)
     expected_M.backward(upstream_M)
     torch.testing.assert_close(gradient, hidden_TD.grad, atol=1e-5, rtol=1e-5)
-    for segment in (segments[0], segments[2]):
+    for segment in (segment for segment in segments if hasattr(segment.adapter, "leaves")):
         pairs = zip(segment.adapter.grad_pairs[model.head_linear], segment.adapter.leaves, strict=True)
         for total, leaf in pairs:
             torch.testing.assert_close(total, leaf.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kinds", [TRAINED, FROZEN], ids=["trained", "frozen"])
+def test_a_rows_bits_do_not_depend_on_how_many_targets_other_rows_have(
+    kinds: tuple[str, ...], bases: Callable[[str], BaseModel]
+) -> None:
+    model = bases("qwen3-untied")
+    torch.manual_seed(0)
+    hidden_TD, targets_T = torch.randn(ROWS, 32), torch.randint(model.vocab_size, (ROWS,))
+    upstream_T = torch.randn(ROWS)
+    counts = torch.ones(ROWS, dtype=torch.int64)
+    counts[20:] = 3
+    rows_M = torch.arange(ROWS).repeat_interleave(counts)
+    gradients = []
+    for rows in (None, rows_M):
+        segments, leaf_TD = segments_of(model, kinds), hidden_TD.clone().requires_grad_()
+        chosen = torch.arange(ROWS) if rows is None else rows
+        logprobs_M = head.target_logprobs(model, leaf_TD, segments, rows, targets_T[chosen])
+        logprobs_M.backward(upstream_T[chosen])
+        of_adapter = [grad for pair in segments[0].adapter.grad_pairs if pair is not None for grad in pair]
+        gradients.append([leaf_TD.grad[:20], *of_adapter])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_without_autograd_no_gradient_is_prepared(bases: Callable[[str], BaseModel]) -> None:
+    model = bases("qwen3-untied")
+    hidden_TD = torch.randn(ROWS, 32, requires_grad=True)
+    with torch.no_grad():
+        logprobs_T = head.target_logprobs(model, hidden_TD, segments_of(model, FROZEN), None, torch.arange(ROWS))
+    assert not logprobs_T.requires_grad
 
 
 def test_a_chunk_never_holds_more_logits_than_allowed(

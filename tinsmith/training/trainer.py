@@ -8,6 +8,7 @@ Shapes: `T` rows of a packed micro-batch, `M` target entries, `D` hidden size.
 """
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -216,13 +217,19 @@ class TorchTrainer:
 
 
 def _groups(runs: Sequence[Run]) -> Iterator[list[Run]]:
-    """Calls that can share passes: adapters that train, adapters that only run forward, each full model's call."""
-    for forward_only in (False, True):
-        shared = [run for run in runs if run.call.forward_only == forward_only]
-        adapters = [run for run in shared if isinstance(run.model.weights, Adapter)]
-        if adapters:
-            yield adapters
-        yield from ([run] for run in shared if not isinstance(run.model.weights, Adapter))
+    """Calls that can share passes: those of adapters, each full model's call.
+
+    Calls that train do not run with those that only run forward, nor adapters of the head with others: what is
+    trained in the head decides how its gradients are computed.
+    """
+    shared: dict[tuple[bool, bool], list[Run]] = defaultdict(list)
+    for run in runs:
+        weights = run.model.weights
+        if isinstance(weights, Adapter):
+            shared[run.call.forward_only, weights.spec.train_unembed].append(run)
+        else:
+            yield [run]
+    yield from shared.values()
 
 
 def _back_up(group: Sequence[Run]) -> list[GradientBackup]:
