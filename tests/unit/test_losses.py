@@ -152,3 +152,22 @@ def test_clipped_tokens_are_counted(loss: str, clipped: int) -> None:
     _, metrics = LOSS_FUNCTIONS[loss](case(loss, clip_high_threshold=1.2, **low))
     assert metrics["clipped_tokens:sum"] == clipped
     assert metrics["tokens:sum"] == 8
+
+
+@pytest.mark.parametrize("loss", ["ppo", "cispo", "gspo", "stable_reinforce"])
+@pytest.mark.parametrize("advantage", [1.5, -1.5])
+@pytest.mark.parametrize("bound", ["clip_low_threshold", "clip_high_threshold"])
+def test_a_ratio_exactly_at_a_bound_is_not_clipped_yet(loss: str, advantage: float, bound: str) -> None:
+    """The ratio is 1 to the bit, and so is the bound: the gradient is that of the ratio, the formula's limit."""
+    config = LOSSES[loss].config | ({bound: 1.0} if bound in LOSSES[loss].config else {})
+    inputs = {
+        "logprobs": torch.full((3,), -2.0),
+        "advantages": torch.full((3,), advantage),
+        "sequence_ratio_mask": torch.ones(3),
+    }
+    lp = torch.full((3,), -2.0, requires_grad=True)
+    chosen = {name: inputs[name] for name in LOSSES[loss].inputs}
+    value, metrics = LOSS_FUNCTIONS[loss](LossCase(lp, chosen, config, torch.zeros(3, dtype=torch.int64)))
+    [gradient] = torch.autograd.grad(value, lp)
+    assert gradient.tolist() == [-advantage] * 3
+    assert metrics["clipped_tokens:sum"] == 0
