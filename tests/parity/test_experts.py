@@ -31,6 +31,7 @@ from tests.parity.reference import SPECS, as_call, random_datum, warm
 from tests.parity.sampling_lab import lora, new_sampler, prompt, run, sample
 from tinsmith.models.attention import PackedAttention
 from tinsmith.models.experts import MultiAdapterExperts
+from tinsmith.models.full import FullModel
 from tinsmith.models.loading import BaseModel, load_base
 from tinsmith.models.lora import Segment
 from tinsmith.models.weights import LoraWeights, load_weights, save_weights
@@ -217,6 +218,14 @@ def test_transformers_loads_a_saved_full_model(family: str, new_trainer: NewTrai
     other.load("n", tmp_path, optimizer=True)
     [again] = other.forward_backward([ModelCall("n", as_call([datum], forward_only=True))])
     np.testing.assert_array_equal(again.logprobs_M, ours.logprobs_M)
+
+
+def test_a_full_models_experts_lie_where_a_gpu_can_read_them(bases: Bases) -> None:
+    model = FullModel(FULL, bases("gpt-oss").full_copy(trainable=True))
+    for name, parameter in model.module.named_parameters():
+        if parameter.ndim == 3:
+            offset = (parameter.data_ptr() - model.compute.data_ptr()) // parameter.itemsize
+            assert offset % 8 == 0, name
 
 
 def test_a_full_models_buffers_are_saved_and_loaded(new_trainer: NewTrainer, tmp_path: Path) -> None:

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from tinsmith.models.flat import FlatWeights, Layout
 from tinsmith.protocols import ModelSpec
 
+_ALIGNMENT = 8  # numbers: 16 bytes in the narrowest dtype
+
 
 class FullModel(FlatWeights):
     """A tenant's own module, whose parameters are views of `compute`; tied parameters exist once."""
 
     def __init__(self, spec: ModelSpec, module: nn.Module) -> None:
-        parameters = dict(module.named_parameters())
+        # Those of odd sizes last, so that the others lie where a GPU's grouped products can read them.
+        parameters = dict(sorted(module.named_parameters(), key=lambda named: named[1].numel() % _ALIGNMENT != 0))
         layout = Layout(list(parameters), [tuple(parameter.shape) for parameter in parameters.values()])
         dtype = next(iter(parameters.values())).dtype
         flat = torch.cat([parameter.detach().reshape(-1) for parameter in parameters.values()])
