@@ -4,7 +4,7 @@ Sizes, names, shapes and ranks are checked on reading; what does not fit is refu
 """
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from tinsmith.models.families import EXPERT_PARAMETERS
 from tinsmith.models.flat import Layout
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import Adapter
+from tinsmith.models.peft_format import check_adapter_config, module_of, our_name, trained_modules
 from tinsmith.protocols import ModelSpec
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -62,7 +63,7 @@ def load_weights(model: BaseModel, folder: Path) -> LoraWeights | FullWeights:
     if (folder / ADAPTER_CONFIG).exists():
         spec = adapter_spec(folder)
         layout = model.layout(spec)
-        flat = read_flat(folder / ADAPTER_FILE, layout).to(model.device)
+        flat = read_adapter(folder, layout).to(model.device)
         return LoraWeights(Adapter(spec, layout, flat, model.dtype), model.folder)
     module = model.full_copy(trainable=False)
     parameters = dict(module.named_parameters())
@@ -146,20 +147,41 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def adapter_spec(folder: Path) -> ModelSpec:
-    """Rank, alpha and targets of an adapter folder. The seed is not known any more, and is 0."""
+    """Rank, alpha and targets of an adapter folder. The seed is not known any more, and is 0. Raises UserError."""
     config = _read_json(folder / ADAPTER_CONFIG)
+    check_adapter_config(config, ADAPTER_CONFIG)
     with _open(folder / ADAPTER_FILE) as file:
-        names = list(file.keys())
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise UserError(f"{ADAPTER_CONFIG}: r and lora_alpha must be positive numbers, not {rank!r} and {alpha!r}")
-    spec = ModelSpec(rank=rank, seed=0, alpha=float(alpha))
+        names = list(_stored_names(file))
+    spec = ModelSpec(rank=config["r"], seed=0, alpha=float(config["lora_alpha"]))
     return replace(
         spec,
         train_attn=any(".self_attn." in name or ".linear_attn." in name for name in names),
         train_mlp=any(".mlp." in name for name in names),
         train_unembed=any(".unembed_tokens." in name for name in names),
     )
+
+
+def read_adapter(folder: Path, layout: Layout) -> Tensor:
+    """Flat fp32 CPU weights of an adapter folder, written by `save_adapter` or by PEFT. Raises UserError.
+
+    An adapter of fewer modules than the layout's is zero in the others: it computes, and trains, as if they had none.
+    """
+    path = folder / ADAPTER_FILE
+    modules = trained_modules(_read_json(folder / ADAPTER_CONFIG))
+    flat = torch.zeros(layout.total)
+    with _open(path) as file:
+        stored = _stored_names(file)
+        wanted = {name for name in layout.names if name in stored or modules is None or module_of(name) in modules}
+        _check_names(path, wanted, stored.keys())
+        for name, view in layout.named_views(flat).items():
+            if name in stored:
+                _copy(path, file, stored[name], view)
+    return flat
+
+
+def _stored_names(file: Any) -> dict[str, str]:
+    """The names in an adapter file by those of our layouts."""
+    return {ours: name for name in file.keys() if (ours := our_name(name)) is not None}  # noqa: SIM118
 
 
 def read_flat(path: Path, layout: Layout, *, prefix: str = "", others: Collection[str] = ()) -> Tensor:
@@ -170,18 +192,23 @@ def read_flat(path: Path, layout: Layout, *, prefix: str = "", others: Collectio
     flat = torch.empty(layout.total)
     with _open(path) as file:
         found = {name for name in file.keys() if name.startswith(prefix)} - set(others)  # noqa: SIM118
-        wanted = {prefix + name for name in layout.names}
-        if found != wanted:
-            missing, surplus = sorted(wanted - found), sorted(found - wanted)
-            raise UserError(f"{path.name} does not fit this model: missing {missing[:3]}, not expected {surplus[:3]}")
+        _check_names(path, {prefix + name for name in layout.names}, found)
         for name, view in layout.named_views(flat).items():
-            tensor = file.get_tensor(prefix + name)
-            if tensor.shape != view.shape:
-                raise UserError(
-                    f"{path.name}: {prefix + name} has shape {list(tensor.shape)}, this model has {list(view.shape)}"
-                )
-            view.copy_(tensor)
+            _copy(path, file, prefix + name, view)
     return flat
+
+
+def _check_names(path: Path, wanted: Set[str], found: Set[str]) -> None:
+    if found != wanted:
+        missing, surplus = sorted(wanted - found), sorted(found - wanted)
+        raise UserError(f"{path.name} does not fit this model: missing {missing[:3]}, not expected {surplus[:3]}")
+
+
+def _copy(path: Path, file: Any, name: str, view: Tensor) -> None:
+    tensor = file.get_tensor(name)
+    if tensor.shape != view.shape:
+        raise UserError(f"{path.name}: {name} has shape {list(tensor.shape)}, this model has {list(view.shape)}")
+    view.copy_(tensor)
 
 
 def read_tensor(path: Path, name: str) -> Tensor:

@@ -16,9 +16,9 @@ from tinsmith.models.full import FullModel
 from tinsmith.models.lora import Adapter
 from tinsmith.models.weights import (
     ADAPTER_CONFIG,
-    ADAPTER_FILE,
     MODEL_FILE,
     adapter_spec,
+    read_adapter,
     read_buffers,
     read_flat,
     read_tensor,
@@ -78,7 +78,7 @@ def _read_weights(model: Trainable, folder: Path) -> tuple[Tensor, dict[str, Ten
         saved = replace(adapter_spec(folder), seed=own.seed, optimizer=own.optimizer)
         if saved != own:
             raise UserError(f"the checkpoint's adapter does not fit this model: {saved} is not {own}")
-        return read_flat(folder / ADAPTER_FILE, weights.layout), {}
+        return read_adapter(folder, weights.layout), {}
     buffers = read_buffers(folder / MODEL_FILE, weights.module)
     return read_flat(folder / MODEL_FILE, weights.layout, others=buffers), buffers
 
