@@ -166,8 +166,7 @@ def load_backend(settings: Settings, report: Callable[[str], None]) -> "tuple[Tr
     _limit_context(model, settings.max_context)
     report("making room for the cache")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    running = CPU_RUNNING if device.type == "cpu" else DEVICE_RUNNING
-    kv_tokens, train_tokens = _token_budgets(settings, model, running)
+    running, kv_tokens, train_tokens = _budgets(settings, model)
     trainer = TorchTrainer(
         model,
         micro_batch_tokens=train_tokens,
@@ -249,8 +248,8 @@ def _limit_context(model: "BaseModel", wanted: int) -> None:
     model.max_context = wanted or model.max_context
 
 
-def _token_budgets(settings: Settings, model: "BaseModel", max_running: int) -> tuple[int, int]:
-    """(cache tokens, training tokens at a time), as set or from free memory."""
+def _budgets(settings: Settings, model: "BaseModel") -> tuple[int, int, int]:
+    """(sequences sampled at once, cache tokens, training tokens at a time), as set or from free memory."""
     import torch
 
     from tinsmith import sizing
@@ -263,9 +262,12 @@ def _token_budgets(settings: Settings, model: "BaseModel", max_running: int) -> 
     )
     on_cpu = model.device.type == "cpu"
     free = sizing.free_host_memory() if on_cpu else torch.cuda.mem_get_info(model.device)[0]
+    most = CPU_RUNNING if on_cpu else DEVICE_RUNNING
+    running = sizing.running_sequences(model.state_bytes, free, most)
     fixed = DETERMINISTIC_TRAIN_TOKENS[model.device.type] if settings.deterministic else 0
     return (
-        settings.kv_cache_tokens or sizing.kv_cache_tokens(sizes, free, max_running, on_cpu=on_cpu),
+        running,
+        settings.kv_cache_tokens or sizing.kv_cache_tokens(sizes, free, running, on_cpu=on_cpu),
         settings.train_tokens or fixed or sizing.train_tokens(sizes, free, on_cpu=on_cpu),
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 
 KV_SHARE = 0.35  # of free memory
+STATE_SHARE = 0.1
 TRAIN_SHARE = 0.25
 CPU_KV_TOKENS = 65536  # a CPU cannot use more at its speed
 CPU_TRAIN_TOKENS = 1024  # larger micro-batches gain nothing on a CPU, and a neighbour's token waits for one
@@ -36,6 +37,14 @@ class ModelSizes:
     def kv_bytes(self) -> int:
         """Of one token's keys and values."""
         return self.kv_numbers * self.item_bytes
+
+
+def running_sequences(state_bytes: int, free_bytes: int, most: int) -> int:
+    """How many sequences, at most `most`, may be sampled at once; at least one.
+
+    Each has a recurrent state of so many bytes, which lies in memory twice while the batch changes.
+    """
+    return most if not state_bytes else max(1, min(most, int(free_bytes * STATE_SHARE) // (2 * state_bytes)))
 
 
 def kv_cache_tokens(sizes: ModelSizes, free_bytes: int, max_running: int, *, on_cpu: bool) -> int:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tinsmith.sizing import ModelSizes, free_host_memory, kv_cache_tokens, train_tokens
+from tinsmith.sizing import ModelSizes, free_host_memory, kv_cache_tokens, running_sequences, train_tokens
 
 SIZES = ModelSizes(kv_numbers=512, activation_bytes=70000, max_context=2048, item_bytes=4)
 GIB = 2**30
@@ -24,6 +24,13 @@ def test_the_cache_and_a_micro_batch_stay_within_their_shares() -> None:
     assert kv_cache_tokens(SIZES, free, 64, on_cpu=False) * SIZES.kv_bytes <= 0.35 * free
     assert train_tokens(SIZES, free, on_cpu=False) * SIZES.activation_bytes <= 0.25 * free
     assert train_tokens(SIZES, 0, on_cpu=False) == 256
+
+
+def test_sequences_with_a_state_are_as_many_as_fit() -> None:
+    assert running_sequences(0, 0, 64) == 64
+    assert running_sequences(GIB // 1024, GIB, 64) == 51
+    assert running_sequences(GIB // 1024, 100 * GIB, 64) == 64
+    assert running_sequences(GIB, 0, 64) == 1
 
 
 def test_a_containers_limit_counts_but_its_page_cache_does_not(tmp_path: Path) -> None:

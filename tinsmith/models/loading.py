@@ -25,7 +25,7 @@ from tinsmith.models.attention import (
     PackedAttention,
     ShapeRecorder,
 )
-from tinsmith.models.delta_nets import is_delta_net, run_by_sequence
+from tinsmith.models.delta_nets import activation_bytes, is_delta_net, run_by_sequence
 from tinsmith.models.experts import MultiAdapterExperts
 from tinsmith.models.families import Target, find_targets
 from tinsmith.models.grouped import GroupedAdapters, can_group
@@ -70,8 +70,8 @@ class BaseModel:
         self._current = CurrentPass()
         self._layouts: dict[tuple[int, bool, bool, bool], AdapterLayout] = {}
         delta_nets = [child for child in module.modules() if is_delta_net(child)]
-        for layer in delta_nets:
-            run_by_sequence(layer, self._current)
+        self.state_bytes = sum(run_by_sequence(layer, self._current) for layer in delta_nets)
+        """Of one sequence that is being sampled, beside its keys and values."""
         self.is_recurrent = bool(delta_nets)
         self._groups = _groups(module, targets[:-1])
         for path, indices in _expert_layers(targets).items():
@@ -84,6 +84,7 @@ class BaseModel:
                 module.set_submodule(path, frozen)
         self.cache_shape = _observe_cache_shape(self)
         self.activation_bytes: int = 2 * _numbers_per_token(config, targets[:-1]) * self.dtype.itemsize
+        self.activation_bytes += sum(activation_bytes(layer) for layer in delta_nets)
         """Of one token: a generous estimate of what backward keeps, the inputs of every matrix product twice."""
 
     def _adapt(self, indices: tuple[int, ...]) -> LinearGroup:

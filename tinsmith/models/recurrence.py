@@ -28,6 +28,10 @@ class RecurrentStates:
         self.convolution: dict[int, Tensor] = {}  # [N, C, K]
         self.recurrence: dict[int, Tensor] = {}  # [N, heads, key dimension, value dimension]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(state.nbytes for states in (self.convolution, self.recurrence) for state in states.values())
+
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         return self.convolution.get(layer_idx)
 
