@@ -1,22 +1,28 @@
 """Saved models: the file layout, exact continuation, and refusal of what does not fit."""
 
 import json
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.parity.reference import SPECS, as_call, logprobs, random_datum
+from tests.parity import continuation
+from tests.parity.reference import SPECS, as_call, logprobs, lora_parameters, random_datum, warm
+from tests.parity.reference import train as train_elsewhere
 from tinsmith.errors import UserError
 from tinsmith.models.weights import FullWeights, LoraWeights, load_weights, save_weights
 from tinsmith.protocols import AdamParams, ModelCall, ModelSpec
 from tinsmith.training.trainer import TorchTrainer
+from tinsmith.wire.packing import TrainCall
 
 FULL = ModelSpec(rank=0, seed=0)
 PARAMS = AdamParams(learning_rate=0.01, weight_decay=0.1)
@@ -49,6 +55,62 @@ def test_a_model_saved_with_optimizer_and_gradient_goes_on_bit_for_bit(
         run(each, model_id, 3)
     assert torch.equal(trainer._models["m"].weights.weights, other._models["n"].weights.weights)
     np.testing.assert_array_equal(run(trainer, "m", 4), run(other, "n", 4))
+
+
+def six_calls() -> list[TrainCall]:
+    rng = np.random.default_rng(6)
+    return [as_call([random_datum(rng, int(length)) for length in rng.integers(1, 20, 3)]) for _ in range(6)]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_fresh_process_goes_on_bit_for_bit(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    folder, calls, checkpoints = folders("qwen3-tied"), six_calls(), []
+    (tmp_path / "calls").mkdir()
+    for number, call in enumerate(calls[3:]):
+        (tmp_path / "calls" / str(number)).write_bytes(call.to_bytes())
+    for dtype in ("float32", "bfloat16"):
+        trainer = continuation.new_trainer(folder, getattr(torch, dtype))
+        for name, spec in (("lora", SPECS["all"]), ("full", FULL)):
+            trainer.add(name, spec)
+            path, here = tmp_path / f"{name}-{dtype}", tmp_path / f"{name}-{dtype}-here"
+            for target, part in ((path, calls[:3]), (here, calls[3:])):
+                continuation.train(trainer, name, part)
+                target.mkdir()
+                trainer.save(name, target, optimizer=True)
+            checkpoints.append(f"{path}:{dtype}")
+    program = [sys.executable, "-m", "tests.parity.continuation", str(folder), str(tmp_path / "calls"), *checkpoints]
+    subprocess.run(program, check=True, cwd=Path(__file__).parents[2], timeout=120, stderr=subprocess.DEVNULL)
+    for here in tmp_path.glob("*-here"):
+        for file in here.glob("*.safetensors"):
+            expected = load_file(file)
+            actual = load_file(Path(str(here).replace("-here", "-continued")) / file.name)
+            assert actual.keys() == expected.keys()
+            assert all(torch.equal(actual[name], expected[name]) for name in expected), f"{here.name}: {file.name}"
+
+
+def test_master_weights_outlive_a_base_of_another_precision(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """A checkpoint is fp32 whatever the base computes in: saved beside a bf16 base, it goes on beside an fp32 one."""
+    narrow, wide = (continuation.new_trainer(folders("qwen3-tied"), each) for each in (torch.bfloat16, torch.float32))
+    calls = six_calls()
+    for trainer in (narrow, wide):
+        trainer.add("m", SPECS["all"])
+    continuation.train(narrow, "m", calls[:3])
+    narrow.save("m", tmp_path, optimizer=True)
+    wide.load("m", tmp_path, optimizer=True)
+    ours, theirs = wide._models["m"], narrow._models["m"]
+    assert ours.optimizer.step_count == theirs.optimizer.step_count == 3
+    assert torch.equal(ours.weights.weights, theirs.weights.weights)
+    assert not torch.equal(theirs.weights.weights, theirs.weights.weights.bfloat16().float())
+    continuation.train(wide, "m", calls[3:4])
+    assert ours.optimizer.step_count == 4
 
 
 @KINDS
@@ -159,6 +221,92 @@ def test_a_checkpoint_of_another_kind_of_model_is_refused(
     with pytest.raises(UserError, match=complaint):
         trainer.load("other", tmp_path, optimizer=True)
     assert torch.equal(trainer._models["other"].weights.weights, before)
+
+
+def adapter_of_peft(folder: Path, into: Path, **settings: Any) -> Any:
+    """Trains an adapter for a step with PEFT, and saves it with PEFT."""
+    options = {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]} | settings
+    module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    module = get_peft_model(module, LoraConfig(task_type="CAUSAL_LM", **options)).eval()
+    for number, parameter in enumerate(lora_parameters(module).values()):
+        generator = torch.Generator().manual_seed(number)
+        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    module.save_pretrained(into)
+    return module
+
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+TARGETS = {
+    "attention": (ATTENTION, ModelSpec(rank=4, seed=0, train_mlp=False, train_unembed=False)),
+    "two modules of seven": (["q_proj", "down_proj"], ModelSpec(rank=4, seed=0, train_unembed=False)),
+    "every linear layer": ("all-linear", ModelSpec(rank=4, seed=0, train_unembed=False)),
+    "attention and head": ([*ATTENTION, "lm_head"], ModelSpec(rank=4, seed=0, train_mlp=False)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*save_embedding_layers.*:UserWarning")
+@pytest.mark.parametrize("name", TARGETS)
+def test_an_adapter_of_peft_goes_on_as_it_would_with_peft(
+    name: str, new_trainer: NewTrainer, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    targets, spec = TARGETS[name]
+    module = adapter_of_peft(folders("qwen3-untied"), tmp_path, target_modules=targets)
+    trainer = new_trainer("qwen3-untied")
+    trainer.add("m", spec)
+    trainer.load("m", tmp_path, optimizer=False)
+    rng = np.random.default_rng(1)
+    data = [random_datum(rng, 11), random_datum(rng, 5)]
+    loaded = load_weights(trainer._model, tmp_path)
+    assert isinstance(loaded, LoraWeights)
+    assert torch.equal(loaded.adapter.weights, trainer._models["m"].weights.weights)
+    params = AdamParams(learning_rate=0.003, eps=1e-8, weight_decay=0.1)
+    [ours] = trainer.forward_backward([ModelCall("m", as_call(data))])
+    theirs = torch.cat([logprobs(module, datum).detach() for datum in data])
+    np.testing.assert_allclose(ours.logprobs_M, theirs.numpy(), atol=1e-5)
+    trainer.optim_step("m", params)
+    parameters = lora_parameters(module)
+    train_elsewhere(module, parameters, [data], params)
+    adapter = trainer._models["m"].weights
+    for tensor_name, tensor in adapter.layout.named_views(adapter.weights).items():
+        expected = parameters[tensor_name] if tensor_name in parameters else torch.zeros_like(tensor)
+        torch.testing.assert_close(tensor, expected.detach(), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"use_rslora": True}, "use_rslora is True"),
+        ({"use_dora": True}, "use_dora is True"),
+        ({"bias": "lora_only"}, "bias is 'lora_only'"),
+        ({"lora_bias": True}, "lora_bias is True"),
+        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
+        ({"layers_pattern": "layers"}, "layers_pattern is 'layers'"),
+        ({"layers_to_transform": [1]}, "layers_to_transform"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"init_lora_weights": "pissa"}, "'pissa', which also changes the base"),
+        ({"peft_type": "LOHA"}, "'LOHA'; only 'LORA'"),
+        ({"invented_later": 3}, "invented_later is 3"),
+        ({"r": 0}, "must be positive"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_an_adapter_that_computes_what_we_do_not_is_refused(
+    changes: dict[str, Any], complaint: str, new_trainer: NewTrainer, tmp_path: Path
+) -> None:
+    trainer = new_trainer()
+    trainer.add("m", SPECS["attention"])
+    trainer.save("m", tmp_path, optimizer=True)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    warm(trainer._models["m"].weights)
+    before = trainer._models["m"].weights.weights.clone()
+    for load in (lambda: trainer.load("m", tmp_path, optimizer=False), lambda: load_weights(trainer._model, tmp_path)):
+        with pytest.raises(UserError, match=complaint):
+            load()
+    assert torch.equal(trainer._models["m"].weights.weights, before)
 
 
 def damage_shape(folder: Path) -> None:
