@@ -9,7 +9,7 @@ size, `C` channels of a convolution, `K` its width.
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,19 @@ from torch import Tensor
 from tinsmith.models.lora import Segment, SegmentPart
 
 
+class _LayerStates(NamedTuple):
+    """One layer's states in the form of transformers before 5.21."""
+
+    conv_states: tuple[Tensor, ...]
+    recurrent_states: tuple[Tensor, ...]
+    record_past: bool = False
+
+
 class RecurrentStates:
     """What N sequences carry over from one pass to the next, by layer; empty before the first.
 
-    To transformers' modules this is a cache: they fetch and replace the states by these methods.
+    To transformers' modules this is a cache: they fetch and replace the states by these methods. (Before 5.21 by
+    `has_previous_state` and `layers`, instead of the getters.)
     """
 
     def __init__(self) -> None:
@@ -37,6 +46,16 @@ class RecurrentStates:
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         return self.recurrence.get(layer_idx)
+
+    def has_previous_state(self, layer_idx: int, state_idx: int = 0) -> bool:
+        return layer_idx in self.recurrence
+
+    @property
+    def layers(self) -> dict[int, _LayerStates]:
+        return {
+            layer: _LayerStates((self.convolution[layer],), (recurrence,))
+            for layer, recurrence in self.recurrence.items()
+        }
 
     def is_recording_past(self, layer_idx: int) -> bool:
         return False
