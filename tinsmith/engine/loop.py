@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 BATCH_TOKENS = 16_384  # of one training batch: what a neighbour's request waits for at most
 CLAIM_LIMIT = 256
 MAX_SAMPLING = 4_096  # requests inside the sampler; further ones stay in the queue
+MAX_SAMPLING_TOKENS = 2**26  # of their prompts and what they may generate, at about 40 bytes each
 IDLE_SECONDS = 1.0  # how long to sleep when nobody rings
 BEAT_SECONDS = 5.0
 KEEP_HOUSE_SECONDS = 10.0
@@ -156,6 +157,8 @@ class Engine:
 
     def _claim(self) -> None:
         limit = min(CLAIM_LIMIT, MAX_SAMPLING - self._sampler.load)
+        if sum(header.tokens for header in self._sampling.values()) >= MAX_SAMPLING_TOKENS:
+            limit = 0
         headers = self._ledger.claim(limit) if limit > 0 else []
         self._claimed_at = time.monotonic()
         self._more_queued = len(headers) == limit

@@ -72,11 +72,10 @@ class Recovery:
         return past[-1].header.seq if past else after
 
     def _replay_all(self, record: "Model", past: list[Past], publish: Publish) -> None:
-        wanted = [entry for entry in past if entry.header.kind in _REPLAYED]
-        bodies = self._ledger.payloads([entry.header for entry in wanted if entry.state == "done"])
-        for entry in wanted:
+        for entry in (entry for entry in past if entry.header.kind in _REPLAYED):
             if entry.state == "done":
-                self._replay(record, entry, bodies[entry.header.number], publish)
+                body = self._ledger.payloads([entry.header])[entry.header.number]  # all at once may not fit memory
+                self._replay(record, entry, body, publish)
             elif entry.header.kind == "optim_step" and entry.ran:
                 self._trainer.discard_gradient(record.id)
 

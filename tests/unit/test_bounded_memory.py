@@ -1,0 +1,75 @@
+"""What an engine holds in memory does not grow with the tenants it once had, nor with what is queued."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.unit.test_engine import Bench, lesson
+from tinsmith.engine import loop
+from tinsmith.store import records
+from tinsmith.wire.packing import SampleCall
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path)
+    yield bench
+    bench.close()
+
+
+def held(bench: Bench) -> dict[str, int]:
+    """How many things of tenants the engine, its trainer and its sampler hold, by kind."""
+    engine, residency = bench.engine, bench.engine._residency
+    return {
+        "lanes": len(engine._lanes),
+        "shares": len(engine._served),
+        "sampling": len(engine._sampling),
+        "models": len(residency._models),
+        "points": len(residency._points),
+        "snapshots": len(residency._snapshots),
+        "trained": len(engine._trainer._models),  # type: ignore[attr-defined]
+        "published": len(engine._sampler._snapshots) - 1,  # type: ignore[attr-defined]
+    }
+
+
+def test_nothing_is_left_of_models_whose_session_is_over(bench: Bench) -> None:
+    for number in range(4):
+        model = bench.create(f"m{number}", rank=4)
+        bench.create(f"huge{number}", rank=100_000)
+        lesson(bench, model, range(2))
+        sampler = bench.sampler(str(number), f"s:sample:{number}", model)
+        request = {"name": None, "path": None, "sampler_id": sampler, "kind": "snapshot"}
+        bench.result(bench.submit(model, "save_weights_for_sampler", request))
+        bench.greedy(sampler)
+    bench.engine.write_points()
+    assert held(bench)["models"] == held(bench)["published"] == 4
+    bench.database.write(records.finish_session, "s", "me", "success")
+    bench.engine.close_models()
+    assert not any(held(bench).values()), held(bench)
+
+
+def test_models_and_snapshots_of_silent_sessions_leave_the_device_for_newer_ones(bench: Bench) -> None:
+    for number in range(3 * bench.max_models):
+        model = bench.create(f"m{number}")
+        sampler = bench.sampler(str(number), f"s:sample:{number}", model)
+        request = {"name": None, "path": None, "sampler_id": sampler, "kind": "snapshot"}
+        bench.result(bench.submit(model, "save_weights_for_sampler", request))
+    assert held(bench)["models"] == held(bench)["trained"] == bench.max_models
+    assert held(bench)["snapshots"] == held(bench)["published"] == 2 * bench.max_models
+
+
+def test_queued_sampling_stays_in_the_database_beyond_the_samplers_share(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "CLAIM_LIMIT", 2)
+    monkeypatch.setattr(loop, "MAX_SAMPLING_TOKENS", 16)  # of 8 each, says the bench
+    sampler = bench.sampler("base", "base", None)
+    call = SampleCall(np.array([40, 41, 42], np.int32), seed=1, max_tokens=5, stop_at_eos=False)
+    asked = [bench.submit(sampler, "sample", call.to_bytes()) for _ in range(9)]
+    most = 0
+    while bench.engine.turn():
+        most = max(most, len(bench.engine._sampling))
+    assert most == 2
+    assert all(bench.find(request).state == "done" for request in asked)
