@@ -102,6 +102,11 @@ def expert_pair(pair: tuple[Tensor, Tensor] | None, num_experts: int) -> ExpertP
     return ExpertPair(a_EIR, pair[1].t().unflatten(0, (-1, num_experts)).transpose(0, 1))
 
 
+def _aligned(matrices: Tensor) -> Tensor:
+    """On a GPU `grouped_mm` wants addresses in multiples of 16 bytes; other layers' odd sizes may lie before."""
+    return matrices if matrices.data_ptr() % 16 == 0 else matrices.clone()
+
+
 class ExpertLinear:
     """One fused linear layer of all experts: base weight [E, I, O] (and bias [E, O]) frozen, adapters by segment."""
 
@@ -111,7 +116,9 @@ class ExpertLinear:
         self.index = index
 
     def pair(self, segment: Segment) -> ExpertPair | None:
-        return expert_pair(segment.adapter.pair(self.index), len(self.weight_EIO)) if segment.adapter else None
+        """The segment's matrices here, where `grouped_mm` can read them."""
+        pair = expert_pair(segment.adapter.pair(self.index), len(self.weight_EIO)) if segment.adapter else None
+        return pair and ExpertPair(_aligned(pair.a_EIR), _aligned(pair.b_ERO))
 
     def forward(self, x_PI: Tensor, dispatch: Dispatch) -> tuple[Tensor, list[Tensor]]:
         """[P, O], and x A ([N, R]) of every segment with an adapter here."""
