@@ -48,6 +48,10 @@ def serve(
     max_context: Annotated[int | None, typer.Option(help="Tokens; 0: what the model was made for.")] = None,
     kv_cache_tokens: Annotated[int | None, typer.Option(help="Sampling cache; 0: from free memory.")] = None,
     train_tokens: Annotated[int | None, typer.Option(help="Training micro-batch; 0: from free memory.")] = None,
+    train_micro_batch_size: Annotated[int | None, typer.Option(help="Sequences in it at most; 0: any number.")] = None,
+    gradient_checkpointing: Annotated[
+        str | None, typer.Option(help="Less memory, a third more time in training: auto, on or off.")
+    ] = None,
     log: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of the settings.")] = None,
     show_settings: Annotated[bool, typer.Option("--show-settings", help="Print all settings and end.")] = False,

@@ -44,6 +44,8 @@ class Settings:
     max_body_bytes: int = 256 * 2**20  # of a request, also after decompression
     kv_cache_tokens: int = 0  # 0: from free memory
     train_tokens: int = 0  # tokens in one micro-batch; 0: from free memory
+    train_micro_batch_size: int = 0  # sequences in one training micro-batch at most; 0: only train_tokens bounds it
+    gradient_checkpointing: str = "auto"  # auto (in passes that memory could not hold otherwise), on, off
     future_hours: float = 24.0  # how long a finished result can be read
     poll_seconds: float = 30.0  # how long retrieve_future holds a request
     log: str = "info"  # debug, info, warning, error
@@ -72,6 +74,7 @@ class Settings:
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "device": ("auto", "cpu", "cuda"),
+    "gradient_checkpointing": ("auto", "on", "off"),
     "log": ("debug", "info", "warning", "error"),
 }
 
@@ -84,6 +87,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_body_bytes": (2**10, 2**32),
     "kv_cache_tokens": (0, 2**40),
     "train_tokens": (0, 2**31 - 1),
+    "train_micro_batch_size": (0, 2**31 - 1),
     "future_hours": (0.01, 24 * 365),
     "poll_seconds": (0.1, 40.0),  # the client gives up after 45
 }

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from tinsmith.models.loading import BaseModel
     from tinsmith.protocols import Sampler, Trainer
+    from tinsmith.sizing import Budgets, ModelSizes
     from tinsmith.store.ledger import Ledger
 
 logger = logging.getLogger("tinsmith.serve")  # not __name__: the children run this module as __main__
@@ -158,23 +159,24 @@ def load_backend(settings: Settings, report: Callable[[str], None]) -> "tuple[Tr
     disable_progress_bar()  # type: ignore[no-untyped-call]  # `report` says how loading goes
     device, dtype = choose_device(settings.device, settings.dtype)
     if settings.deterministic:
-        _choose_deterministic_algorithms()
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it with the first product
     folder = model_folder(settings, report)
     model = load_base(folder, dtype=dtype, device=device, on_progress=report)
     if settings.threads or model.parameters < sizing.SMALL_MODEL:
         torch.set_num_threads(settings.threads or 1)
-    _limit_context(model, settings.max_context)
     report("making room for the cache")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    running, kv_tokens, train_tokens = _budgets(settings, model)
+    budgets = _budgets(settings, model)
     trainer = TorchTrainer(
         model,
-        micro_batch_tokens=train_tokens,
+        micro_batch_tokens=budgets.train_tokens,
+        micro_batch_datums=settings.train_micro_batch_size,
+        gradient_checkpointing={"on": True, "off": False}.get(settings.gradient_checkpointing, budgets.kept_tokens),
         max_adapters=settings.max_lora_adapters,
         max_rank=settings.max_lora_rank,
         deterministic=settings.deterministic,
     )
-    sampler = TorchSampler(model, tokenizer, kv_tokens=kv_tokens, max_running=running)
+    sampler = TorchSampler(model, tokenizer, kv_tokens=budgets.kv_tokens, max_running=budgets.running)
     logger.info(
         "%s: %s, %.4g M parameters, %s on %s, %d threads; %d adapters of rank %d at most; context %d tokens, "
         "cache %d tokens, training %d tokens at a time",
@@ -187,8 +189,8 @@ def load_backend(settings: Settings, report: Callable[[str], None]) -> "tuple[Tr
         settings.max_lora_adapters,
         settings.max_lora_rank,
         model.max_context,
-        kv_tokens,
-        train_tokens,
+        budgets.kv_tokens,
+        budgets.train_tokens,
     )
     return trainer, sampler
 
@@ -232,24 +234,8 @@ def _download(name: str, report: Callable[[str], None]) -> Path:
         raise ConfigError(f"{name!r} is no folder here, and could not be fetched from the hub: {reason}") from error
 
 
-def _choose_deterministic_algorithms() -> None:
-    """Torch's own switch; what has no deterministic algorithm on this device then says so in the log."""
-    import torch
-
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it with the first product
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # filling costs time, and shows only reads of garbage
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def _limit_context(model: "BaseModel", wanted: int) -> None:
-    if wanted > model.max_context:
-        raise ConfigError(f"max_context is {wanted}, but the model was made for {model.max_context} tokens at most")
-    model.max_context = wanted or model.max_context
-
-
-def _budgets(settings: Settings, model: "BaseModel") -> tuple[int, int, int]:
-    """(sequences sampled at once, cache tokens, training tokens at a time), as set or from free memory."""
+def _budgets(settings: Settings, model: "BaseModel") -> "Budgets":
+    """As set, or from free memory; limits the model's context to what can be served. Raises ConfigError."""
     import torch
 
     from tinsmith import sizing
@@ -257,19 +243,40 @@ def _budgets(settings: Settings, model: "BaseModel") -> tuple[int, int, int]:
     sizes = sizing.ModelSizes(
         kv_numbers=model.cache_shape.numbers,
         activation_bytes=model.activation_bytes,
+        layers=model.num_layers,
+        hidden=model.config.hidden_size,
         max_context=model.max_context,
         item_bytes=model.dtype.itemsize,
     )
     on_cpu = model.device.type == "cpu"
     free = sizing.free_host_memory() if on_cpu else torch.cuda.mem_get_info(model.device)[0]
-    most = CPU_RUNNING if on_cpu else DEVICE_RUNNING
-    running = sizing.running_sequences(model.state_bytes, free, most)
+    model.max_context = _context(settings, sizes, free)
+    sizes = replace(sizes, max_context=model.max_context)
+    running = sizing.running_sequences(model.state_bytes, free, CPU_RUNNING if on_cpu else DEVICE_RUNNING)
     fixed = DETERMINISTIC_TRAIN_TOKENS[model.device.type] if settings.deterministic else 0
-    return (
-        running,
-        settings.kv_cache_tokens or sizing.kv_cache_tokens(sizes, free, running, on_cpu=on_cpu),
-        settings.train_tokens or fixed or sizing.train_tokens(sizes, free, on_cpu=on_cpu),
+    always = settings.gradient_checkpointing == "on"
+    fitting = sizing.train_tokens(sizes, free, on_cpu=on_cpu, checkpointing=always)
+    return sizing.Budgets(
+        running=running,
+        kv_tokens=settings.kv_cache_tokens or sizing.kv_cache_tokens(sizes, free, running, on_cpu=on_cpu),
+        train_tokens=settings.train_tokens or fixed or fitting,
+        kept_tokens=sizing.trainable_tokens(sizes, free, checkpointing=False),
     )
+
+
+def _context(settings: Settings, sizes: "ModelSizes", free_bytes: int) -> int:
+    """The longest sequence served: as set, or the model's own if memory holds it."""
+    from tinsmith import sizing
+
+    made_for = sizes.max_context
+    if settings.max_context > made_for:
+        raise ConfigError(
+            f"max_context is {settings.max_context}, but the model was made for {made_for} tokens at most"
+        )
+    fitting = sizing.context_tokens(sizes, free_bytes, checkpointing=settings.gradient_checkpointing != "off")
+    if fitting < made_for and not settings.max_context:
+        logger.warning("memory holds sequences of %d tokens, not of the model's %d", fitting, made_for)
+    return settings.max_context or fitting
 
 
 def _children(settings: Settings, listener_fd: int, lock_fd: int) -> list[Child]:

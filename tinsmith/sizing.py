@@ -30,6 +30,8 @@ class ModelSizes:
 
     kv_numbers: int  # of one token, in all layers
     activation_bytes: int  # of one token, in a training forward pass that keeps everything for backward
+    layers: int
+    hidden: int
     max_context: int
     item_bytes: int
 
@@ -37,6 +39,24 @@ class ModelSizes:
     def kv_bytes(self) -> int:
         """Of one token's keys and values."""
         return self.kv_numbers * self.item_bytes
+
+    @property
+    def checkpointed_bytes(self) -> int:
+        """Of one token in training, if only the layers' inputs are kept, and one layer's inside at a time."""
+        return self.layers * self.hidden * self.item_bytes + self.activation_bytes // self.layers
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """What a server may do at once: sequences sampled, tokens cached, tokens trained.
+
+    A training pass of more than `kept_tokens` must not keep all activations.
+    """
+
+    running: int
+    kv_tokens: int
+    train_tokens: int
+    kept_tokens: int
 
 
 def running_sequences(state_bytes: int, free_bytes: int, most: int) -> int:
@@ -57,10 +77,22 @@ def kv_cache_tokens(sizes: ModelSizes, free_bytes: int, max_running: int, *, on_
     return max(sizes.max_context, min(fitting, useful))
 
 
-def train_tokens(sizes: ModelSizes, free_bytes: int, *, on_cpu: bool) -> int:
+def train_tokens(sizes: ModelSizes, free_bytes: int, *, on_cpu: bool, checkpointing: bool = False) -> int:
     """Tokens of one micro-batch that fit into training's share of memory; at least 256."""
-    fitting = int(free_bytes * TRAIN_SHARE) // sizes.activation_bytes
-    return max(256, min(fitting, CPU_TRAIN_TOKENS if on_cpu else DEVICE_TRAIN_TOKENS))
+    most = CPU_TRAIN_TOKENS if on_cpu else DEVICE_TRAIN_TOKENS
+    return max(256, min(trainable_tokens(sizes, free_bytes, checkpointing=checkpointing), most))
+
+
+def trainable_tokens(sizes: ModelSizes, free_bytes: int, *, checkpointing: bool) -> int:
+    """Tokens of one pass whose activations fit into training's share of memory."""
+    token_bytes = sizes.checkpointed_bytes if checkpointing else sizes.activation_bytes
+    return int(free_bytes * TRAIN_SHARE) // token_bytes
+
+
+def context_tokens(sizes: ModelSizes, free_bytes: int, *, checkpointing: bool) -> int:
+    """The longest sequence that can be both sampled and trained in its share of memory; at least 256."""
+    cached = int(free_bytes * KV_SHARE) // sizes.kv_bytes
+    return max(256, min(sizes.max_context, cached, trainable_tokens(sizes, free_bytes, checkpointing=checkpointing)))
 
 
 def free_host_memory(cgroup: Path = CGROUP) -> int:

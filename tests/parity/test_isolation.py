@@ -291,8 +291,26 @@ def test_gradient_checkpointing_changes_no_bit(new_trainer: Callable[..., TorchT
     assert torch.equal(*gradients)
 
 
+@pytest.mark.parametrize("spec", [SPECS["all"], FULL], ids=["adapter", "full"])
+def test_only_passes_of_more_rows_than_memory_holds_are_recomputed(
+    spec: ModelSpec, new_trainer: Callable[..., TorchTrainer]
+) -> None:
+    trainer = new_trainer(gradient_checkpointing=20)
+    add(trainer, "m", spec)
+    weights = trainer._models["m"].weights
+    layers = (trainer._model if spec.is_lora else weights).module.model.layers  # type: ignore[union-attr]
+    recomputed = []
+    for length in (20, 21, 20):
+        call = as_call(random_data(np.random.default_rng(7), [length], "cross_entropy"))
+        [result] = trainer.forward_backward([ModelCall("m", call)])
+        assert isinstance(result, TrainOutput)
+        recomputed.append([layer.gradient_checkpointing and layer.training for layer in layers])
+    assert recomputed == [[False, False], [True, True], [False, False]]
+
+
 def test_a_recomputed_layer_uses_the_adapters_of_its_own_pass(new_trainer: Callable[..., TorchTrainer]) -> None:
-    model = new_trainer(gradient_checkpointing=True)._model
+    model = new_trainer()._model
+    model.checkpoint_gradients(True)
     tokens, attention = torch.arange(16), PackedAttention([0, 16])
     gradients = []
     for interrupted in (False, True):

@@ -52,6 +52,17 @@ def test_every_datum_is_in_one_micro_batch_within_the_budget(
         )
 
 
+@given(CALLS, st.integers(1, 60), st.integers(1, 4))
+def test_a_micro_batch_has_no_more_datums_than_allowed(shapes: list[list[Shape]], budget: int, most: int) -> None:
+    calls = [call_of(each) for each in shapes]
+    batches = plan(calls, [str(index) for index in range(len(calls))], budget, most)
+    assert max(sum(piece.last - piece.first for piece in batch) for batch in batches) <= most
+    seen = [(piece.call, datum) for batch in batches for piece in batch for datum in range(piece.first, piece.last)]
+    assert seen == [(index, datum) for index, call in enumerate(calls) for datum in range(call.num_datums)]
+    for index, call in enumerate(calls):
+        assert [piece for batch in batches for piece in batch if piece.call == index] == cut(index, call, budget, most)
+
+
 @given(CALLS, st.integers(1, 60))
 def test_a_call_of_several_cuts_begins_where_its_model_has_no_rows(shapes: list[list[Shape]], budget: int) -> None:
     calls = [call_of(each) for each in shapes]

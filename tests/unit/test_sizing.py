@@ -4,9 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from tinsmith.sizing import ModelSizes, free_host_memory, kv_cache_tokens, running_sequences, train_tokens
+from tinsmith.sizing import (
+    ModelSizes,
+    context_tokens,
+    free_host_memory,
+    kv_cache_tokens,
+    running_sequences,
+    train_tokens,
+    trainable_tokens,
+)
 
-SIZES = ModelSizes(kv_numbers=512, activation_bytes=70000, max_context=2048, item_bytes=4)
+SIZES = ModelSizes(kv_numbers=512, activation_bytes=70000, layers=4, hidden=64, max_context=2048, item_bytes=4)
 GIB = 2**30
 
 
@@ -31,6 +39,22 @@ def test_sequences_with_a_state_are_as_many_as_fit() -> None:
     assert running_sequences(GIB // 1024, GIB, 64) == 51
     assert running_sequences(GIB // 1024, 100 * GIB, 64) == 64
     assert running_sequences(GIB, 0, 64) == 1
+
+
+def test_checkpointing_lets_longer_sequences_be_trained_in_the_same_memory() -> None:
+    free = GIB // 8
+    kept = trainable_tokens(SIZES, free, checkpointing=False)
+    checkpointed = trainable_tokens(SIZES, free, checkpointing=True)
+    assert SIZES.checkpointed_bytes == 4 * 64 * 4 + 70000 // 4
+    assert kept * SIZES.activation_bytes <= 0.25 * free < (kept + 1) * SIZES.activation_bytes
+    assert checkpointed > 3 * kept
+    assert train_tokens(SIZES, free, on_cpu=True, checkpointing=True) == min(checkpointed, 1024)
+
+
+@pytest.mark.parametrize(("free", "expected"), [(0, 256), (GIB // 16, 905), (100 * GIB, 2048)])
+def test_the_context_is_what_can_be_sampled_and_trained(free: int, expected: int) -> None:
+    assert context_tokens(SIZES, free, checkpointing=True) == expected
+    assert context_tokens(SIZES, free, checkpointing=False) <= expected
 
 
 def test_a_containers_limit_counts_but_its_page_cache_does_not(tmp_path: Path) -> None:

@@ -148,10 +148,16 @@ class BaseModel:
                 module.set_submodule(path, child.original)
         return module.requires_grad_(trainable)
 
-    def checkpoint_gradients(self, enabled: bool) -> None:
-        """Whether backward recomputes the inside of each decoder layer; holds for copies made later, too."""
+    def checkpoint_gradients(self, enabled: bool, module: nn.Module | None = None) -> None:
+        """Whether backward recomputes the inside of each decoder layer, in passes that begin from now on.
+
+        `module` is a full-parameter model's own.
+        """
+        owner: Any = self.module if module is None else module
         recompute: Any = _checkpointing(self._current)
-        for layer in self.module.model.layers:
+        for layer in owner.model.layers:
+            if layer.training == enabled:
+                return
             if not isinstance(layer, GradientCheckpointingLayer):
                 raise ConfigError(f"{type(layer).__name__} does not support gradient checkpointing")
             layer.gradient_checkpointing = enabled

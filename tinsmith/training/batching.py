@@ -51,14 +51,14 @@ class MicroBatch:
     entry_bounds: list[int]
 
 
-def cut(index: int, call: TrainCall, budget: int) -> list[Cut]:
-    """Consecutive datums of at most `budget` tokens together; a longer datum goes alone."""
+def cut(index: int, call: TrainCall, budget: int, most: int = 0) -> list[Cut]:
+    """Consecutive datums of at most `budget` tokens, and (unless 0) `most` in number; a longer datum goes alone."""
     offsets = call.token_offsets
     bounds = [0]
     while bounds[-1] < call.num_datums:
         first = bounds[-1]
         last = int(np.searchsorted(offsets, offsets[first] + budget, side="right")) - 1
-        bounds.append(min(max(last, first + 1), call.num_datums))
+        bounds.append(min(max(last, first + 1), call.num_datums, first + (most or call.num_datums)))
     several = len(bounds) > 2
     return [
         Cut(index, first, last, int(offsets[last] - offsets[first]), several and first == 0)
@@ -66,22 +66,24 @@ def cut(index: int, call: TrainCall, budget: int) -> list[Cut]:
     ]
 
 
-def plan(calls: Sequence[TrainCall], model_ids: Sequence[str], budget: int) -> list[list[Cut]]:
-    """Cuts of all calls, in order, as micro-batches of at most `budget` tokens.
+def plan(calls: Sequence[TrainCall], model_ids: Sequence[str], budget: int, most: int = 0) -> list[list[Cut]]:
+    """Cuts of all calls, in order, as micro-batches of at most `budget` tokens and (unless 0) `most` datums.
 
     A call of several cuts begins a new micro-batch if the current one already has rows of its model: what the model
     had accumulated before the call is then known exactly, should the call fail later.
     """
     batches: list[list[Cut]] = []
-    room = 0
+    room = seats = 0
     for index, call in enumerate(calls):
-        for piece in cut(index, call, budget):
+        for piece in cut(index, call, budget, most):
             shared = piece.opens and any(model_ids[other.call] == model_ids[index] for other in (batches or [[]])[-1])
-            if not batches or piece.tokens > room or shared:
+            datums = piece.last - piece.first
+            if not batches or piece.tokens > room or (most and datums > seats) or shared:
                 batches.append([])
-                room = budget
+                room, seats = budget, most
             batches[-1].append(piece)
             room -= piece.tokens
+            seats -= datums
     return batches
 
 

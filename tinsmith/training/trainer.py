@@ -10,11 +10,10 @@ Shapes: `T` rows of a packed micro-batch, `M` target entries, `D` hidden size.
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -36,9 +35,11 @@ log = logging.getLogger(__name__)
 
 class TorchTrainer:
     """Trains on one device. `micro_batch_tokens` bounds the rows of one pass; a longer datum passes alone.
+    `micro_batch_datums` bounds its datums (0: nothing does).
 
     If `deterministic`, every call runs in passes of its own: products of other shapes round differently (by about
-    1e-7), so only then are a call's bits a matter of that call, its model, `micro_batch_tokens` and the machine.
+    1e-7), so only then are a call's bits a matter of that call, its model, `micro_batch_tokens` and the machine. On a
+    GPU an operation without a deterministic algorithm fails the call, by name.
     """
 
     def __init__(
@@ -46,20 +47,21 @@ class TorchTrainer:
         model: BaseModel,
         *,
         micro_batch_tokens: int,
+        micro_batch_datums: int = 0,
         max_adapters: int,
         max_rank: int,
-        gradient_checkpointing: bool | Literal["auto"] = "auto",
+        gradient_checkpointing: bool | int = False,
         deterministic: bool = False,
     ) -> None:
+        """`gradient_checkpointing`: whether backward recomputes the layers; a number: in passes of more rows."""
         self._model = model
         self._budget = micro_batch_tokens
+        self._datums = micro_batch_datums
         self._max_adapters = max_adapters
         self._max_rank = max_rank
         self._deterministic = deterministic
         self._models: dict[str, Trainable] = {}
-        if gradient_checkpointing == "auto":
-            gradient_checkpointing = micro_batch_tokens * model.activation_bytes > _free_bytes(model.device) / 3
-        model.checkpoint_gradients(gradient_checkpointing)
+        self._checkpointing = gradient_checkpointing
 
     def capabilities(self) -> Capabilities:
         model = self._model
@@ -172,10 +174,11 @@ class TorchTrainer:
         """Returns why a pass broke, with every gradient as it was before; None if none did."""
         calls = [run.call for run in group]
         backups: list[GradientBackup] = []
-        for cuts in plan(calls, [run.model_id for run in group], self._budget):
+        for cuts in plan(calls, [run.model_id for run in group], self._budget, self._datums):
             try:
                 backups = backups or _back_up(group)
-                self._pass(group, pack(calls, cuts))
+                with _deterministic_algorithms() if self._deterministic else nullcontext():
+                    self._pass(group, pack(calls, cuts))
             except Exception as error:  # whatever it was, it must not reach the neighbours
                 log.exception("a pass of %d requests broke", len(group))
                 for backup in backups:
@@ -194,6 +197,7 @@ class TorchTrainer:
         module = None if isinstance(weights, Adapter) else weights.module
         training = not runs[0].call.forward_only
         if training:
+            self._model.checkpoint_gradients(self._recomputes(len(batch.tokens_T)), module)
             for run, cut in zip(runs, batch.cuts, strict=True):
                 run.begin(cut)
         segments = _segments(runs, batch)
@@ -204,6 +208,10 @@ class TorchTrainer:
             logprobs_M.backward(upstream_M)
             for run, segment in zip(runs, segments, strict=False):
                 run.model.accumulated |= segment.trains
+
+    def _recomputes(self, rows: int) -> bool:
+        """Whether backward of a pass of so many rows computes the inside of each layer again."""
+        return self._checkpointing if isinstance(self._checkpointing, bool) else rows > self._checkpointing
 
     def _logprobs(self, batch: MicroBatch, segments: Sequence[Segment], module: torch.nn.Module | None) -> Tensor:
         tokens_T, positions_T, targets_M = map(self._tensor, (batch.tokens_T, batch.positions_T, batch.targets_M))
@@ -230,6 +238,18 @@ def _groups(runs: Sequence[Run]) -> Iterator[list[Run]]:
         else:
             yield [run]
     yield from shared.values()
+
+
+@contextmanager
+def _deterministic_algorithms() -> Iterator[None]:
+    """Torch's own switch, for a pass only: sampling needs operations that have no deterministic algorithm."""
+    # filling costs time, and shows only reads of garbage
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def _back_up(group: Sequence[Run]) -> list[GradientBackup]:
@@ -262,9 +282,3 @@ def _losses(runs: Sequence[Run], batch: MicroBatch, segments: Sequence[Segment],
         else:
             upstream_M[entries] = gradient
     return upstream_M
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
