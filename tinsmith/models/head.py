@@ -11,16 +11,13 @@ segment, `R` rank.
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinsmith.models.lora import Adapter, Segment, add_product
-
-if TYPE_CHECKING:
-    from tinsmith.models.loading import BaseModel
 
 CHUNK_ELEMENTS = 2**23
 """Logits in one chunk: 32 MiB in fp32."""
@@ -29,6 +26,13 @@ CUDA_CHUNK_ELEMENTS = 2**26
 """The same on a GPU, which smaller chunks would leave idle: 256 MiB, about 3 % of what 8,192 rows of 150,000 take."""
 
 _VOCABULARY_BLOCK = 8192
+
+
+class HasHead(Protocol):
+    """What is asked of a base model: its module, and the index of the head among the adaptable linear layers."""
+
+    module: Any
+    head_linear: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +288,7 @@ class _LogitsGradient:
 
 
 def target_logprobs(
-    model: "BaseModel",
+    model: HasHead,
     hidden_TD: Tensor,
     segments: Sequence[Segment],
     rows_M: Tensor | None,
@@ -304,14 +308,12 @@ def target_logprobs(
     return _LateGradient.apply(hidden_TD, head.weight, head, targets)
 
 
-def logits(
-    model: "BaseModel", hidden_RD: Tensor, segments: Sequence[Segment], module: nn.Module | None = None
-) -> Tensor:
+def logits(model: HasHead, hidden_RD: Tensor, segments: Sequence[Segment], module: nn.Module | None = None) -> Tensor:
     """fp32 [R, V]: all logits of a few rows; not differentiable."""
     with torch.no_grad():
         return _head(model, segments, module).logits(hidden_RD, 0, len(hidden_RD))
 
 
-def _head(model: "BaseModel", segments: Sequence[Segment], module: nn.Module | None) -> _Head:
+def _head(model: HasHead, segments: Sequence[Segment], module: nn.Module | None) -> _Head:
     owner: Any = module if module is not None else model.module
     return _Head(owner.get_output_embeddings().weight, model.head_linear, segments)
