@@ -191,6 +191,30 @@ def test_no_step_is_taken_on_a_gradient_that_lost_a_chunk(bench: Bench) -> None:
     assert json.loads(bench.result(bench.step(model)))["metrics"]["grad_norm"] > 0
 
 
+def test_memory_that_runs_out_fails_the_request_that_needs_it_and_no_neighbours_step(bench: Bench) -> None:
+    cursed = 1279
+
+    def run_out(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if (inputs[0] == cursed).any():
+            raise torch.OutOfMemoryError("tried to allocate 3.14 GiB")
+
+    guilty, neighbour = bench.create("guilty"), bench.create("neighbour")
+    bench.run()
+    module: Any = embedded()[0].module
+    with module.get_input_embeddings().register_forward_pre_hook(run_out):
+        sound, bad = bench.train(neighbour, [5, 6, 7]), bench.train(guilty, [5, cursed, 7])
+        steps = [bench.step(neighbour), bench.step(guilty)]
+        bench.run()
+    failed = bench.find(bad)
+    assert (failed.state, failed.category) == ("failed", "server")
+    assert "OutOfMemoryError: tried to allocate 3.14 GiB" in (failed.error or "")
+    assert bench.find(sound).state == "done"
+    assert json.loads(bench.result(steps[0]))["metrics"]["grad_norm"] > 0
+    assert "server error" in bench.error(steps[1])
+    bench.train(guilty, [5, 6, 7])
+    assert json.loads(bench.result(bench.step(guilty)))["metrics"]["grad_norm"] > 0
+
+
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_step_refused_at_the_door_leaves_the_gradient_for_the_next_one(bench: Bench, restart: bool) -> None:
     norms = []
