@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -40,6 +41,7 @@ def record(name: str, rows: Iterable[Row], accelerator: str = "") -> Path:
     path = RESULTS / f"{name}.json"
     content = {
         "hardware": hardware(accelerator),
+        "pace": pace(),
         "versions": versions(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": commit(),
@@ -57,6 +59,14 @@ def hardware(accelerator: str = "") -> str:
     cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory().total / 2**30
     words = f"{_processor()}, {cores} cores, {memory:.0f} GiB"
     return f"{words}; {accelerator}" if accelerator else words
+
+
+def pace() -> float:
+    """Seconds for ten million additions in Python: what tells a slow hour of a shared machine from a slow program."""
+    began, total = time.perf_counter(), 0
+    for number in range(10_000_000):
+        total += number
+    return round(time.perf_counter() - began, 2)
 
 
 def versions() -> dict[str, str]:

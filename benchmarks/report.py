@@ -27,11 +27,12 @@ def main() -> None:
 def section(name: str, result: dict[str, Any]) -> str:
     """One benchmark: where and how it ran, then its rows."""
     versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+    pace = f" (ten million additions in Python took {result['pace']} s)" if "pace" in result else ""
     lines = [
         f"## {name.replace('_', ' ').capitalize()}",
         "",
         f"`{result['command']}`, {result['date']}, commit {result['commit']}",
-        f"on {result['hardware']}; {versions}",
+        f"on {result['hardware']}{pace}; {versions}",
         "",
         *table(result["rows"]),
         "",
