@@ -7,12 +7,13 @@ this process is killed. Knows commands and exit codes, nothing of settings, mode
 import logging
 import queue
 import signal
+import socket
 import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 logger = logging.getLogger(__name__)
@@ -91,17 +92,42 @@ class Supervisor:
 
     def run(self) -> int:
         """The server's exit code: 0 after a signal, 2 for settings that do not work, 1 after too many crashes."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup is meant
-                signal.signal(number, lambda number, _: self._events.put(_Signalled(number)))
-        for child in self._children:
-            self._start(child)
-        code = None
-        while code is None:
-            code = self._handle(self._events.get())
-        self.stopping.set()
-        self._stop_all()
-        return code
+        with self._heard_signals():
+            for child in self._children:
+                self._start(child)
+            code = None
+            while code is None:
+                code = self._handle(self._events.get())
+            self.stopping.set()
+            self._stop_all()
+            return code
+
+    @contextmanager
+    def _heard_signals(self) -> Iterator[None]:
+        """Makes events of signals, in a thread that reads the bytes which the C handler writes.
+
+        A handler in Python would have to wait for the main thread, which a signal does not always wake.
+        """
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup is meant
+            numbers.append(signal.SIGHUP)
+        receiver, sender = socket.socketpair()
+        sender.setblocking(False)
+        signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        for number in numbers:
+            signal.signal(number, lambda number, frame: None)
+
+        def read() -> None:
+            while heard := receiver.recv(16):
+                for number in heard:
+                    self._events.put(_Signalled(number))
+
+        threading.Thread(target=read, name="signals", daemon=True).start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(-1)
+            sender.close()
 
     def _start(self, child: Child) -> None:
         process = child.start()

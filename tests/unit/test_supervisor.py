@@ -67,6 +67,30 @@ def test_a_signal_stops_the_children_last_one_first_and_the_exit_code_is_zero(tm
     ]
 
 
+SERVER = """
+import sys
+from tinsmith.supervisor import Child, Supervisor
+child = [sys.executable, "-S", "-c", "import os; os.read(0, 9); os.write(1, b'u'); os.read(0, 9)"]
+sys.exit(Supervisor([Child(name, child, "x") for name in ("api", "engine")]).run())
+"""
+
+
+def test_signals_are_heard_whenever_they_come() -> None:
+    for place in range(12):
+        with subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE) as server:
+            try:
+                assert server.stdout is not None
+                assert server.stdout.read(2) == b"uu", "both children are up"
+                time.sleep(0.002 * (place % 4))
+                server.send_signal(signal.SIGINT)
+                time.sleep(0.001 * (place % 3))
+                if server.poll() is None:
+                    server.send_signal(signal.SIGTERM)
+                assert server.wait(30) == 0
+            finally:
+                server.kill()
+
+
 def test_a_killed_child_is_started_again(tmp_path: Path) -> None:
     log = tmp_path / "log"
 
