@@ -178,6 +178,15 @@ def test_a_refused_operation_is_stepped_over(bench: Bench) -> None:
     assert "metrics" in json.loads(bench.result(step))
 
 
+def test_a_model_whose_step_is_due_joins_the_next_batch_behind_it(bench: Bench) -> None:
+    behind, ready = bench.create("behind"), bench.create("ready")
+    bench.run()
+    bench.step(behind)
+    requests = [bench.train(behind, [1, 2, 3]), bench.train(ready, [4, 5, 6])]
+    bench.engine.turn()
+    assert [bench.find(request).state for request in requests] == ["done", "done"]
+
+
 def test_no_step_is_taken_on_a_gradient_that_lost_a_chunk(bench: Bench) -> None:
     model = bench.create("a")
     before = bench.logprobs(model)

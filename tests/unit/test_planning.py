@@ -29,8 +29,7 @@ def decide(
 
 
 def test_nothing_waiting_is_an_empty_plan() -> None:
-    assert not plan({}, {}, {}, budget=10, max_models=1)
-    assert not Plan()
+    assert plan({}, {}, {}, budget=10, max_models=1) == Plan()
 
 
 def test_requests_of_different_models_share_one_batch() -> None:

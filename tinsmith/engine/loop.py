@@ -140,12 +140,11 @@ class Engine:
         if claim or self._more_queued or time.monotonic() - self._claimed_at > IDLE_SECONDS:
             self._claim()
         self._close_gaps()
-        work = self._plan()
         self._shared_at = time.monotonic()
-        self._train(work)
+        trained = self._train()
         self._sample()
         self._keep_house()
-        return bool(self._more_queued or self._pruning or work or self._sampler.load)
+        return bool(self._more_queued or self._pruning or trained or self._sampler.load)
 
     def _close(self) -> None:
         for model_id in self._residency.models:
@@ -214,11 +213,19 @@ class Engine:
     def _plan(self) -> Plan:
         return plan(self._waiting(), self._next_seqs(), self._served, budget=BATCH_TOKENS, max_models=self._max_models)
 
-    def _train(self, work: Plan) -> None:
-        for header in work.barriers:
+    def _train(self) -> bool:
+        """Runs what is due, and says whether anything was.
+
+        The batch is planned after the barriers: a model whose optim_step has just run joins the others' batch with
+        its next forward_backward, instead of taking turns with them for ever.
+        """
+        barriers = self._plan().barriers
+        for header in barriers:
             self._run_barrier(header)
-        if work.batch:
-            self._run_batch(work.batch)
+        batch = self._plan().batch
+        if batch:
+            self._run_batch(batch)
+        return bool(barriers or batch)
 
     def _run_barrier(self, header: Header) -> None:
         lane = self._lanes[header.subject]

@@ -15,13 +15,10 @@ BATCHED = frozenset({"forward", "forward_backward"})
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`barriers` run one after the other (at most one per model), then `batch` as one call to the trainer."""
+    """`barriers` run one after the other (at most one per model), `batch` as one call to the trainer."""
 
     barriers: tuple[Header, ...] = ()
     batch: tuple[Header, ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.barriers or self.batch)
 
 
 def runnable(waiting: Mapping[int, Header], next_seq: int) -> Iterator[Header]:
