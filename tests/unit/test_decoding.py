@@ -1,9 +1,14 @@
 """Token choice: the distributions are the right ones, and each row depends on itself alone."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from tinsmith.models.head import logits as head_logits
+from tinsmith.models.head import target_logprobs
+from tinsmith.models.lora import Segment
 from tinsmith.sampling.decoding import ALTERNATIVE_STREAM, SAMPLE_STREAM, TokenDistributions, uniforms
 
 DRAWS = 4_000
@@ -84,6 +89,30 @@ def test_logprobs_are_of_the_scaled_distribution_before_any_cut(temperature):
     tokens = distributions.choose(np.full(3, 0.3), np.full(3, 2), np.full(3, 0.9))
     expected = (rows.double() / max(temperature, 1e-30)).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
     torch.testing.assert_close(distributions.logprobs(tokens).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_logprobs_have_the_bits_of_the_head_that_trains() -> None:
+    """Also beside rows of other temperatures, with every token of a row asked for."""
+    hidden = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+    weight = logits(500, 16, seed=2)
+    segments = [Segment(None, 0, 8)]
+    base = SimpleNamespace(module=SimpleNamespace(get_output_embeddings=lambda: SimpleNamespace(weight=weight)))
+    base.head_linear = 0
+    rows, tokens = torch.arange(8).repeat_interleave(500), torch.arange(500).repeat(8)
+    trained = target_logprobs(base, hidden, segments, rows, tokens).view(8, 500)
+    ours = head_logits(base, hidden, segments)
+    for temperature in (np.ones(8), np.array([1.0, 0.5, 1.0, 0.0, 1.0, 1.0, 3.0, 1.0])):
+        distributions = TokenDistributions(ours, temperature)
+        sampled = torch.stack([distributions.logprobs(torch.full((8,), token)) for token in range(500)], 1)
+        as_trained = (temperature == 1) | (temperature == 0)
+        assert torch.equal(sampled[as_trained], trained[as_trained])
+
+
+def test_greedy_tells_logits_apart_whose_logprobs_are_equal() -> None:
+    row = torch.full((1, 4096), 1.0)
+    row[0, 1000] = 1.0 + 2.0**-23
+    distributions = TokenDistributions(row, np.zeros(1))
+    assert distributions.choose(np.zeros(1), np.array([-1]), np.ones(1)).tolist() == [1000]
 
 
 def test_a_row_does_not_depend_on_its_neighbours():

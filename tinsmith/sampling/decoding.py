@@ -56,11 +56,11 @@ class TokenDistributions:
         """`logits_RV` is fp32; temperatures are ≥ 0."""
         self._greedy_R = temperature_R == 0
         divisors_R = np.where(self._greedy_R, 1.0, temperature_R)
-        inverse_R = np.minimum(1.0 / np.maximum(divisors_R, 1 / _LARGEST_INVERSE), _LARGEST_INVERSE)
-        self._scaled_RV = logits_RV - logits_RV.amax(-1, keepdim=True)
-        if (inverse_R != 1.0).any():
-            self._scaled_RV *= torch.from_numpy(inverse_R.astype(np.float32)).to(logits_RV.device)[:, None]
-        self._weights_RV = self._scaled_RV.exp()
+        if (divisors_R != 1.0).any():
+            logits_RV = _divided(logits_RV, divisors_R)
+        self._logits_RV = logits_RV  # for the maximum: logprobs can be equal where these are not
+        self._logprobs_RV = logits_RV.log_softmax(-1)
+        self._weights_RV = self._logprobs_RV.exp()
         self._sums_RC = _chunk_sums(self._weights_RV)
         self._total_R = self._sums_RC.sum(-1)
         self.finite_R: NDArray[np.bool_] = torch.isfinite(self._total_R).cpu().numpy()
@@ -72,9 +72,9 @@ class TokenDistributions:
         Tokens as likely as the last one kept are kept, too.
         """
         if self._greedy_R.all():
-            return self._scaled_RV.argmax(-1)
+            return self._logits_RV.argmax(-1)
         tokens_R = self.draw(uniform_R)
-        vocab = self._scaled_RV.shape[-1]
+        vocab = self._logprobs_RV.shape[-1]
         limits_R = np.where(top_k_R > 0, np.minimum(top_k_R, vocab), vocab)
         cut = np.flatnonzero(~self._greedy_R & ((limits_R < vocab) | (top_p_R < 1.0)))
         if len(cut):
@@ -82,7 +82,7 @@ class TokenDistributions:
             tokens_R[cut] = _draw(weights_RV, _chunk_sums(weights_RV), uniform_R[cut])
         if self._greedy_R.any():
             greedy = np.flatnonzero(self._greedy_R)
-            tokens_R[greedy] = self._scaled_RV[greedy].argmax(-1)
+            tokens_R[greedy] = self._logits_RV[greedy].argmax(-1)
         return tokens_R
 
     def draw(self, uniform_R: Float64) -> Tensor:
@@ -90,29 +90,39 @@ class TokenDistributions:
         return _draw(self._weights_RV, self._sums_RC, uniform_R)
 
     def logprobs(self, tokens_R: Tensor) -> Tensor:
-        """Log-probabilities [R] (fp32) of one token per row, in the distribution before any cut."""
-        scaled_R = self._scaled_RV.gather(-1, tokens_R[:, None])[:, 0]
-        return (scaled_R.double() - self._total_R.log()).float()
+        """Log-probabilities [R] (fp32) of one token per row, in the distribution before any cut.
+
+        At temperature 1 they have the bits that `models.head` computes from the same logits.
+        """
+        return self._logprobs_RV.gather(-1, tokens_R[:, None])[:, 0]
 
     def top(self, rows: Sequence[int], k: int) -> tuple[Tensor, Tensor]:
         """Ids and log-probabilities [len(rows), k] of the most likely tokens of some rows, descending."""
-        values, ids = self._scaled_RV[rows].topk(k)
-        return ids, (values.double() - self._total_R[rows, None].log()).float()
+        values, ids = self._logprobs_RV[rows].topk(k)
+        return ids, values
 
     def _cut_weights(self, rows: NDArray[np.int64], limits: NDArray[np.int64], top_p: Float64) -> Tensor:
         """Weights [len(rows), V] of some rows after top-k and top-p: 0 where cut."""
-        device = self._scaled_RV.device
+        device = self._logprobs_RV.device
         index = torch.from_numpy(rows).to(device)
         limit = torch.from_numpy(limits).to(device)[:, None]
         part = torch.from_numpy(top_p).to(device)[:, None]
-        scaled, total = self._scaled_RV[index], self._total_R[index, None]
-        few = scaled.topk(min(_WINDOW, scaled.shape[-1])).values
-        least, found = _last_kept(few, scaled.shape[-1], total, limit, part)
+        logprobs, total = self._logprobs_RV[index], self._total_R[index, None]
+        few = logprobs.topk(min(_WINDOW, logprobs.shape[-1])).values
+        least, found = _last_kept(few, logprobs.shape[-1], total, limit, part)
         others = (~found).nonzero()[:, 0]
         if len(others):
-            everything = scaled[others].sort(dim=-1, descending=True).values
-            least[others], _ = _last_kept(everything, scaled.shape[-1], total[others], limit[others], part[others])
-        return self._weights_RV[index] * (scaled >= least[:, None])
+            everything = logprobs[others].sort(dim=-1, descending=True).values
+            least[others], _ = _last_kept(everything, logprobs.shape[-1], total[others], limit[others], part[others])
+        return self._weights_RV[index] * (logprobs >= least[:, None])
+
+
+def _divided(logits_RV: Tensor, divisors_R: Float64) -> Tensor:
+    """Logits by temperature; at 1 as they are, otherwise less their maximum first, so that none overflows."""
+    inverse_R = np.minimum(1.0 / np.maximum(divisors_R, 1 / _LARGEST_INVERSE), _LARGEST_INVERSE)
+    inverse_R1 = torch.from_numpy(inverse_R.astype(np.float32)).to(logits_RV.device)[:, None]
+    most_R1 = logits_RV.amax(-1, keepdim=True)
+    return (logits_RV - torch.where(inverse_R1 == 1, 0.0, most_R1)).mul_(inverse_R1)
 
 
 def _chunk_sums(weights_RV: Tensor) -> Tensor:
@@ -134,7 +144,7 @@ def _draw(weights_RV: Tensor, sums_RC: Tensor, uniform_R: Float64) -> Tensor:
 
 
 def _last_kept(values: Tensor, vocab: int, total: Tensor, limit: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
-    """The scaled logit of each row's last kept token, and whether it is among `values`, the row's highest, sorted."""
+    """The logprob of each row's last kept token, and whether it is among `values`, the row's highest, sorted."""
     ranks = torch.arange(values.shape[-1], device=values.device)
     weights = values.double().exp() * (ranks < limit)
     mass = weights.sum(-1, keepdim=True)
