@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.parity.conftest import broad, randomize
+from tests.parity.conftest import broad, load, randomize
 from tests.parity.reference import SPECS, as_call, random_datum
-from tinsmith.models.loading import load_base
+from tests.parity.training_lab import FULL, add, gradient
 from tinsmith.protocols import ModelCall, ModelSpec
 from tinsmith.training.trainer import TorchTrainer
 from tinsmith.wire.packing import TrainOutput
@@ -26,21 +26,16 @@ def workspace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("spec", [SPECS["all"], ModelSpec(rank=0, seed=0)], ids=["lora", "full"])
+@pytest.mark.parametrize("spec", [SPECS["all"], FULL], ids=["lora", "full"])
 def test_bits_do_not_move_with_the_company(spec: ModelSpec, dtype: torch.dtype, tmp_path: Path) -> None:
     module = broad()
     module.config.max_position_embeddings = 2048
     randomize(module, 3)
     module.save_pretrained(tmp_path)
-    base = load_base(tmp_path, dtype=dtype, device=torch.device("cuda"), on_progress=lambda _: None)
+    base = load(tmp_path, dtype, "cuda")
     trainer = TorchTrainer(base, micro_batch_tokens=4096, max_adapters=4, max_rank=32, deterministic=True)
-    trainer.add("m", spec)
+    add(trainer, "m", spec)
     trainer.add("stranger", SPECS["attention"])
-    if spec.is_lora:
-        generator = torch.Generator().manual_seed(1)
-        weights = trainer._models["m"].weights
-        weights.weights.add_(0.05 * torch.randn(weights.weights.shape, generator=generator).cuda())
-        weights.weights_changed()
     rng = np.random.default_rng(0)
     call = ModelCall("m", as_call([random_datum(rng, length) for length in (1, 48, 130, 1500)]))
     gradients = []
@@ -49,7 +44,7 @@ def test_bits_do_not_move_with_the_company(spec: ModelSpec, dtype: torch.dtype, 
         crowd = [ModelCall("stranger", as_call([random_datum(rng, int(length)) for length in lengths]))]
         *_, result = trainer.forward_backward([*crowd, call] if round_ % 2 else [call])
         assert isinstance(result, TrainOutput), result
-        gradients.append(trainer._models["m"].weights.require_grad().clone())
+        gradients.append(gradient(trainer, "m"))
         trainer.discard_gradient("m")
     assert gradients[0].any()
     assert all(torch.equal(each, gradients[0]) for each in gradients[1:])

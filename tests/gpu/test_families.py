@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tests.parity.conftest import FAMILIES
+from tests.parity.conftest import FAMILIES, load
 from tests.parity.reference import as_call, random_datum
+from tests.parity.training_lab import add, gradient, outputs
 from tinsmith.demo import tiny_folder
-from tinsmith.models.loading import load_base
 from tinsmith.protocols import AdamParams, ModelCall, ModelSpec, SnapshotCall
 from tinsmith.sampling.sampler import TorchSampler
 from tinsmith.training.trainer import TorchTrainer
-from tinsmith.wire.packing import SampleCall, SampleOutput, TrainOutput
+from tinsmith.wire.packing import SampleCall, SampleOutput
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,24 +28,17 @@ PARAMS = AdamParams(learning_rate=1e-3, weight_decay=0.1, grad_clip_norm=1.0)
 
 def train(folder: Path, device: str, dtype: torch.dtype) -> tuple[list[np.ndarray], dict[str, torch.Tensor]]:
     """Logprobs of three steps, the first gradients, and what the trained snapshots sample from."""
-    model = load_base(folder, dtype=dtype, device=torch.device(device), on_progress=lambda _: None)
+    model = load(folder, dtype, device)
     trainer = TorchTrainer(model, micro_batch_tokens=64, max_adapters=8, max_rank=32)
     rng = np.random.default_rng(0)
     for name, spec in SPECS.items():
-        trainer.add(name, spec)
-        if spec.is_lora:
-            weights = trainer._models[name].weights
-            generator = torch.Generator().manual_seed(spec.seed)
-            weights.weights.add_(0.05 * torch.randn(weights.weights.shape, generator=generator).to(device))
-            weights.weights_changed()
+        add(trainer, name, spec)
     logprobs, grads = [], {}
     for step in range(3):
         calls = [ModelCall(name, as_call([random_datum(rng, length) for length in (5, 14)])) for name in SPECS]
-        outcomes = trainer.forward_backward(calls)
-        assert all(isinstance(outcome, TrainOutput) for outcome in outcomes), outcomes
-        logprobs += [outcome.logprobs_M for outcome in outcomes]
+        logprobs += [output.logprobs_M for output in outputs(trainer, *calls)]
         if step == 0:
-            grads = {name: trainer._models[name].weights.require_grad().cpu().clone() for name in SPECS}
+            grads = {name: gradient(trainer, name).cpu() for name in SPECS}
         for name in SPECS:
             trainer.optim_step(name, PARAMS)
     sampler = TorchSampler(model, AutoTokenizer.from_pretrained(tiny_folder()), kv_tokens=1024, max_running=8)

@@ -126,6 +126,15 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "phi3-fused": lambda: Phi3ForCausalLM(Phi3Config(**SIZES, pad_token_id=0, tie_word_embeddings=False)),
 }
 
+MIXTURES = ["qwen3-moe", "qwen3-moe-mixed", "gpt-oss", "deepseek-moe"]
+RECURRENT = ["qwen3-next", "qwen3.5", "qwen3-next-moe", "qwen3.5-moe"]
+BEYOND_LLAMA = [*MIXTURES, "gemma3", "deepseek-mla", *RECURRENT]
+"""The families whose layers are not those of Llama with other numbers."""
+
+Folders = Callable[[str], Path]
+Bases = Callable[[str], BaseModel]
+NewTrainer = Callable[..., TorchTrainer]
+
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
 """Sizes at which a matrix product of few rows rounds differently from one of many."""
 
@@ -157,8 +166,19 @@ def randomize(module: PreTrainedModel, seed: int) -> None:
             parameter.copy_(parameter + 0.1 * noise if parameter.ndim == 1 else 0.15 * noise)
 
 
+def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> BaseModel:
+    return load_base(folder, dtype=dtype, device=torch.device(device), on_progress=lambda _: None)
+
+
+def saved_and_loaded(module: PreTrainedModel, folder: Path) -> BaseModel:
+    """A base model of these layers with random weights, by way of its files."""
+    randomize(module, seed=0)
+    module.save_pretrained(folder)
+    return load(folder)
+
+
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     """The folder of a family's tiny model, made on first use."""
     root = tmp_path_factory.mktemp("models")
 
@@ -175,22 +195,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def bases(folders: Callable[[str], Path]) -> Callable[[str], BaseModel]:
+def bases(folders: Folders) -> Bases:
     """The loaded base model of a family; shared, since nothing may change it."""
     loaded: dict[str, BaseModel] = {}
 
     def base(family: str) -> BaseModel:
         if family not in loaded:
-            loaded[family] = load_base(
-                folders(family), dtype=torch.float32, device=torch.device("cpu"), on_progress=lambda _: None
-            )
+            loaded[family] = load(folders(family))
         return loaded[family]
 
     return base
 
 
 @pytest.fixture
-def new_trainer(bases: Callable[[str], BaseModel]) -> Callable[..., TorchTrainer]:
+def new_trainer(bases: Bases) -> NewTrainer:
     """A trainer on a family's base model; keyword arguments override its limits."""
 
     def make(family: str = "qwen3-tied", **overrides: object) -> TorchTrainer:

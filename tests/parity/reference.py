@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -13,6 +14,12 @@ from transformers import AutoModelForCausalLM
 from tinsmith.models.lora import Adapter
 from tinsmith.protocols import AdamParams, ModelSpec
 from tinsmith.wire.packing import TrainCall
+
+PEFTS_WARNINGS = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning"),
+]
+"""Marks for tests that use PEFT: its own warnings, about transformers and about tied embeddings."""
 
 ATTN = [
     *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
@@ -138,7 +145,7 @@ def train(
 def warm(adapter: Adapter, seed: int = 7) -> None:
     """B is zero in a fresh adapter, which would hide half of the gradients."""
     generator = torch.Generator().manual_seed(seed)
-    adapter.weights.add_(0.05 * torch.randn(adapter.weights.shape, generator=generator))
+    adapter.weights.add_(0.05 * torch.randn(adapter.weights.shape, generator=generator).to(adapter.weights.device))
     adapter.weights_changed()
 
 

@@ -1,6 +1,6 @@
 """Running a sampler in tests: calls with few words, a check of the cache after every step, and exact references."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,3 @@ def expected_logprobs(module: nn.Module, start: np.ndarray, tokens: list[int], t
     """Logprobs of `tokens` after the prompt `start`, from one forward pass over all of it."""
     table = all_logprobs(module, [*start.tolist(), *tokens], temperature)[len(start) - 1 : -1]
     return table.gather(1, torch.tensor(tokens)[:, None])[:, 0].numpy()
-
-
-Bases = Callable[[str], BaseModel]
-Folders = Callable[[str], Path]

@@ -1,6 +1,6 @@
-"""Mixtures of experts: LoRA pairs of every expert, routing, biases, attention sinks, against Hugging Face and PEFT.
+"""Mixtures of experts: LoRA pairs of every expert, routing, biases, attention sinks.
 
-What holds for every family (logprobs and gradients of one pass, sampled logprobs) is tested with the others.
+What holds for every family (training as with PEFT and torch, sampled logprobs, files) is tested with the others.
 """
 
 from collections.abc import Callable
@@ -9,9 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from transformers import (
-    AutoModelForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
     MixtralConfig,
@@ -25,104 +23,20 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from tests.parity import reference
-from tests.parity.conftest import QWEN3_MOE, SIZES, randomize
-from tests.parity.reference import SPECS, as_call, random_datum, warm
+from tests.parity.conftest import MIXTURES, QWEN3_MOE, SIZES, Bases, NewTrainer, saved_and_loaded
+from tests.parity.reference import SPECS, as_call, random_datum
 from tests.parity.sampling_lab import lora, new_sampler, prompt, run, sample
+from tests.parity.training_lab import FULL, add
 from tinsmith.models.attention import PackedAttention
 from tinsmith.models.experts import MultiAdapterExperts
 from tinsmith.models.full import FullModel
-from tinsmith.models.loading import BaseModel, load_base
+from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import Segment
 from tinsmith.models.weights import LoraWeights, load_weights, save_weights
-from tinsmith.protocols import AdamParams, ModelCall, ModelSpec
+from tinsmith.protocols import ModelCall, ModelSpec
 from tinsmith.training.trainer import TorchTrainer
 
-# PEFT's own, about transformers and about tied embeddings
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning"),
-]
-
-MIXTURES = ["qwen3-moe", "qwen3-moe-mixed", "gpt-oss", "deepseek-moe"]
 EACH = pytest.mark.parametrize("family", MIXTURES)
-# Where a gradient is nearly zero, Adam makes a step of its sign, which is noise: a larger epsilon keeps that small.
-PARAMS = AdamParams(learning_rate=0.003, eps=1e-5, weight_decay=0.1, grad_clip_norm=1.0)
-FULL = ModelSpec(rank=0, seed=0)
-NewTrainer = Callable[..., TorchTrainer]
-Folders = Callable[[str], Path]
-Bases = Callable[[str], BaseModel]
-
-
-def add(trainer: TorchTrainer, model_id: str, spec: ModelSpec) -> None:
-    trainer.add(model_id, spec)
-    if spec.is_lora:
-        warm(trainer._models[model_id].weights, seed=spec.seed)
-
-
-def steps_of(rng: np.random.Generator, steps: int) -> list[list[reference.Datum]]:
-    return [[random_datum(rng, length) for length in (9, 17)] for _ in range(steps)]
-
-
-@pytest.mark.parametrize("family", [family for family in MIXTURES if family != "qwen3-moe-mixed"])
-def test_twenty_clipped_and_decayed_steps_end_where_peft_and_torch_end(
-    family: str, new_trainer: NewTrainer, folders: Folders
-) -> None:
-    trainer = new_trainer(family)
-    trainer.add("m", ModelSpec(rank=3, seed=1))
-    add(trainer, "neighbour", SPECS["mlp"])
-    adapter = trainer._models["m"].weights
-    module = reference.peft_module(folders(family), adapter)
-    steps = steps_of(np.random.default_rng(1), 20)
-    norms = []
-    for data in steps:
-        calls = [ModelCall("m", as_call(data)), ModelCall("neighbour", as_call(data[1:]))]
-        trainer.forward_backward(calls)
-        norms.append(trainer.optim_step("m", PARAMS)["grad_norm"])
-
-    parameters = reference.lora_parameters(module)
-    assert norms == pytest.approx(reference.train(module, parameters, steps, PARAMS), rel=1e-4)
-    assert min(norms) > PARAMS.grad_clip_norm
-    weights = adapter.layout.named_views(adapter.weights)
-    for name, parameter in parameters.items():
-        torch.testing.assert_close(weights[name], parameter.data, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: n + m)
-
-
-@EACH
-def test_gradients_differ_from_pefts_by_rounding_alone(family: str, new_trainer: NewTrainer, folders: Folders) -> None:
-    trainer = new_trainer(family)
-    add(trainer, "m", SPECS["all"])
-    adapter = trainer._models["m"].weights
-    data = steps_of(np.random.default_rng(2), 1)[0]
-    trainer.forward_backward([ModelCall("m", as_call(data))])
-    module = reference.peft_module(folders(family), adapter)
-    reference.cross_entropy(module, data).backward()
-    gradients = adapter.layout.named_views(adapter.grad)
-    for name, parameter in reference.lora_parameters(module).items():
-        difference = (gradients[name] - parameter.grad).norm() / parameter.grad.norm()
-        assert difference < 1e-5, name
-
-
-@EACH
-def test_a_full_parameter_model_trains_as_in_torch(family: str, new_trainer: NewTrainer, folders: Folders) -> None:
-    trainer = new_trainer(family, gradient_checkpointing=True)
-    trainer.add("m", FULL)
-    before = {name: tensor.clone() for name, tensor in trainer._model.module.named_parameters()}
-    steps = steps_of(np.random.default_rng(3), 3)
-    for data in steps:
-        trainer.forward_backward([ModelCall("m", as_call(data))])
-        trainer.optim_step("m", PARAMS)
-
-    module = reference.full_module(folders(family))
-    parameters = dict(module.named_parameters())
-    reference.train(module, parameters, steps, PARAMS)
-    model = trainer._models["m"].weights
-    weights = model.layout.named_views(model.weights)
-    assert set(weights) == set(parameters)
-    for name, parameter in parameters.items():
-        torch.testing.assert_close(weights[name], parameter.data, atol=2e-5, rtol=1e-5, msg=lambda m, n=name: n + m)
-    for name, tensor in trainer._model.module.named_parameters():
-        assert torch.equal(tensor, before[name]), f"the shared base changed at {name}"
 
 
 def wide_mixture() -> PreTrainedModel:
@@ -136,12 +50,6 @@ def wide_mixture() -> PreTrainedModel:
 def wide_base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     folder = tmp_path_factory.mktemp("wide")
     return saved_and_loaded(wide_mixture(), folder)
-
-
-def saved_and_loaded(module: PreTrainedModel, folder: Path) -> BaseModel:
-    randomize(module, seed=0)
-    module.save_pretrained(folder)
-    return load_base(folder, dtype=torch.float32, device=torch.device("cpu"), on_progress=lambda _: None)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -180,44 +88,12 @@ def test_a_sample_has_the_same_tokens_and_logprobs_alone_and_in_company(wide_bas
 
 
 @EACH
-@pytest.mark.parametrize("spec", [SPECS["all"], SPECS["mlp"]], ids=["all", "mlp"])
-def test_peft_loads_a_saved_adapter(
-    family: str, spec: ModelSpec, new_trainer: NewTrainer, folders: Folders, tmp_path: Path
-) -> None:
-    trainer = new_trainer(family)
-    add(trainer, "m", ModelSpec(rank=spec.rank, seed=1, train_attn=spec.train_attn, train_unembed=False))
-    trainer.save("m", tmp_path, optimizer=False)
-    datum = random_datum(np.random.default_rng(1), 11)
-    [ours] = trainer.forward_backward([ModelCall("m", as_call([datum], forward_only=True))])
-    module = PeftModel.from_pretrained(reference.full_module(folders(family)), tmp_path).eval()
-    np.testing.assert_allclose(ours.logprobs_M, reference.logprobs(module, datum).detach().numpy(), atol=1e-5)
-
-
-@EACH
 def test_a_saved_adapter_is_the_same_when_loaded(family: str, bases: Bases, tmp_path: Path) -> None:
     weights = lora(bases(family), SPECS["all"])
     save_weights(weights, tmp_path)
     loaded = load_weights(bases(family), tmp_path)
     assert isinstance(loaded, LoraWeights)
     assert torch.equal(loaded.adapter.weights, weights.adapter.weights)
-
-
-@EACH
-def test_transformers_loads_a_saved_full_model(family: str, new_trainer: NewTrainer, tmp_path: Path) -> None:
-    trainer = new_trainer(family)
-    trainer.add("m", FULL)
-    datum = random_datum(np.random.default_rng(1), 11)
-    trainer.forward_backward([ModelCall("m", as_call([datum]))])
-    trainer.optim_step("m", PARAMS)
-    trainer.save("m", tmp_path, optimizer=True)
-    [ours] = trainer.forward_backward([ModelCall("m", as_call([datum], forward_only=True))])
-    module = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
-    np.testing.assert_allclose(ours.logprobs_M, reference.logprobs(module, datum).detach().numpy(), atol=1e-5)
-    other = new_trainer(family)
-    other.add("n", FULL)
-    other.load("n", tmp_path, optimizer=True)
-    [again] = other.forward_backward([ModelCall("n", as_call([datum], forward_only=True))])
-    np.testing.assert_array_equal(again.logprobs_M, ours.logprobs_M)
 
 
 def test_a_full_models_experts_lie_where_a_gpu_can_read_them(bases: Bases) -> None:

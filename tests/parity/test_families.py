@@ -1,17 +1,14 @@
-"""Families beyond plain attention: Gemma 3, multi-head latent attention, gated delta nets; against Hugging Face, PEFT.
+"""Families beyond plain attention: Gemma 3, multi-head latent attention, gated delta nets.
 
-What holds for every family (logprobs and gradients of one pass, sampled logprobs) is tested with the others.
+What holds for every family (training as with PEFT and torch, sampled logprobs, files) is tested with the others.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from transformers import (
-    AutoModelForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     PreTrainedModel,
@@ -21,107 +18,18 @@ from transformers import (
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from tests.parity import reference
-from tests.parity.conftest import DELTA, GEMMA, SIZES, randomize
-from tests.parity.reference import SPECS, Datum, as_call, random_datum, warm
+from tests.parity.conftest import DELTA, GEMMA, RECURRENT, SIZES, Bases, NewTrainer, saved_and_loaded
+from tests.parity.reference import SPECS, as_call
 from tests.parity.sampling_lab import full, lora, new_sampler, prompt, run, sample, sequences
+from tests.parity.training_lab import add, data_of, gradient
 from tinsmith.errors import ConfigError, UserError
 from tinsmith.models.delta_nets import run_by_sequence
-from tinsmith.models.loading import BaseModel, load_base
 from tinsmith.models.lora import CurrentPass
-from tinsmith.protocols import AdamParams, ModelCall, ModelSpec
+from tinsmith.protocols import ModelCall, ModelSpec
 from tinsmith.training.trainer import TorchTrainer
 
-# PEFT's own, about transformers and about tied embeddings
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning"),
-]
-
-RECURRENT = ["qwen3-next", "qwen3.5", "qwen3-next-moe", "qwen3.5-moe"]
-NEW = ["gemma3", "deepseek-mla", *RECURRENT]
-EACH = pytest.mark.parametrize("family", NEW)
+EACH = pytest.mark.parametrize("family", ["gemma3", "deepseek-mla", *RECURRENT])
 EACH_RECURRENT = pytest.mark.parametrize("family", RECURRENT)
-# Where a gradient is nearly zero, Adam makes a step of its sign, which is noise: a larger epsilon keeps that small.
-PARAMS = AdamParams(learning_rate=0.003, eps=1e-5, weight_decay=0.1, grad_clip_norm=1.0)
-FULL = ModelSpec(rank=0, seed=0)
-NewTrainer = Callable[..., TorchTrainer]
-Folders = Callable[[str], Path]
-Bases = Callable[[str], BaseModel]
-
-
-def add(trainer: TorchTrainer, model_id: str, spec: ModelSpec) -> None:
-    trainer.add(model_id, spec)
-    if spec.is_lora:
-        warm(trainer._models[model_id].weights, seed=spec.seed)
-
-
-def data_of(seed: int, lengths: tuple[int, ...] = (9, 1, 17)) -> list[Datum]:
-    rng = np.random.default_rng(seed)
-    return [random_datum(rng, length) for length in lengths]
-
-
-def gradient(trainer: TorchTrainer, model_id: str) -> torch.Tensor:
-    return trainer._models[model_id].weights.require_grad().clone()
-
-
-@EACH
-def test_gradients_differ_from_pefts_by_rounding_alone(family: str, new_trainer: NewTrainer, folders: Folders) -> None:
-    trainer = new_trainer(family)
-    add(trainer, "m", SPECS["all"])
-    adapter = trainer._models["m"].weights
-    trainer.forward_backward([ModelCall("m", as_call(data_of(2)))])
-    module = reference.peft_module(folders(family), adapter)
-    reference.cross_entropy(module, data_of(2)).backward()
-    gradients = adapter.layout.named_views(adapter.grad)
-    for name, parameter in reference.lora_parameters(module).items():
-        difference = (gradients[name] - parameter.grad).norm() / parameter.grad.norm()
-        assert difference < 1e-5, name
-
-
-@pytest.mark.parametrize("family", ["gemma3", "deepseek-mla", "qwen3-next", "qwen3.5-moe"])
-def test_twenty_clipped_and_decayed_steps_end_where_peft_and_torch_end(
-    family: str, new_trainer: NewTrainer, folders: Folders
-) -> None:
-    trainer = new_trainer(family)
-    trainer.add("m", ModelSpec(rank=3, seed=1))
-    add(trainer, "neighbour", SPECS["attention"])
-    adapter = trainer._models["m"].weights
-    module = reference.peft_module(folders(family), adapter)
-    steps = [data_of(seed, (7, 4)) for seed in range(20)]
-    norms = []
-    for data in steps:
-        trainer.forward_backward([ModelCall("neighbour", as_call(data[1:])), ModelCall("m", as_call(data))])
-        norms.append(trainer.optim_step("m", PARAMS)["grad_norm"])
-
-    parameters = reference.lora_parameters(module)
-    assert norms == pytest.approx(reference.train(module, parameters, steps, PARAMS), rel=1e-4)
-    assert min(norms) > PARAMS.grad_clip_norm
-    weights = adapter.layout.named_views(adapter.weights)
-    assert set(weights) == set(parameters)
-    for name, parameter in parameters.items():
-        torch.testing.assert_close(weights[name], parameter.data, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: n + m)
-
-
-@EACH
-def test_a_full_parameter_model_trains_as_in_torch(family: str, new_trainer: NewTrainer, folders: Folders) -> None:
-    trainer = new_trainer(family, gradient_checkpointing=True)
-    trainer.add("m", FULL)
-    before = {name: tensor.clone() for name, tensor in trainer._model.module.named_parameters()}
-    steps = [data_of(seed) for seed in range(3)]
-    for data in steps:
-        trainer.forward_backward([ModelCall("m", as_call(data))])
-        trainer.optim_step("m", PARAMS)
-
-    module = reference.full_module(folders(family))
-    parameters = dict(module.named_parameters())
-    reference.train(module, parameters, steps, PARAMS)
-    model = trainer._models["m"].weights
-    weights = model.layout.named_views(model.weights)
-    assert set(weights) == set(parameters)
-    for name, parameter in parameters.items():
-        torch.testing.assert_close(weights[name], parameter.data, atol=2e-5, rtol=1e-5, msg=lambda m, n=name: n + m)
-    for name, tensor in trainer._model.module.named_parameters():
-        assert torch.equal(tensor, before[name]), f"the shared base changed at {name}"
 
 
 @EACH
@@ -160,34 +68,6 @@ def test_weights_that_are_broken_stay_one_tenants_problem(family: str, new_train
     expected = gradient(clean, "sound")
     assert (gradient(trainer, "sound") - expected).norm() <= (1e-6 if "moe" in family else 0) * expected.norm()
     assert not gradient(trainer, "broken").any()
-
-
-@pytest.mark.parametrize("family", ["gemma3", "qwen3.5", "qwen3-next-moe", "qwen3.5-moe"])
-def test_peft_loads_a_saved_adapter(family: str, new_trainer: NewTrainer, folders: Folders, tmp_path: Path) -> None:
-    trainer = new_trainer(family)
-    add(trainer, "m", ModelSpec(rank=4, seed=1, train_unembed=False))
-    trainer.save("m", tmp_path, optimizer=False)
-    [datum] = data_of(1, (11,))
-    [ours] = trainer.forward_backward([ModelCall("m", as_call([datum], forward_only=True))])
-    module = PeftModel.from_pretrained(reference.full_module(folders(family)), tmp_path).eval()
-    np.testing.assert_allclose(ours.logprobs_M, reference.logprobs(module, datum).detach().numpy(), atol=1e-5)
-    add(trainer, "again", ModelSpec(rank=4, seed=1, train_unembed=False))
-    trainer.load("again", tmp_path, optimizer=False)
-    [loaded] = trainer.forward_backward([ModelCall("again", as_call([datum], forward_only=True))])
-    np.testing.assert_array_equal(loaded.logprobs_M, ours.logprobs_M)
-
-
-@EACH
-def test_transformers_loads_a_saved_full_model(family: str, new_trainer: NewTrainer, tmp_path: Path) -> None:
-    trainer = new_trainer(family)
-    trainer.add("m", FULL)
-    [datum] = data_of(1, (11,))
-    trainer.forward_backward([ModelCall("m", as_call([datum]))])
-    trainer.optim_step("m", PARAMS)
-    trainer.save("m", tmp_path, optimizer=False)
-    [ours] = trainer.forward_backward([ModelCall("m", as_call([datum], forward_only=True))])
-    module = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
-    np.testing.assert_allclose(ours.logprobs_M, reference.logprobs(module, datum).detach().numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["qwen3-next", "qwen3.5-moe"])
@@ -272,10 +152,7 @@ def conditional() -> dict[str, PreTrainedModel]:
 @pytest.mark.parametrize("family", ["qwen3.5", "gemma3"])
 def test_the_text_part_of_a_model_with_pictures_is_served(family: str, tmp_path: Path) -> None:
     module = conditional()[family].eval()
-    randomize(module, seed=1)
-    module.save_pretrained(tmp_path)
-    model = load_base(tmp_path, dtype=torch.float32, device=torch.device("cpu"), on_progress=lambda _: None)
-    trainer = TorchTrainer(model, micro_batch_tokens=64, max_adapters=1, max_rank=8)
+    trainer = TorchTrainer(saved_and_loaded(module, tmp_path), micro_batch_tokens=64, max_adapters=1, max_rank=8)
     trainer.add("m", SPECS["all"])
     data = data_of(5)
     [ours] = trainer.forward_backward([ModelCall("m", as_call(data, forward_only=True))])

@@ -1,11 +1,12 @@
 """Training passes that apply all adapters together, as GPUs do, against those that apply them one after the other."""
 
-from collections.abc import Callable
-
 import numpy as np
+import pytest
 import torch
 
-from tests.parity.reference import as_call, random_datum, warm
+from tests.parity.conftest import NewTrainer
+from tests.parity.reference import as_call, random_datum
+from tests.parity.training_lab import add, gradient, outputs
 from tinsmith.models.grouped import GroupedAdapters
 from tinsmith.protocols import ModelCall, ModelSpec
 from tinsmith.training.trainer import TorchTrainer
@@ -21,17 +22,15 @@ SPECS = {
 def trained(trainer: TorchTrainer) -> tuple[list[np.ndarray], dict[str, torch.Tensor]]:
     rng = np.random.default_rng(0)
     for model_id, spec in SPECS.items():
-        trainer.add(model_id, spec)
-        warm(trainer._models[model_id].weights, seed=spec.seed)
+        add(trainer, model_id, spec)
     calls = [ModelCall(model_id, as_call([random_datum(rng, length) for length in (3, 17)])) for model_id in SPECS]
     calls.append(ModelCall("first", as_call([random_datum(rng, 12)])))
-    outcomes = trainer.forward_backward(calls)
-    grads = {model_id: trainer._models[model_id].weights.require_grad().clone() for model_id in SPECS}
-    return [outcome.logprobs_M for outcome in outcomes], grads
+    logprobs = [output.logprobs_M for output in outputs(trainer, *calls)]
+    return logprobs, {model_id: gradient(trainer, model_id) for model_id in SPECS}
 
 
 def test_adapters_applied_together_train_as_those_applied_in_turn(
-    new_trainer: Callable[..., TorchTrainer], monkeypatch
+    new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = []
     original = GroupedAdapters.add_gradients

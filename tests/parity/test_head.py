@@ -1,11 +1,11 @@
 """The chunked LM head against plain log-softmax."""
 
 import itertools
-from collections.abc import Callable
 
 import pytest
 import torch
 
+from tests.parity.conftest import Bases
 from tests.parity.reference import SPECS, warm
 from tinsmith.models import head
 from tinsmith.models.loading import BaseModel
@@ -48,7 +48,7 @@ def test_target_logprobs_and_all_gradients_equal_log_softmax(
     rows_per_chunk: int,
     several: bool,
     kinds: tuple[str, ...],
-    bases: Callable[[str], BaseModel],
+    bases: Bases,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = bases("qwen3-untied")
@@ -73,9 +73,7 @@ def test_target_logprobs_and_all_gradients_equal_log_softmax(
 
 
 @pytest.mark.parametrize("kinds", [TRAINED, FROZEN], ids=["trained", "frozen"])
-def test_a_rows_bits_do_not_depend_on_how_many_targets_other_rows_have(
-    kinds: tuple[str, ...], bases: Callable[[str], BaseModel]
-) -> None:
+def test_a_rows_bits_do_not_depend_on_how_many_targets_other_rows_have(kinds: tuple[str, ...], bases: Bases) -> None:
     model = bases("qwen3-untied")
     torch.manual_seed(0)
     hidden_TD, targets_T = torch.randn(ROWS, 32), torch.randint(model.vocab_size, (ROWS,))
@@ -94,7 +92,7 @@ def test_a_rows_bits_do_not_depend_on_how_many_targets_other_rows_have(
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
-def test_without_autograd_no_gradient_is_prepared(bases: Callable[[str], BaseModel]) -> None:
+def test_without_autograd_no_gradient_is_prepared(bases: Bases) -> None:
     model = bases("qwen3-untied")
     hidden_TD = torch.randn(ROWS, 32, requires_grad=True)
     with torch.no_grad():
@@ -102,9 +100,7 @@ def test_without_autograd_no_gradient_is_prepared(bases: Callable[[str], BaseMod
     assert not logprobs_T.requires_grad
 
 
-def test_a_chunk_never_holds_more_logits_than_allowed(
-    bases: Callable[[str], BaseModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_chunk_never_holds_more_logits_than_allowed(bases: Bases, monkeypatch: pytest.MonkeyPatch) -> None:
     model = bases("qwen3-untied")
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", 10 * model.vocab_size)
     chunks = list(head._head(model, segments_of(model), None).chunks(ROWS))
@@ -115,7 +111,7 @@ def test_a_chunk_never_holds_more_logits_than_allowed(
 
 
 def test_how_a_segments_gradient_is_summed_does_not_depend_on_what_comes_before_it(
-    bases: Callable[[str], BaseModel], monkeypatch: pytest.MonkeyPatch
+    bases: Bases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = bases("qwen3-untied")
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", 16 * model.vocab_size)
@@ -135,7 +131,7 @@ def test_how_a_segments_gradient_is_summed_does_not_depend_on_what_comes_before_
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
-def test_the_samplers_logits_are_the_trainers(bases: Callable[[str], BaseModel]) -> None:
+def test_the_samplers_logits_are_the_trainers(bases: Bases) -> None:
     model = bases("qwen3-tied")
     segments = segments_of(model)
     hidden_TD = torch.randn(ROWS, 32)
@@ -145,7 +141,7 @@ def test_the_samplers_logits_are_the_trainers(bases: Callable[[str], BaseModel])
     torch.testing.assert_close(logprobs_TV[torch.arange(ROWS), targets_T], logprobs_T, atol=1e-5, rtol=1e-5)
 
 
-def test_low_precision_weights_give_float32_logits(bases: Callable[[str], BaseModel]) -> None:
+def test_low_precision_weights_give_float32_logits(bases: Bases) -> None:
     hidden_CD, weight_VD = torch.randn(9, 32).bfloat16(), torch.randn(20000, 32).bfloat16()
     logits = head._product(hidden_CD, weight_VD)
     assert logits.dtype == torch.float32

@@ -1,6 +1,6 @@
 """Eight tenants train, sample, save and load in turns on one trainer and one sampler: each ends where it ends alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.parity.reference import as_call, random_datum, warm
+from tests.parity.conftest import NewTrainer
+from tests.parity.reference import as_call, random_datum
 from tests.parity.sampling_lab import drain, new_sampler, prompt, sample
+from tests.parity.training_lab import add
 from tinsmith.errors import TinsmithError, UserError
 from tinsmith.protocols import AdamParams, ModelCall, ModelSpec
 from tinsmith.training.trainer import TorchTrainer
@@ -77,9 +79,7 @@ class House:
         self.folder = folder
         self.diaries = {tenant.name: Diary() for tenant in tenants}
         for tenant in tenants:
-            trainer.add(tenant.name, tenant.spec)
-            if tenant.spec.is_lora:
-                warm(trainer._models[tenant.name].weights, seed=tenant.number)
+            add(trainer, tenant.name, tenant.spec)
 
     def live(self) -> None:
         """All steps; the order of tenants changes from step to step, and trouble comes with company."""
@@ -153,7 +153,7 @@ def bad_calls(step: int) -> list[TrainCall]:
 
 
 def test_eight_tenants_end_where_each_ends_alone(
-    new_trainer: Callable[..., TorchTrainer], tmp_path: Path, subtests: pytest.Subtests
+    new_trainer: NewTrainer, tmp_path: Path, subtests: pytest.Subtests
 ) -> None:
     options = {"max_rank": 128, "micro_batch_tokens": 100}
     together = House(new_trainer(**options), tenants(), tmp_path / "together")

@@ -1,7 +1,7 @@
 """How a tenant's datums travel (calls, micro-batches, company, recomputation) does not change its gradient."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -9,14 +9,14 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.parity.reference import SPECS, Datum, as_call, random_datum, warm
+from tests.parity.conftest import NewTrainer
+from tests.parity.reference import SPECS, Datum, as_call, random_datum
+from tests.parity.training_lab import FULL, add, gradient, outputs
 from tinsmith.protocols import ModelCall, ModelSpec
 from tinsmith.training.trainer import TorchTrainer
 from tinsmith.wire.losses import LOSSES
 from tinsmith.wire.packing import TrainCall, TrainOutput
 
-NewTrainer = Callable[..., TorchTrainer]
-FULL = ModelSpec(rank=0, seed=0)
 KINDS = pytest.mark.parametrize("spec", [SPECS["all"], FULL], ids=["lora", "full"])
 LENGTHS = (7, 1, 20, 3, 12, 5, 16, 9)
 cheap = settings(
@@ -37,20 +37,17 @@ def trainer_of(new_trainer: NewTrainer, spec: ModelSpec, family: str = "qwen3-ti
     """With the model `m` of this kind, and two strangers."""
     trainer = new_trainer(family, **options)
     for model_id, each in {"m": spec, "stranger": SPECS["all"], "other": SPECS["attention"]}.items():
-        trainer.add(model_id, each)
-        if each.is_lora:
-            warm(trainer._models[model_id].weights, seed=len(model_id))
+        add(trainer, model_id, each)
     return trainer
 
 
 def take_gradient(trainer: TorchTrainer, *calls: ModelCall) -> torch.Tensor:
     """What the calls add to `m`; nobody's gradient is left."""
-    results = trainer.forward_backward(calls)
-    assert all(isinstance(result, TrainOutput) for result in results), results
-    gradient = trainer._models["m"].weights.require_grad().clone()
+    outputs(trainer, *calls)
+    taken = gradient(trainer, "m")
     for model_id in trainer._models:
         trainer.discard_gradient(model_id)
-    return gradient
+    return taken
 
 
 def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -1,13 +1,15 @@
 """What a tenant gets does not depend on who else is in the batch, how a batch is cut, or who fails beside it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
+from tests.parity.conftest import NewTrainer
 from tests.parity.reference import SPECS, Datum, as_call, random_datum, warm
+from tests.parity.training_lab import FULL, add, gradient
 from tinsmith.errors import TinsmithError, UserError
 from tinsmith.models.attention import PackedAttention
 from tinsmith.models.lora import Segment
@@ -16,23 +18,12 @@ from tinsmith.training.trainer import TorchTrainer
 from tinsmith.wire.losses import LOSSES
 from tinsmith.wire.packing import TrainCall, TrainOutput
 
-FULL = ModelSpec(rank=0, seed=0)
 PARAMS = AdamParams(learning_rate=0.01, weight_decay=0.1, grad_clip_norm=0.5)
 
 
 def random_data(rng: np.random.Generator, lengths: Sequence[int], loss: str) -> list[Datum]:
     signature = LOSSES[loss]
     return [random_datum(rng, length, signature.inputs) for length in lengths]
-
-
-def add(trainer: TorchTrainer, model_id: str, spec: ModelSpec) -> None:
-    trainer.add(model_id, spec)
-    if spec.is_lora:
-        warm(trainer._models[model_id].weights, seed=spec.seed)
-
-
-def gradient(trainer: TorchTrainer, model_id: str) -> torch.Tensor:
-    return trainer._models[model_id].weights.require_grad().clone()
 
 
 def tenants() -> dict[str, tuple[ModelSpec, TrainCall]]:
@@ -47,7 +38,7 @@ def tenants() -> dict[str, tuple[ModelSpec, TrainCall]]:
 
 @pytest.mark.parametrize("budget", [1000, 40, 7])
 def test_tenants_of_all_ranks_and_losses_together_end_where_each_ends_alone(
-    budget: int, new_trainer: Callable[..., TorchTrainer]
+    budget: int, new_trainer: NewTrainer
 ) -> None:
     together = new_trainer(micro_batch_tokens=budget)
     calls = tenants()
@@ -71,7 +62,7 @@ def test_tenants_of_all_ranks_and_losses_together_end_where_each_ends_alone(
         assert torch.equal(together._models[model_id].weights.weights, alone._models[model_id].weights.weights)
 
 
-def test_a_call_of_one_token_gets_the_same_bits_alone_and_in_company(new_trainer: Callable[..., TorchTrainer]) -> None:
+def test_a_call_of_one_token_gets_the_same_bits_alone_and_in_company(new_trainer: NewTrainer) -> None:
     rng = np.random.default_rng(8)
     small, large = (as_call(random_data(rng, [length], "cross_entropy")) for length in (1, 40))
     alone, together = new_trainer("wide"), new_trainer("wide")
@@ -85,7 +76,7 @@ def test_a_call_of_one_token_gets_the_same_bits_alone_and_in_company(new_trainer
 
 
 @pytest.mark.parametrize("spec", [SPECS["all"], FULL], ids=["lora", "full"])
-def test_chunks_add_up_to_one_call(spec: ModelSpec, new_trainer: Callable[..., TorchTrainer]) -> None:
+def test_chunks_add_up_to_one_call(spec: ModelSpec, new_trainer: NewTrainer) -> None:
     rng = np.random.default_rng(1)
     data = random_data(rng, [5, 11, 3, 20, 8], "ppo")
     trainer = new_trainer(micro_batch_tokens=16)
@@ -107,7 +98,7 @@ def test_chunks_add_up_to_one_call(spec: ModelSpec, new_trainer: Callable[..., T
 @pytest.mark.parametrize("budget", [1000, 10])
 @pytest.mark.parametrize("place", [0, 1, 3])
 def test_a_call_with_a_loss_that_is_not_finite_fails_alone(
-    spec: ModelSpec, budget: int, place: int, new_trainer: Callable[..., TorchTrainer]
+    spec: ModelSpec, budget: int, place: int, new_trainer: NewTrainer
 ) -> None:
     rng = np.random.default_rng(2)
     good = [as_call(random_data(rng, [4, 9, 6], "cross_entropy")) for _ in range(3)]
@@ -128,7 +119,7 @@ def test_a_call_with_a_loss_that_is_not_finite_fails_alone(
         assert torch.equal(gradient(trainer, model_id), gradient(clean, model_id))
 
 
-def test_a_failed_call_alone_leaves_nothing_to_step_on(new_trainer: Callable[..., TorchTrainer]) -> None:
+def test_a_failed_call_alone_leaves_nothing_to_step_on(new_trainer: NewTrainer) -> None:
     data = random_data(np.random.default_rng(3), [8], "cross_entropy")
     data[0].inputs["weights"][:] = np.nan
     trainer = new_trainer()
@@ -140,7 +131,7 @@ def test_a_failed_call_alone_leaves_nothing_to_step_on(new_trainer: Callable[...
     assert torch.equal(trainer._models["m"].weights.weights, before)
 
 
-def test_weights_that_are_broken_stay_one_tenants_problem(new_trainer: Callable[..., TorchTrainer]) -> None:
+def test_weights_that_are_broken_stay_one_tenants_problem(new_trainer: NewTrainer) -> None:
     call = as_call(random_data(np.random.default_rng(4), [8, 8], "cross_entropy"))
     trainer, clean = new_trainer(), new_trainer()
     for each in (trainer, clean):
@@ -154,7 +145,7 @@ def test_weights_that_are_broken_stay_one_tenants_problem(new_trainer: Callable[
     assert not gradient(trainer, "broken").any()
 
 
-def test_a_bad_request_is_refused_without_touching_its_neighbours(new_trainer: Callable[..., TorchTrainer]) -> None:
+def test_a_bad_request_is_refused_without_touching_its_neighbours(new_trainer: NewTrainer) -> None:
     rng = np.random.default_rng(5)
     good = as_call(random_data(rng, [6], "cross_entropy"))
     out_of_range = random_data(rng, [6], "cross_entropy")
@@ -219,7 +210,7 @@ def uncursed(rng: np.random.Generator, lengths: Sequence[int]) -> TrainCall:
 @pytest.mark.parametrize("budget", [1000, 12])
 @pytest.mark.parametrize("spec", [SPECS["all"], FULL], ids=["lora", "full"])
 def test_a_pass_that_runs_out_of_memory_fails_only_the_call_that_did_it(
-    spec: ModelSpec, budget: int, where: str, new_trainer: Callable[..., TorchTrainer]
+    spec: ModelSpec, budget: int, where: str, new_trainer: NewTrainer
 ) -> None:
     rng = np.random.default_rng(11)
     first, second, third = (uncursed(rng, [4, 9, 6]) for _ in range(3))
@@ -248,9 +239,7 @@ def test_a_pass_that_runs_out_of_memory_fails_only_the_call_that_did_it(
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("accumulated", [False, True])
-def test_a_call_that_breaks_alone_adds_nothing(
-    accumulated: bool, where: str, new_trainer: Callable[..., TorchTrainer]
-) -> None:
+def test_a_call_that_breaks_alone_adds_nothing(accumulated: bool, where: str, new_trainer: NewTrainer) -> None:
     rng = np.random.default_rng(12)
     trainer = new_trainer()
     add(trainer, "m", SPECS["all"])
@@ -265,9 +254,7 @@ def test_a_call_that_breaks_alone_adds_nothing(
 
 
 @pytest.mark.parametrize("spec", [SPECS["all"], FULL], ids=["lora", "full"])
-def test_forward_only_returns_the_same_and_accumulates_nothing(
-    spec: ModelSpec, new_trainer: Callable[..., TorchTrainer]
-) -> None:
+def test_forward_only_returns_the_same_and_accumulates_nothing(spec: ModelSpec, new_trainer: NewTrainer) -> None:
     data = random_data(np.random.default_rng(6), [6, 13], "importance_sampling")
     trainer = new_trainer()
     add(trainer, "m", spec)
@@ -279,7 +266,7 @@ def test_forward_only_returns_the_same_and_accumulates_nothing(
     assert forward.metrics == both.metrics
 
 
-def test_gradient_checkpointing_changes_no_bit(new_trainer: Callable[..., TorchTrainer]) -> None:
+def test_gradient_checkpointing_changes_no_bit(new_trainer: NewTrainer) -> None:
     call = as_call(random_data(np.random.default_rng(7), [6, 13], "cross_entropy"))
     gradients = []
     for checkpointing in (False, True):
@@ -292,9 +279,7 @@ def test_gradient_checkpointing_changes_no_bit(new_trainer: Callable[..., TorchT
 
 
 @pytest.mark.parametrize("spec", [SPECS["all"], FULL], ids=["adapter", "full"])
-def test_only_passes_of_more_rows_than_memory_holds_are_recomputed(
-    spec: ModelSpec, new_trainer: Callable[..., TorchTrainer]
-) -> None:
+def test_only_passes_of_more_rows_than_memory_holds_are_recomputed(spec: ModelSpec, new_trainer: NewTrainer) -> None:
     trainer = new_trainer(gradient_checkpointing=20)
     add(trainer, "m", spec)
     weights = trainer._models["m"].weights
@@ -308,7 +293,7 @@ def test_only_passes_of_more_rows_than_memory_holds_are_recomputed(
     assert recomputed == [[False, False], [True, True], [False, False]]
 
 
-def test_a_recomputed_layer_uses_the_adapters_of_its_own_pass(new_trainer: Callable[..., TorchTrainer]) -> None:
+def test_a_recomputed_layer_uses_the_adapters_of_its_own_pass(new_trainer: NewTrainer) -> None:
     model = new_trainer()._model
     model.checkpoint_gradients(True)
     tokens, attention = torch.arange(16), PackedAttention([0, 16])

@@ -21,11 +21,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tests.parity.conftest import FAMILIES, SIZES, randomize
+from tests.parity.conftest import FAMILIES, SIZES, Bases, Folders, NewTrainer, load, randomize
 from tests.parity.reference import SPECS, as_call, random_datum, warm
 from tinsmith.errors import ConfigError, UserError
 from tinsmith.models.attention import CacheShape, PackedAttention
-from tinsmith.models.loading import BaseModel, load_base
 from tinsmith.models.lora import Segment
 from tinsmith.protocols import AdamParams, ModelCall, ModelSpec
 from tinsmith.training.trainer import TorchTrainer
@@ -48,10 +47,6 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
 }
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> BaseModel:
-    return load_base(folder, dtype=dtype, device=torch.device("cpu"), on_progress=lambda _: None)
-
-
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_model_that_would_be_computed_wrongly_is_refused_with_the_reason(kind: str, tmp_path: Path) -> None:
     make, reason = REFUSED[kind]
@@ -68,7 +63,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_base_model_tells_its_sizes(family: str, bases: Callable[[str], BaseModel]) -> None:
+def test_a_base_model_tells_its_sizes(family: str, bases: Bases) -> None:
     model = bases(family)
     assert (model.vocab_size, model.max_context, model.num_layers) == (97, 256, 2)
     heads, key_dim, value_dim = KEYS_AND_VALUES.get(family, (2, 16, 16))
@@ -78,7 +73,7 @@ def test_a_base_model_tells_its_sizes(family: str, bases: Callable[[str], BaseMo
 
 
 @pytest.mark.parametrize("spec", [SPECS["all"], ModelSpec(rank=0, seed=0)], ids=["lora", "full"])
-def test_a_low_precision_model_trains_float32_weights(spec: ModelSpec, folders: Callable[[str], Path]) -> None:
+def test_a_low_precision_model_trains_float32_weights(spec: ModelSpec, folders: Folders) -> None:
     call = as_call([random_datum(np.random.default_rng(0), length) for length in (9, 20)])
     logprobs, gradients = [], []
     for dtype in (torch.float32, torch.bfloat16):
@@ -109,7 +104,7 @@ def test_a_window_limits_what_a_packed_row_sees() -> None:
                 torch.testing.assert_close(output_THd[row, head], weights @ value[head // 2, seen])
 
 
-def test_the_hidden_states_of_a_sequence_do_not_depend_on_its_neighbours(bases: Callable[[str], BaseModel]) -> None:
+def test_the_hidden_states_of_a_sequence_do_not_depend_on_its_neighbours(bases: Bases) -> None:
     model = bases("qwen3-tied")
     adapters = [model.new_adapter(SPECS["all"]) for _ in range(2)]
     for seed, adapter in enumerate(adapters):
@@ -123,7 +118,7 @@ def test_the_hidden_states_of_a_sequence_do_not_depend_on_its_neighbours(bases: 
     assert torch.equal(both[20:], second)
 
 
-def test_a_trainer_refuses_models_beyond_its_limits(new_trainer: Callable[..., TorchTrainer]) -> None:
+def test_a_trainer_refuses_models_beyond_its_limits(new_trainer: NewTrainer) -> None:
     trainer = new_trainer(max_adapters=2, max_rank=8)
     trainer.add("m", SPECS["all"])
     for spec, complaint in (

@@ -1,7 +1,6 @@
 """Losses end to end: what the trainer adds to a gradient equals autograd through a PEFT module and the bare formula."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -9,19 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from tests.parity import reference
+from tests.parity.conftest import Folders, NewTrainer
 from tests.parity.reference import SPECS, Datum, as_call, random_datum
+from tests.parity.training_lab import add, outputs
 from tinsmith.protocols import ModelCall
 from tinsmith.training.trainer import TorchTrainer
 from tinsmith.wire.losses import LOSSES
-from tinsmith.wire.packing import TrainCall, TrainOutput
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning"),
-]
+pytestmark = reference.PEFTS_WARNINGS
 
-NewTrainer = Callable[..., TorchTrainer]
-Folders = Callable[[str], Path]
 CONFIGS = {
     "cross_entropy": {},
     "importance_sampling": {},
@@ -62,10 +57,8 @@ def formula(loss: str, lp: Tensor, given: dict[str, Tensor], c: dict[str, float]
 def trainer_with_adapter(new_trainer: NewTrainer, folders: Folders) -> tuple[TorchTrainer, nn.Module]:
     """A trainer with the model `m`, and the same adapter in a PEFT module."""
     trainer = new_trainer("qwen3-untied", micro_batch_tokens=24)
-    trainer.add("m", SPECS["all"])
-    adapter = trainer._models["m"].weights
-    reference.warm(adapter)
-    return trainer, reference.peft_module(folders("qwen3-untied"), adapter)
+    add(trainer, "m", SPECS["all"])
+    return trainer, reference.peft_module(folders("qwen3-untied"), trainer._models["m"].weights)
 
 
 def near_the_sampler(module: nn.Module, data: Sequence[Datum]) -> None:
@@ -75,12 +68,6 @@ def near_the_sampler(module: nn.Module, data: Sequence[Datum]) -> None:
             lp = reference.logprobs(module, datum).numpy()
         noise = np.random.default_rng(number).normal(scale=0.5, size=lp.shape)
         datum.inputs["logprobs"] = (lp + noise).astype(np.float32)
-
-
-def run(trainer: TorchTrainer, call: TrainCall) -> TrainOutput:
-    [output] = trainer.forward_backward([ModelCall("m", call)])
-    assert isinstance(output, TrainOutput), output
-    return output
 
 
 def assert_gradient(trainer: TorchTrainer, module: nn.Module, loss: Tensor) -> None:
@@ -107,7 +94,7 @@ def test_a_losses_gradient_equals_autograd_through_peft(
             if name in LOSSES[loss].optional:
                 for datum in data:
                     datum.inputs[name] = (start + 0.4 * rng.random(len(datum.tokens))).astype(np.float32)
-    output = run(trainer, as_call(data, loss, **CONFIGS[loss]))
+    [output] = outputs(trainer, ModelCall("m", as_call(data, loss, **CONFIGS[loss])))
 
     losses = [
         formula(
@@ -137,7 +124,7 @@ def test_a_loss_that_the_client_differentiates_trains_as_if_the_server_knew_it(
     frozen = (-40.0, -52.0)
     for datum in pair:
         datum.inputs["weights"][:] = 0
-    forward = run(trainer, as_call(pair, forward_only=True))
+    [forward] = outputs(trainer, ModelCall("m", as_call(pair, forward_only=True)))
     leaves = [torch.tensor(part, requires_grad=True) for part in np.split(forward.logprobs_M, [8])]
     dpo(*leaves, frozen).backward()
     for datum, leaf in zip(pair, leaves, strict=True):
@@ -145,6 +132,6 @@ def test_a_loss_that_the_client_differentiates_trains_as_if_the_server_knew_it(
         datum.inputs["weights"][:] = -leaf.grad.numpy()
     assert (pair[0].inputs["weights"] > 0).all()
     assert (pair[1].inputs["weights"] < 0).all()
-    backward = run(trainer, as_call(pair))
+    [backward] = outputs(trainer, ModelCall("m", as_call(pair)))
     assert np.array_equal(backward.logprobs_M, forward.logprobs_M)
     assert_gradient(trainer, module, dpo(*(reference.logprobs(module, datum) for datum in pair), frozen))

@@ -5,12 +5,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.parity.conftest import FAMILIES
-from tests.parity.reference import SPECS
+from tests.parity.conftest import FAMILIES, Bases, Folders, load
+from tests.parity.reference import PEFTS_WARNINGS, SPECS
 from tests.parity.sampling_lab import (
     VOCAB,
-    Bases,
-    Folders,
     all_logprobs,
     expected_logprobs,
     full,
@@ -22,13 +20,9 @@ from tests.parity.sampling_lab import (
     sample,
     sequences,
 )
-from tinsmith.models.loading import load_base
 from tinsmith.sampling.decoding import SAMPLE_STREAM, uniforms
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
-]
+pytestmark = PEFTS_WARNINGS
 
 TOLERANCE = 1e-5
 
@@ -207,10 +201,7 @@ def test_scoring_a_suffix_leaves_the_prefix_to_the_cache(bases: Bases) -> None:
 
 
 def test_bfloat16_logprobs_stay_close_to_a_forward_pass(folders: Folders) -> None:
-    model = load_base(
-        folders("qwen3-tied"), dtype=torch.bfloat16, device=torch.device("cpu"), on_progress=lambda _: None
-    )
-    sampler = new_sampler(model)
+    sampler = new_sampler(load(folders("qwen3-tied"), torch.bfloat16))
     output = run(sampler, sample("a", prompt(20), num_samples=4, max_tokens=30))
     module = AutoModelForCausalLM.from_pretrained(folders("qwen3-tied"), dtype=torch.bfloat16).eval()
     expected = [expected_logprobs(module, prompt(20), tokens, 1.0) for tokens in sequences(output)]

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.parity.conftest import Bases
 from tests.parity.reference import SPECS
 from tests.parity.sampling_lab import (
     END,
-    Bases,
     drain,
     full,
     lora,

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,34 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.parity import continuation
-from tests.parity.reference import SPECS, as_call, logprobs, lora_parameters, random_datum, warm
+from tests.parity.conftest import BEYOND_LLAMA, MIXTURES, Folders, NewTrainer
+from tests.parity.reference import (
+    PEFTS_WARNINGS,
+    SPECS,
+    as_call,
+    full_module,
+    logprobs,
+    lora_parameters,
+    random_datum,
+    warm,
+)
 from tests.parity.reference import train as train_elsewhere
+from tests.parity.training_lab import FULL, add, data_of, outputs
 from tinsmith.errors import UserError
 from tinsmith.models.weights import FullWeights, LoraWeights, load_weights, save_weights
 from tinsmith.protocols import AdamParams, ModelCall, ModelSpec
 from tinsmith.training.trainer import TorchTrainer
 from tinsmith.wire.packing import TrainCall
 
-FULL = ModelSpec(rank=0, seed=0)
+pytestmark = PEFTS_WARNINGS
+
 PARAMS = AdamParams(learning_rate=0.01, weight_decay=0.1)
 KINDS = pytest.mark.parametrize("spec", [SPECS["all"], SPECS["mlp"], FULL], ids=["lora", "mlp only", "full"])
-NewTrainer = Callable[..., TorchTrainer]
 
 
 def run(trainer: TorchTrainer, model_id: str, seed: int, *, step: bool = True) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    [output] = trainer.forward_backward([ModelCall(model_id, as_call([random_datum(rng, 9), random_datum(rng, 12)]))])
+    [output] = outputs(trainer, ModelCall(model_id, as_call([random_datum(rng, 9), random_datum(rng, 12)])))
     if step:
         trainer.optim_step(model_id, PARAMS)
     return output.logprobs_M
@@ -71,7 +83,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_fresh_process_goes_on_bit_for_bit(folders: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_fresh_process_goes_on_bit_for_bit(folders: Folders, tmp_path: Path) -> None:
     folder, calls, checkpoints = folders("qwen3-tied"), six_calls(), []
     (tmp_path / "calls").mkdir()
     for number, call in enumerate(calls[3:]):
@@ -96,7 +108,7 @@ def test_a_fresh_process_goes_on_bit_for_bit(folders: Callable[[str], Path], tmp
             assert all(torch.equal(actual[name], expected[name]) for name in expected), f"{here.name}: {file.name}"
 
 
-def test_master_weights_outlive_a_base_of_another_precision(folders: Callable[[str], Path], tmp_path: Path) -> None:
+def test_master_weights_outlive_a_base_of_another_precision(folders: Folders, tmp_path: Path) -> None:
     """A checkpoint is fp32 whatever the base computes in: saved beside a bf16 base, it goes on beside an fp32 one."""
     narrow, wide = (continuation.new_trainer(folders("qwen3-tied"), each) for each in (torch.bfloat16, torch.float32))
     calls = six_calls()
@@ -155,28 +167,49 @@ def test_an_adapters_files_have_the_names_and_shapes_that_exporters_read(
     assert len(shapes) == 2 * (2 * 7 + 1)
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-def test_peft_loads_a_saved_adapter(new_trainer: NewTrainer, folders: Callable[[str], Path], tmp_path: Path) -> None:
-    trainer = new_trainer()
-    trainer.add("m", ModelSpec(rank=8, seed=1, train_unembed=False))
-    run(trainer, "m", 0)
+OF_PEFT = [("qwen3-tied", ModelSpec(rank=8, seed=1, train_unembed=False))]
+OF_PEFT += [
+    (family, replace(spec, train_unembed=False)) for family in MIXTURES for spec in (SPECS["all"], SPECS["mlp"])
+]
+OF_PEFT += [
+    (family, ModelSpec(rank=4, seed=1, train_unembed=False))
+    for family in ("gemma3", "qwen3.5", "qwen3-next-moe", "qwen3.5-moe")
+]
+
+
+@pytest.mark.parametrize(("family", "spec"), OF_PEFT)
+def test_peft_loads_a_saved_adapter(
+    family: str, spec: ModelSpec, new_trainer: NewTrainer, folders: Folders, tmp_path: Path
+) -> None:
+    trainer = new_trainer(family)
+    add(trainer, "m", spec)
     trainer.save("m", tmp_path, optimizer=False)
-    datum = random_datum(np.random.default_rng(1), 11)
-    [ours] = trainer.forward_backward([ModelCall("m", as_call([datum], forward_only=True))])
-    module = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders("qwen3-tied")), tmp_path).eval()
+    [datum] = data_of(1, (11,))
+    call = as_call([datum], forward_only=True)
+    [ours] = outputs(trainer, ModelCall("m", call))
+    module = PeftModel.from_pretrained(full_module(folders(family)), tmp_path).eval()
     np.testing.assert_allclose(ours.logprobs_M, logprobs(module, datum).detach().numpy(), atol=1e-5)
+    trainer.add("again", spec)
+    trainer.load("again", tmp_path, optimizer=False)
+    [again] = outputs(trainer, ModelCall("again", call))
+    np.testing.assert_array_equal(again.logprobs_M, ours.logprobs_M)
 
 
-@pytest.mark.parametrize("family", ["qwen3-tied", "qwen3-untied"])
+@pytest.mark.parametrize("family", ["qwen3-tied", "qwen3-untied", *BEYOND_LLAMA])
 def test_transformers_loads_a_saved_full_model(family: str, new_trainer: NewTrainer, tmp_path: Path) -> None:
     trainer = new_trainer(family)
     trainer.add("m", FULL)
     run(trainer, "m", 0)
     trainer.save("m", tmp_path, optimizer=True)
-    datum = random_datum(np.random.default_rng(1), 11)
-    [ours] = trainer.forward_backward([ModelCall("m", as_call([datum], forward_only=True))])
-    module = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    [datum] = data_of(1, (11,))
+    call = as_call([datum], forward_only=True)
+    [ours] = outputs(trainer, ModelCall("m", call))
+    module = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     np.testing.assert_allclose(ours.logprobs_M, logprobs(module, datum).detach().numpy(), atol=1e-5)
+    trainer.add("again", FULL)
+    trainer.load("again", tmp_path, optimizer=True)
+    [again] = outputs(trainer, ModelCall("again", call))
+    np.testing.assert_array_equal(again.logprobs_M, ours.logprobs_M)
 
 
 @KINDS
@@ -244,11 +277,10 @@ TARGETS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*save_embedding_layers.*:UserWarning")
 @pytest.mark.parametrize("name", TARGETS)
 def test_an_adapter_of_peft_goes_on_as_it_would_with_peft(
-    name: str, new_trainer: NewTrainer, folders: Callable[[str], Path], tmp_path: Path
+    name: str, new_trainer: NewTrainer, folders: Folders, tmp_path: Path
 ) -> None:
     targets, spec = TARGETS[name]
     module = adapter_of_peft(folders("qwen3-untied"), tmp_path, target_modules=targets)
@@ -292,7 +324,6 @@ def test_an_adapter_of_peft_goes_on_as_it_would_with_peft(
         ({"r": 0}, "must be positive"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_an_adapter_that_computes_what_we_do_not_is_refused(
     changes: dict[str, Any], complaint: str, new_trainer: NewTrainer, tmp_path: Path
 ) -> None:
