@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.parity.conftest import broad, load, randomize
+from tests.parity.conftest import load
 from tests.parity.reference import SPECS, as_call, random_datum
 from tests.parity.training_lab import FULL, add, gradient
+from tests.tiny_families import broad, randomize
 from tinsmith.protocols import ModelCall, ModelSpec
 from tinsmith.training.trainer import TorchTrainer
 from tinsmith.wire.packing import TrainOutput

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tests.parity.conftest import FAMILIES, load
+from tests.parity.conftest import load
 from tests.parity.reference import as_call, random_datum
 from tests.parity.training_lab import add, gradient, outputs
+from tests.tiny_families import FAMILIES
 from tinsmith.demo import tiny_folder
 from tinsmith.protocols import AdamParams, ModelCall, ModelSpec, SnapshotCall
 from tinsmith.sampling.sampler import TorchSampler

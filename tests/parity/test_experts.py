@@ -23,10 +23,11 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from tests.parity.conftest import MIXTURES, QWEN3_MOE, SIZES, Bases, NewTrainer, saved_and_loaded
+from tests.parity.conftest import Bases, NewTrainer, saved_and_loaded
 from tests.parity.reference import SPECS, as_call, random_datum
 from tests.parity.sampling_lab import lora, new_sampler, prompt, run, sample
 from tests.parity.training_lab import FULL, add
+from tests.tiny_families import MIXTURES, QWEN3_MOE, SIZES
 from tinsmith.models.attention import PackedAttention
 from tinsmith.models.experts import MultiAdapterExperts
 from tinsmith.models.full import FullModel

@@ -18,10 +18,11 @@ from transformers import (
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from tests.parity import reference
-from tests.parity.conftest import DELTA, GEMMA, RECURRENT, SIZES, Bases, NewTrainer, saved_and_loaded
+from tests.parity.conftest import Bases, NewTrainer, saved_and_loaded
 from tests.parity.reference import SPECS, as_call
 from tests.parity.sampling_lab import full, lora, new_sampler, prompt, run, sample, sequences
 from tests.parity.training_lab import add, data_of, gradient
+from tests.tiny_families import DELTA, GEMMA, RECURRENT, SIZES
 from tinsmith.errors import ConfigError, UserError
 from tinsmith.models.delta_nets import run_by_sequence
 from tinsmith.models.lora import CurrentPass

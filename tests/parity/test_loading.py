@@ -21,8 +21,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tests.parity.conftest import FAMILIES, SIZES, Bases, Folders, NewTrainer, load, randomize
+from tests.parity.conftest import Bases, Folders, NewTrainer, load
 from tests.parity.reference import SPECS, as_call, random_datum, warm
+from tests.tiny_families import FAMILIES, SIZES, randomize
 from tinsmith.errors import ConfigError, UserError
 from tinsmith.models.attention import CacheShape, PackedAttention
 from tinsmith.models.lora import Segment

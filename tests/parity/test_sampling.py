@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.parity.conftest import FAMILIES, Bases, Folders, load
+from tests.parity.conftest import Bases, Folders, load
 from tests.parity.reference import PEFTS_WARNINGS, SPECS
 from tests.parity.sampling_lab import (
     VOCAB,
@@ -20,6 +20,7 @@ from tests.parity.sampling_lab import (
     sample,
     sequences,
 )
+from tests.tiny_families import FAMILIES
 from tinsmith.sampling.decoding import SAMPLE_STREAM, uniforms
 
 pytestmark = PEFTS_WARNINGS

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.parity import continuation
-from tests.parity.conftest import BEYOND_LLAMA, MIXTURES, Folders, NewTrainer
+from tests.parity.conftest import Folders, NewTrainer
 from tests.parity.reference import (
     PEFTS_WARNINGS,
     SPECS,
@@ -30,6 +30,7 @@ from tests.parity.reference import (
 )
 from tests.parity.reference import train as train_elsewhere
 from tests.parity.training_lab import FULL, add, data_of, outputs
+from tests.tiny_families import BEYOND_LLAMA, MIXTURES
 from tinsmith.errors import UserError
 from tinsmith.models.weights import FullWeights, LoraWeights, load_weights, save_weights
 from tinsmith.protocols import AdamParams, ModelCall, ModelSpec

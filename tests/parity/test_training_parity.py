@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from tests.parity import reference
-from tests.parity.conftest import BEYOND_LLAMA, FAMILIES, Folders, NewTrainer
+from tests.parity.conftest import Folders, NewTrainer
 from tests.parity.reference import SPECS, as_call, random_datum
 from tests.parity.training_lab import FULL, add, outputs, steps_of
+from tests.tiny_families import BEYOND_LLAMA, FAMILIES
 from tinsmith.models.lora import Adapter
 from tinsmith.protocols import AdamParams, ModelCall, ModelSpec
 
