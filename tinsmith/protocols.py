@@ -162,6 +162,10 @@ class Sampler(Protocol):
         Publishing an id again replaces its weights for requests submitted later.
         """
 
+    @property
+    def excess_bytes(self) -> int:
+        """By how many bytes the published snapshots exceed their share of memory; 0 if they fit."""
+
     def retract(self, snapshot_id: str) -> None:
         """Forgets a snapshot; requests under way on it finish first."""
 
@@ -175,7 +179,7 @@ class Sampler(Protocol):
         """Ends a request without a result; unknown ids are ignored."""
 
     def step(self) -> list[Finished]:
-        """Advances every running request by about one token; returns those that ended."""
+        """Advances every running request by about one token; returns those that ended, also by their own error."""
 
     @property
     def load(self) -> int:

@@ -176,7 +176,13 @@ def load_backend(settings: Settings, report: Callable[[str], None]) -> "tuple[Tr
         max_rank=settings.max_lora_rank,
         deterministic=settings.deterministic,
     )
-    sampler = TorchSampler(model, tokenizer, kv_tokens=budgets.kv_tokens, max_running=budgets.running)
+    sampler = TorchSampler(
+        model,
+        tokenizer,
+        kv_tokens=budgets.kv_tokens,
+        max_running=budgets.running,
+        snapshot_bytes=budgets.snapshot_bytes,
+    )
     logger.info(
         "%s: %s, %.4g M parameters, %s on %s, %d threads; %d adapters of rank %d at most; context %d tokens, "
         "cache %d tokens, training %d tokens at a time",
@@ -261,6 +267,7 @@ def _budgets(settings: Settings, model: "BaseModel") -> "Budgets":
         kv_tokens=settings.kv_cache_tokens or sizing.kv_cache_tokens(sizes, free, running, on_cpu=on_cpu),
         train_tokens=settings.train_tokens or fixed or fitting,
         kept_tokens=sizing.trainable_tokens(sizes, free, checkpointing=False),
+        snapshot_bytes=int(free * sizing.SNAPSHOT_SHARE),
     )
 
 

@@ -11,6 +11,7 @@ import psutil
 KV_SHARE = 0.35  # of free memory
 STATE_SHARE = 0.1
 TRAIN_SHARE = 0.25
+SNAPSHOT_SHARE = 0.15
 CPU_KV_TOKENS = 65536  # a CPU cannot use more at its speed
 CPU_TRAIN_TOKENS = 1024  # larger micro-batches gain nothing on a CPU, and a neighbour's token waits for one
 SMALL_MODEL = 50_000_000
@@ -48,7 +49,7 @@ class ModelSizes:
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """What a server may do at once: sequences sampled, tokens cached, tokens trained.
+    """What a server may do at once: sequences sampled, tokens cached, tokens trained, bytes of weights to sample from.
 
     A training pass of more than `kept_tokens` must not keep all activations.
     """
@@ -57,6 +58,7 @@ class Budgets:
     kv_tokens: int
     train_tokens: int
     kept_tokens: int
+    snapshot_bytes: int
 
 
 def running_sequences(state_bytes: int, free_bytes: int, most: int) -> int:

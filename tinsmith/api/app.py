@@ -48,6 +48,7 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/weights_info", weights.weights_info),
     ("POST", "/create_sampling_session", sampling.create_sampling_session),
     ("GET", "/samplers/{sampler_id}", sampling.get_sampler),
+    ("POST", "/cancel_future", sampling.cancel_future),
     ("GET", "/training_runs", runs.list_runs),
     ("GET", "/training_runs/{run_id}", runs.get_run),
     ("GET", "/training_runs/{run_id}/checkpoints", runs.list_run_checkpoints),

@@ -62,7 +62,7 @@ async def _wait(event: asyncio.Event, seconds: float) -> None:
 
 def _result(future: Future) -> Response:
     if future.state == "expired":
-        raise GoneError(f"the result of {future.request_id!r} has expired")
+        raise GoneError(f"the result of {future.request_id!r} has expired, or its client gave it up")
     if future.state == "failed":
         return answer(RequestFailed(future.error or "failed", future.category or "unknown"))
     body = future.body or b""

@@ -12,7 +12,7 @@ from tinsmith.api.calls import Call, answer
 from tinsmith.api.paths import SCHEME, parse_path
 from tinsmith.api.submission import require_open_session
 from tinsmith.api.weights import require_same_base
-from tinsmith.errors import UserError
+from tinsmith.errors import NotFoundError, UserError
 from tinsmith.protocols import BASE_SNAPSHOT
 from tinsmith.store import queue, records
 from tinsmith.wire import types
@@ -94,6 +94,27 @@ def _decode(content: bytes, limits: Limits, owner: str) -> tuple[SampleRequest, 
 def _submit(conn: sa.Connection, job: Job) -> str:
     sampler = records.require_sampler(conn, job.subject, job.owner)
     return queue.submit(conn, replace(job, base=sampler.base))
+
+
+async def cancel_future(call: Call) -> Response:
+    """POST /cancel_future: the client no longer waits for a sample. One that has ended keeps its result."""
+    body = await call.json(types.CancelFutureRequest)
+    services = call.services
+    given_up = await services.database.write_async(_give_up, body.request_id, call.owner)
+    if given_up:
+        services.doorbell.ring("jobs", given_up)
+        services.doorbell.ring("done", given_up)
+    return answer({})
+
+
+def _give_up(conn: sa.Connection, request_id: str, owner: str) -> list[str]:
+    future = queue.find(conn, request_id)
+    if future is None or future.owner != owner:
+        raise NotFoundError(f"there is no request {request_id!r}")
+    if future.kind != "sample":
+        raise UserError(f"{request_id!r} is a {future.kind}; only samples can be cancelled")
+    subject, _, seq = future.request_id.rpartition(":")
+    return queue.give_up(conn, subject, int(seq))
 
 
 async def get_sampler(call: Call) -> Response:

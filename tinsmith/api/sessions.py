@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from starlette.responses import Response
 
 from tinsmith.api.calls import Call, answer
-from tinsmith.store import records
+from tinsmith.store import queue, records
 from tinsmith.wire import types
 
 
@@ -42,13 +42,20 @@ async def session_heartbeat(call: Call) -> Response:
 
 
 async def finish_session(call: Call) -> Response:
-    """POST /sessions/{session_id}/finish: the first reason stands."""
+    """POST /sessions/{session_id}/finish: the first reason stands. Samples under way are given up."""
     body = await call.json(types.FinishSessionRequest)
     reason = body.reason.type if body.detail is None else f"{body.reason.type}: {body.detail}"
     services = call.services
-    await services.database.write_async(records.finish_session, call.path("session_id"), call.owner, reason)
-    services.doorbell.ring("jobs")  # the engine may let go of the session's models
+    given_up = await services.database.write_async(_finish, call.path("session_id"), call.owner, reason)
+    services.doorbell.ring("jobs", ["jobs", *given_up])  # the engine may let go of the session's models, too
+    services.doorbell.ring("done", given_up)
     return answer({})
+
+
+def _finish(conn: sa.Connection, session_id: str, owner: str, reason: str) -> list[str]:
+    records.finish_session(conn, session_id, owner, reason)
+    samplers = records.samplers_of_session(conn, session_id)
+    return [request_id for sampler in samplers for request_id in queue.give_up(conn, sampler.id)]
 
 
 async def list_sessions(call: Call) -> Response:

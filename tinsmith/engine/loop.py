@@ -7,7 +7,7 @@ tenants), gives sampling the same share of time, and keeps house. Knows no tenso
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from tinsmith.engine.planning import BATCHED, Plan, gaps, plan, rejoin
 from tinsmith.engine.recovery import Recovery
 from tinsmith.engine.residency import Residency
 from tinsmith.errors import TinsmithError, UserError
-from tinsmith.protocols import ModelCall, Sampler, SnapshotCall, Trainer
+from tinsmith.protocols import Finished, ModelCall, Sampler, SnapshotCall, Trainer
 from tinsmith.wire.jobs import Header, Outcome
 from tinsmith.wire.packing import SampleCall, SampleOutput, TrainCall, TrainOutput
 
@@ -39,6 +39,7 @@ BEAT_SECONDS = 5.0
 KEEP_HOUSE_SECONDS = 10.0
 POINT_SECONDS = 60.0  # how often a training model gets a recovery point
 SILENT_SECONDS = 24 * 3600.0  # a session without heartbeats (a paused notebook, a dead client) is kept this long
+PATIENCE_SECONDS = 900.0  # how long samples of a client run on that neither beats nor finishes its session
 PRUNE_LIMIT = 1_000  # rows of old results deleted at a time
 GAP_SECONDS = 330.0  # clients give up on a submission after 300 s; then what waits behind it goes on
 
@@ -93,6 +94,7 @@ class Engine:
         self._shared_at = time.monotonic()
         self._claimed_at = 0.0
         self._more_queued = False
+        self._samples_queued = False
         self._pruning = False
         self._kept_house_at = time.monotonic()
         self._pointed_at = time.monotonic()
@@ -110,7 +112,7 @@ class Engine:
         busy = True
         try:
             while not stop.is_set():
-                rung = bool(bell.wait(0.0 if busy else IDLE_SECONDS))
+                rung = self._hear(0.0 if busy else IDLE_SECONDS)
                 busy = self.turn(claim=rung or not busy)
         finally:
             bell.close()
@@ -137,14 +139,16 @@ class Engine:
 
         Looks for new jobs when told to, when the last look did not get them all, and now and then (rings get lost).
         """
-        if claim or self._more_queued or time.monotonic() - self._claimed_at > IDLE_SECONDS:
+        left = self._more_queued or (self._samples_queued and self._sampling_room() > 0)
+        if claim or left or time.monotonic() - self._claimed_at > IDLE_SECONDS:
             self._claim()
         self._close_gaps()
         self._shared_at = time.monotonic()
         trained = self._train()
         self._sample()
         self._keep_house()
-        return bool(self._more_queued or self._pruning or trained or self._sampler.load)
+        queued = self._more_queued or self._samples_queued
+        return bool(queued or self._pruning or trained or self._sampler.load)
 
     def _close(self) -> None:
         for model_id in self._residency.models:
@@ -154,13 +158,26 @@ class Engine:
 
     # Taking in
 
-    def _claim(self) -> None:
-        limit = min(CLAIM_LIMIT, MAX_SAMPLING - self._sampler.load)
+    def _hear(self, seconds: float) -> bool:
+        """Waits for a ring that work was submitted; drops the samples that the ring says were given up."""
+        messages = self._bell.wait(seconds) if self._bell is not None else []
+        self._give_up(messages)
+        return bool(messages)
+
+    def _sampling_room(self) -> int:
+        """How many further requests may enter the sampler."""
         if sum(header.tokens for header in self._sampling.values()) >= MAX_SAMPLING_TOKENS:
-            limit = 0
-        headers = self._ledger.claim(limit) if limit > 0 else []
+            return 0
+        return max(0, MAX_SAMPLING - self._sampler.load)
+
+    def _claim(self) -> None:
+        """Takes in what is queued. While the sampler is full, samples stay in the queue, and training passes them."""
+        room = self._sampling_room()
+        limit = min(CLAIM_LIMIT, room) if room else CLAIM_LIMIT
+        headers = self._ledger.claim(limit, but="" if room else "sample")
         self._claimed_at = time.monotonic()
         self._more_queued = len(headers) == limit
+        self._samples_queued = not room
         sampling = [header for header in headers if header.kind == "sample"]
         for header in headers:
             if header.kind != "sample":
@@ -323,7 +340,7 @@ class Engine:
 
     def _let_others_in(self) -> None:
         """Between two micro-batches: what has been asked for meanwhile is taken in, and sampling has its turn."""
-        if self._bell is not None and self._bell.wait(0.0):
+        if self._hear(0.0):
             self._claim()
         self._sample()
 
@@ -334,11 +351,27 @@ class Engine:
         """
         until = 2 * time.monotonic() - self._shared_at
         while self._sampler.load:
-            finished = self._sampler.step()
+            finished = self._step_sampler()
             self._ledger.complete([_outcome(self._sampling.pop(end.request_id), end.output) for end in finished])
             if time.monotonic() >= until:
                 break
         self._shared_at = time.monotonic()
+
+    def _step_sampler(self) -> list[Finished]:
+        try:
+            return self._sampler.step()
+        except Exception as error:  # the sampler itself broke: nothing that it holds can be trusted, training can
+            log.exception("the sampler broke; its %d requests end", len(self._sampling))
+            failure = TinsmithError(f"failed on the server: {type(error).__name__}: {error}")
+            for request_id in self._sampling:
+                self._sampler.cancel(request_id)
+            return [Finished(request_id, failure) for request_id in self._sampling]
+
+    def _give_up(self, request_ids: Iterable[str]) -> None:
+        """Drops those samples under way that nobody waits for any more; their jobs have ended already."""
+        for request_id in request_ids:
+            if self._sampling.pop(request_id, None) is not None:
+                self._sampler.cancel(request_id)
 
     # House-keeping
 
@@ -350,6 +383,7 @@ class Engine:
         if now - self._kept_house_at > KEEP_HOUSE_SECONDS:
             self._kept_house_at = now
             self.close_models()
+            self.drop_abandoned_samples()
             for folder in self._ledger.drop_expired_checkpoints(time.time()):
                 remove_folder(folder)
             self._pruning = True
@@ -373,6 +407,13 @@ class Engine:
             self._ledger.update_model(model_id, state="closed", recovery_seq=None, recovery_folder=None)
             self._lanes.pop(model_id, None)
             self._served.pop(model_id, None)
+
+    def drop_abandoned_samples(self) -> None:
+        """Drops the samples of silent clients, and those given up by a client whose ring was lost."""
+        if self._sampling:
+            numbers = {header.number: request_id for request_id, header in self._sampling.items()}
+            gone = self._ledger.abandoned(list(numbers), time.time() - PATIENCE_SECONDS)
+            self._give_up(numbers[number] for number in gone)
 
     # Errors
 

@@ -20,7 +20,11 @@ log = logging.getLogger(__name__)
 
 
 class Residency:
-    """Keeps at most `max_models` models and `max_snapshots` snapshots on the device."""
+    """Keeps at most `max_models` models and `max_snapshots` snapshots on the device.
+
+    Of snapshots also no more than the sampler has memory for. Those made by models that are paged out wait in
+    `folder`/MODEL/.
+    """
 
     def __init__(
         self,
@@ -98,7 +102,7 @@ class Residency:
         for snapshot_id in [s for s, origin in self._snapshots.items() if origin == model_id]:
             self._sampler.retract(snapshot_id)
             del self._snapshots[snapshot_id]
-            remove_folder(self._paged(snapshot_id))
+        remove_folder(self._paged_of(model_id))
         self._recovery.forget(model_id)
 
     def discard_model(self, model_id: str) -> None:
@@ -114,11 +118,9 @@ class Residency:
 
     def publish(self, snapshot_id: str, weights: Weights | Path, model_id: str | None) -> None:
         """Hands a snapshot to the sampler; `model_id` is where an unnamed one came from."""
-        self._make_room_for_snapshot()
-        remove_folder(self._paged(snapshot_id))
-        self._sampler.publish(snapshot_id, weights)
-        self._snapshots[snapshot_id] = model_id
-        self._snapshots.move_to_end(snapshot_id)
+        if model_id is not None:
+            remove_folder(self._paged_of(model_id) / folder_name(snapshot_id))
+        self._hold(snapshot_id, weights, model_id)
 
     def require_snapshot(self, snapshot_id: str, model_id: str | None) -> str:
         """Makes sure that a snapshot can be sampled, and returns the id that the sampler knows it by.
@@ -145,22 +147,27 @@ class Residency:
         return checkpoint.folder
 
     def _bring_back(self, snapshot_id: str, model_id: str | None) -> None:
-        folder = self._paged(snapshot_id)
-        if folder.exists():
-            self._make_room_for_snapshot()
-            self._sampler.publish(snapshot_id, verify_folder(folder))
-            self._snapshots[snapshot_id] = model_id
-        elif model_id is not None:
-            self.require_model(model_id)
+        if model_id is not None:
+            folder = self._paged_of(model_id) / folder_name(snapshot_id)
+            if folder.exists():
+                self._hold(snapshot_id, verify_folder(folder), model_id)
+            else:
+                self.require_model(model_id)
         if snapshot_id not in self._snapshots:
             raise NotFoundError(f"snapshot {snapshot_id} is gone: its session is over")
 
-    def _make_room_for_snapshot(self) -> None:
-        while len(self._snapshots) >= self._max_snapshots:
-            snapshot_id = next(iter(self._snapshots))
-            self._save_snapshot(snapshot_id)
-            self._sampler.retract(snapshot_id)
-            del self._snapshots[snapshot_id]
+    def _hold(self, snapshot_id: str, weights: Weights | Path, model_id: str | None) -> None:
+        """Hands a snapshot to the sampler, and pages out the idlest others if there are too many now."""
+        self._sampler.publish(snapshot_id, weights)
+        self._snapshots[snapshot_id] = model_id
+        self._snapshots.move_to_end(snapshot_id)
+        while len(self._snapshots) > 1 and (len(self._snapshots) > self._max_snapshots or self._sampler.excess_bytes):
+            self._page_out_snapshot(next(iter(self._snapshots)))
+
+    def _page_out_snapshot(self, snapshot_id: str) -> None:
+        self._save_snapshot(snapshot_id)
+        self._sampler.retract(snapshot_id)
+        del self._snapshots[snapshot_id]
 
     def _save_snapshots_of(self, model_id: str) -> None:
         for snapshot_id, origin in self._snapshots.items():
@@ -168,9 +175,13 @@ class Residency:
                 self._save_snapshot(snapshot_id)
 
     def _save_snapshot(self, snapshot_id: str) -> None:
-        folder = self._paged(snapshot_id)
-        if self._snapshots[snapshot_id] is not None and not folder.exists():
+        """Writes a snapshot to disk, unless it is there already: a named one always is."""
+        model_id = self._snapshots[snapshot_id]
+        if model_id is None:
+            return
+        folder = self._paged_of(model_id) / folder_name(snapshot_id)
+        if not folder.exists():
             write_folder(folder, lambda into: self._sampler.save(snapshot_id, into))
 
-    def _paged(self, snapshot_id: str) -> Path:
-        return self._folder / folder_name(snapshot_id)
+    def _paged_of(self, model_id: str) -> Path:
+        return self._folder / folder_name(model_id)

@@ -50,6 +50,7 @@ class Request:
     cache_hit_tokens: int | None = None  # None until the prompt is first admitted
     forked: bool = False  # whether the prompt has been through the model, so that all samples may run
     unfinished: int = 0  # samples
+    suspect: bool = False  # whether a pass with it in company broke, so that it must run alone
 
     @property
     def request_id(self) -> str:

@@ -7,6 +7,7 @@ rows and prefill chunks together), and gives every sequence that reached its end
 Legend: T rows of a packed batch, D hidden size.
 """
 
+import logging
 from bisect import insort
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tinsmith.errors import NotFoundError, UserError
+from tinsmith.errors import NotFoundError, TinsmithError, UserError
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.weights import FullWeights, LoraWeights, load_weights, save_weights
 from tinsmith.protocols import BASE_SNAPSHOT, Capabilities, Finished, SnapshotCall, Weights
@@ -28,6 +29,8 @@ from tinsmith.sampling.recurrent import StateStore
 from tinsmith.sampling.requests import NextToken, Request, Sample, Snapshot, check
 from tinsmith.sampling.scoring import PromptScores
 from tinsmith.sampling.stopping import StopStrings, end_of_sequence_tokens
+
+log = logging.getLogger(__name__)
 
 PREFILL_TOKENS = 512
 """Prompt tokens that one step runs at most: what a decoding sequence may have to wait for."""
@@ -45,15 +48,18 @@ class TorchSampler:
         max_running: int,
         block_size: int = 16,
         prefill_tokens: int = PREFILL_TOKENS,
+        snapshot_bytes: int | None = None,
     ) -> None:
         """`kv_tokens` is the cache's size (its memory: that, × layers × 2 × K/V heads × head dimension × dtype).
 
-        At most `max_running` sequences run at once; the others wait.
+        At most `max_running` sequences run at once; the others wait. Snapshots may take `snapshot_bytes` of memory
+        (None: any number); `excess_bytes` says when they take more.
         """
         self._model = model
         self._max_running = max_running
         self._block_size = block_size
         self._prefill_tokens = prefill_tokens
+        self._snapshot_bytes = snapshot_bytes
         self._max_context = min(model.max_context, kv_tokens // block_size * block_size)
         self._stop_strings = StopStrings(tokenizer)
         self._end_tokens = end_of_sequence_tokens(model.module.generation_config, tokenizer)
@@ -93,6 +99,13 @@ class TorchSampler:
         )
 
     # Snapshots
+
+    @property
+    def excess_bytes(self) -> int:
+        if self._snapshot_bytes is None:
+            return 0
+        taken = sum(snapshot.weights.nbytes for snapshot in self._snapshots.values() if snapshot.weights is not None)
+        return max(0, taken - self._snapshot_bytes)
 
     def publish(self, snapshot_id: str, weights: Weights | Path) -> None:
         """Raises UserError for the base model's name, and for files that don't fit the base model."""
@@ -160,7 +173,7 @@ class TorchSampler:
         batches = self._batches()
         self._lanes = {version: self._lanes.get(version) or Lanes(self._cache) for version in batches}
         for version, works in batches.items():
-            finished += self._run(works, self._lanes[version])
+            finished += self._attempt(version, works)
         return finished
 
     def check(self) -> None:
@@ -202,9 +215,13 @@ class TorchSampler:
             for key, sample in self._running.items()
         ]
         for key in scheduling.victims(growing, self._pool.available):
-            sample = self._running.pop(key)
-            self._release(sample)
-            self._enqueue(sample)
+            self._suspend(self._running[key])
+
+    def _suspend(self, sample: Sample) -> None:
+        """Makes a running sample wait again; what it has computed remains only as far as the cache keeps it."""
+        del self._running[sample.key]
+        self._release(sample)
+        self._enqueue(sample)
 
     def _admit(self) -> None:
         slots = self._max_running - len(self._running)
@@ -263,21 +280,45 @@ class TorchSampler:
 
     def _batches(self) -> dict[int, list[Work]]:
         """The step's work by version of the module that runs (the base is -1), sorted by snapshot."""
+        samples = self._in_turn()
         prefilling = [
-            scheduling.Prefilling(key, sample.tenant, sample.pending)
-            for key, sample in self._running.items()
-            if sample.pending > 1
+            scheduling.Prefilling(sample.key, sample.tenant, sample.pending) for sample in samples if sample.pending > 1
         ]
         shares = scheduling.prefill_shares(prefilling, self._prefill_tokens)
         batches: dict[int, list[Work]] = defaultdict(list)
-        for key, sample in self._running.items():
-            rows = shares.get(key, 0) if sample.pending > 1 else 1
+        for sample in samples:
+            rows = shares.get(sample.key, 0) if sample.pending > 1 else 1
             if rows:
                 snapshot = sample.request.snapshot
                 batches[-1 if snapshot.module is None else snapshot.version].append(Work(sample, rows))
         for batch in batches.values():
             batch.sort(key=lambda work: work.sample.request.snapshot.version)
         return batches
+
+    def _in_turn(self) -> Sequence[Sample]:
+        """All running samples; while requests are suspected of breaking passes, those of the oldest such alone."""
+        suspects = [sample for sample in self._running.values() if sample.request.suspect]
+        if not suspects:
+            return list(self._running.values())
+        oldest = min(suspects, key=lambda sample: sample.key).request
+        return [sample for sample in suspects if sample.request is oldest]
+
+    def _attempt(self, version: int, works: list[Work]) -> list[Finished]:
+        """Runs works; if the pass breaks, its requests begin again one by one, and fail only if they break alone."""
+        try:
+            return self._run(works, self._lanes[version])
+        except Exception as error:  # whatever it was, it must not reach the neighbours
+            requests = list(dict.fromkeys(work.sample.request for work in works))
+            log.exception("a sampling pass of %d requests broke", len(requests))
+            del self._lanes[version]
+            if len(requests) == 1:
+                return [self._fail(requests[0], _broken(error))]
+            for request in requests:
+                request.suspect = True
+                for sample in request.samples:
+                    if sample.key in self._running:
+                        self._suspend(sample)
+            return []
 
     def _run(self, works: list[Work], lanes: Lanes) -> list[Finished]:
         self._make_room(works)
@@ -347,10 +388,16 @@ class TorchSampler:
             if request.request_id not in self._requests:
                 continue  # an earlier sample of it has just failed
             if not new.finite:
-                finished.append(self._fail(request))
+                finished.append(self._fail(request, _diverged(request)))
                 continue
+            request.suspect = False
             sample.append(new)
-            sample.stopped = self._stops(sample)
+            try:
+                sample.stopped = self._stops(sample)
+            except Exception as error:  # the tokenizer's, about this request's strings and tokens
+                log.exception("looking for stop strings broke")
+                finished.append(self._fail(request, _broken(error)))
+                continue
             if sample.stopped or len(sample.tokens) == request.limit:
                 del self._running[sample.key]
                 self._release(sample)
@@ -366,11 +413,18 @@ class TorchSampler:
             bool(strings) and self._stop_strings.found(strings, sample.tokens)
         )
 
-    def _fail(self, request: Request) -> Finished:
+    def _fail(self, request: Request, error: TinsmithError) -> Finished:
         del self._requests[request.request_id]
         blocks = {block for sample in request.samples for block in sample.blocks}
         self._drop(request, forget=True)
         self._cache.clear_blocks([block for block in blocks if not self._pool.references(block)])
-        snapshot_id = request.snapshot.snapshot_id
-        message = f"Snapshot {snapshot_id!r} gives logits that are not finite; its weights have probably diverged."
-        return Finished(request.request_id, UserError(message))
+        return Finished(request.request_id, error)
+
+
+def _diverged(request: Request) -> UserError:
+    snapshot_id = request.snapshot.snapshot_id
+    return UserError(f"Snapshot {snapshot_id!r} gives logits that are not finite; its weights have probably diverged.")
+
+
+def _broken(error: Exception) -> TinsmithError:
+    return TinsmithError(f"Sampling failed on the server: {type(error).__name__}: {error}")

@@ -16,7 +16,8 @@ TOPICS = ("jobs", "done", "engine")
 
 
 class Doorbell:
-    """Topics: `jobs` (work was submitted), `done` (messages are request ids), `engine` (its state changed)."""
+    """Topics: `jobs` (work was submitted; messages are request ids that were given up), `done` (messages are request
+    ids), `engine` (its state changed)."""
 
     def __init__(self, database_url: str) -> None:
         """Everybody with the same database hears everybody. Raises ConfigError if there is no private place for it."""

@@ -49,8 +49,14 @@ class Ledger:
         """Queues again what a dead engine was running. Returns how many jobs."""
         return self._database.write(queue.release, self.base)
 
-    def claim(self, limit: int) -> list[Header]:
-        return self._database.write(queue.claim, self.base, self.engine_id, limit)
+    def claim(self, limit: int, *, but: str = "") -> list[Header]:
+        """Takes up to `limit` queued jobs, oldest first, but none of kind `but`."""
+        return self._database.write(queue.claim, self.base, self.engine_id, limit, but)
+
+    def abandoned(self, numbers: Sequence[int], silent_since: float) -> list[int]:
+        """Gives up the samples of clients that have been silent since; returns which of these jobs are over."""
+        self._database.write(queue.give_up_silent, self.base, silent_since)
+        return self._database.read(queue.ended, numbers)
 
     def payloads(self, headers: Sequence[Header]) -> dict[int, bytes]:
         """The packed request of each job, by its number."""

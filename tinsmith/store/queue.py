@@ -3,8 +3,9 @@
 Functions take a connection inside a transaction (`Database.write`, `Database.read`), so that callers can do several
 things in one. A request id is `"{subject}:{seq}"`; the unique (subject, seq) makes a retry the same job.
 
-A job is `queued`, then `running`, then `done` or `failed`; once its result has been deleted it is `expired`. Only a
-job that ended in an error has a `category`, also when it has expired. Nothing here knows what kinds of jobs mean.
+A job is `queued`, then `running`, then `done` or `failed`; it is `expired` once its result has been deleted, or nobody
+waits for it any more. Only a job that ended in an error has a `category`, also when it has expired. Nothing here knows
+what kinds of jobs mean.
 """
 
 import json
@@ -17,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from tinsmith.store.prepared import Prepared
-from tinsmith.store.tables import jobs, models, results
+from tinsmith.store.tables import jobs, models, results, samplers, sessions
 from tinsmith.store.tables import payloads as payloads_table
 from tinsmith.wire.jobs import Future, Header, Job, Outcome, Past
 
@@ -71,6 +72,7 @@ _PAYLOADS = _for_numbers(sa.select(payloads_table.c.number, payloads_table.c.bod
 _PICKED = (
     sa.select(jobs.c.number)
     .where(jobs.c.base == sa.bindparam("of_base", type_=sa.Text), _QUEUED)
+    .where(jobs.c.kind != sa.bindparam("but_kind", type_=sa.Text))
     .order_by(jobs.c.number)
     .limit(sa.bindparam("at_most", type_=sa.Integer))
     .with_for_update(skip_locked=True)
@@ -116,6 +118,7 @@ _UNNEEDED_PAYLOADS = (
     .outerjoin(models, models.c.id == jobs.c.subject)
     .where(~_OPEN, _IS_OVER | (jobs.c.seq <= models.c.recovery_seq) | jobs.c.category.is_not(None))
 )
+_ENDED = _for_numbers(sa.select(jobs.c.number).where(~_OPEN), jobs)
 _EXPIRE = _for_numbers(sa.update(jobs).values(state="expired"), jobs)
 _DELETE_RESULTS = _for_numbers(sa.delete(results), results)
 _DELETE_PAYLOADS = _for_numbers(sa.delete(payloads_table), payloads_table)
@@ -142,9 +145,9 @@ def reject(conn: sa.Connection, job: Job, error: str) -> None:
     _ADD_JOB(conn, _row(job, "failed") | {"error": _storable(error), "category": "user", "finished_at": time.time()})
 
 
-def claim(conn: sa.Connection, base: str, engine: str, limit: int) -> list[Header]:
-    """Takes up to `limit` queued jobs, oldest first, as running under `engine`."""
-    rows = _CLAIM(conn, {"of_base": base, "by_engine": engine, "at_most": limit})
+def claim(conn: sa.Connection, base: str, engine: str, limit: int, but: str = "") -> list[Header]:
+    """Takes up to `limit` queued jobs, oldest first, as running under `engine`; those of kind `but` stay queued."""
+    rows = _CLAIM(conn, {"of_base": base, "by_engine": engine, "at_most": limit, "but_kind": but})
     return sorted((Header(*row) for row in rows), key=lambda header: header.number)
 
 
@@ -174,6 +177,38 @@ def complete(conn: sa.Connection, outcomes: Sequence[Outcome]) -> list[str]:
         if outcome.error is not None:
             ended += _FAIL(conn, _failure(outcome.number, outcome.error, outcome.category, now))
     return [f"{subject}:{seq}" for _, subject, seq in ended]
+
+
+def give_up(conn: sa.Connection, subject: str, seq: int | None = None) -> list[str]:
+    """Ends a subject's queued and running jobs (or only that of `seq`) without a result, as if it had expired.
+
+    For samplers only: a model's seqs belong to its history. Returns the request ids, for whoever runs them.
+    """
+    which = jobs.c.subject == subject if seq is None else (jobs.c.subject == subject) & (jobs.c.seq == seq)
+    return _expire(conn, which)
+
+
+def give_up_silent(conn: sa.Connection, base: str, since: float) -> list[str]:
+    """`give_up` for the jobs, older than that time, of all samplers whose clients have been silent since."""
+    silent = (
+        sa.select(samplers.c.id)
+        .join(sessions, sessions.c.id == samplers.c.session_id)
+        .where(samplers.c.base == base, sessions.c.seen_at < since)
+    )
+    return _expire(conn, (jobs.c.base == base) & (jobs.c.created_at < since) & jobs.c.subject.in_(silent))
+
+
+def _expire(conn: sa.Connection, which: sa.ColumnElement[bool]) -> list[str]:
+    statement = sa.update(jobs).where(which).values(state="expired", finished_at=time.time())
+    returning = statement.returning(jobs.c.subject, jobs.c.seq)
+    return [
+        f"{subject}:{seq}" for state in (_QUEUED, _RUNNING) for subject, seq in conn.execute(returning.where(state))
+    ]
+
+
+def ended(conn: sa.Connection, numbers: Sequence[int]) -> list[int]:
+    """Those of these jobs that are over."""
+    return [number for (number,) in _ENDED(conn, {"numbers": _listed(conn, numbers)})]
 
 
 def find(conn: sa.Connection, request_id: str) -> Future | None:

@@ -50,7 +50,7 @@ class ClientConfigResponse(Response):
 
 class ClientDynamicConfigResponse(Response):
     refresh_interval_sec: int = 300
-    sample_cancel_enabled: bool = False
+    sample_cancel_enabled: bool = True
 
 
 class Health(Response):
@@ -347,6 +347,10 @@ class SamplerInfo(Response):
 class RetrieveFutureRequest(Request):
     request_id: Id
     allow_metadata_only: bool = False
+
+
+class CancelFutureRequest(Request):
+    request_id: Id
 
 
 class TryAgain(Response):

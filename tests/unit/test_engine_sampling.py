@@ -1,0 +1,252 @@
+"""The engine beside a sampler that is full, broken or deserted, and the snapshots that it keeps."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+
+from tests.unit.test_engine import SESSION, Bench, datums, lesson
+from tinsmith.store import queue, records
+from tinsmith.store.tables import jobs, sessions
+from tinsmith.wire.packing import SampleCall
+
+LONG = 40
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path)
+    yield bench
+    bench.close()
+
+
+def ask(bench: Bench, sampler: str, seq: int, max_tokens: int = LONG, **options: Any) -> str:
+    call = SampleCall(np.array([5, 6, 7], np.int32), seed=seq, max_tokens=max_tokens, stop_at_eos=False, **options)
+    return bench.submit(sampler, "sample", call.to_bytes(), seq=seq)
+
+
+def states(bench: Bench, request_ids: list[str]) -> list[str]:
+    return [bench.find(request_id).state for request_id in request_ids]
+
+
+def publish(bench: Bench, model: str, name: str, kind: str = "snapshot") -> str:
+    """A sampler of the model's weights as they are now."""
+    sampler = bench.sampler(name, f"{SESSION}:sample:{name}", model)
+    request = {"name": None, "path": None, "sampler_id": sampler, "kind": kind}
+    bench.result(bench.submit(model, "save_weights_for_sampler", request))
+    return sampler
+
+
+# A full sampler
+
+
+@pytest.mark.parametrize("limit", [{"MAX_SAMPLING": 2}, {"MAX_SAMPLING_TOKENS": 9}], ids=str)
+def test_training_passes_the_samples_that_a_full_sampler_leaves_in_the_queue(
+    limit: dict[str, int], bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in limit.items():
+        monkeypatch.setattr(f"tinsmith.engine.loop.{name}", value)
+    monkeypatch.setattr("tinsmith.engine.loop.CLAIM_LIMIT", 2)
+    model, sampler = bench.create("a"), bench.sampler("base", "base", None)
+    bench.run()
+    samples = [ask(bench, sampler, seq) for seq in range(6)]
+    training = [bench.train(model, [1, 2, 3]), bench.step(model)]
+    for _ in range(4):
+        bench.engine.turn()
+    assert states(bench, training) == ["done", "done"]
+    assert states(bench, samples) == ["running"] * 2 + ["queued"] * 4
+    while bench.engine.turn(claim=False):
+        pass
+    assert states(bench, samples) == ["done"] * 6
+
+
+# A broken sampler
+
+
+@pytest.mark.parametrize("during", ["pause", "turn"])
+def test_a_sampler_that_breaks_ends_its_own_requests_and_no_training(during: str, bench: Bench) -> None:
+    model, sampler = bench.create("a"), bench.sampler("base", "base", None)
+    bench.run()
+    engine: Any = bench.engine
+    samples = [ask(bench, sampler, seq) for seq in range(3)]
+    bench.engine.turn()
+    backend, step = engine._sampler, engine._sampler.step
+
+    def break_once() -> None:
+        backend.step = step
+        raise ZeroDivisionError("no such luck")
+
+    if during == "pause":
+        long = bench.train(model, [1, 2, 3])
+        engine._claim()
+        backend.step = break_once
+        engine._train()
+    else:
+        long = bench.train(model, [1, 2, 3])
+        backend.step = break_once
+        engine.turn()
+    bench.run()
+    assert bench.find(long).state == "done"
+    for request_id in samples:
+        failed = bench.find(request_id)
+        assert (failed.state, failed.category) == ("failed", "server")
+        assert "ZeroDivisionError: no such luck" in (failed.error or "")
+    assert backend.load == 0
+    backend.check()
+    bench.result(bench.step(model))
+    bench.result(ask(bench, sampler, 3))
+
+
+# Deserted samples
+
+
+def test_a_sample_that_its_client_gives_up_leaves_the_sampler_and_the_queue(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinsmith.engine.loop.MAX_SAMPLING", 2)
+    engine: Any = bench.engine
+    engine._bell = engine._ledger.listen()
+    sampler = bench.sampler("base", "base", None)
+    kept, running, queued = [ask(bench, sampler, seq) for seq in range(3)]
+    engine.turn()
+    for seq in (1, 2):
+        bench.doorbell.ring("jobs", bench.database.write(queue.give_up, sampler, seq))
+    assert engine._sampler.load == 2
+    assert engine._hear(5.0)
+    assert engine._sampler.load == 1
+    engine._sampler.check()
+    bench.run()
+    assert states(bench, [kept, running, queued]) == ["done", "expired", "expired"]
+    engine._bell.close()
+
+
+def test_samples_of_a_silent_client_are_dropped_and_those_of_others_go_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinsmith.engine.loop.MAX_SAMPLING", 4)
+    long_ago = time.time() - 3600
+    alive = records.Session("alive", "me", "open", [], {}, "0", None, None, None, long_ago, time.time())
+    bench.database.write(records.create_session, alive)
+    silent_sampler = bench.sampler("base", "base", None)
+    record = records.SamplerRecord("alive:sample:0", "alive", "me", "tiny", "tiny", "base", None, time.time())
+    bench.database.write(records.create_sampler, record)
+    silent = [ask(bench, silent_sampler, seq) for seq in range(3)]
+    fresh = ask(bench, silent_sampler, 3)
+    others = [ask(bench, "alive:sample:0", seq) for seq in range(2)]
+    bench.engine.turn()
+    bench.database.write(make_old, long_ago, [*silent, *others])
+    bench.engine.drop_abandoned_samples()
+    assert bench.engine._sampler.load == 1
+    bench.run()
+    assert states(bench, silent) == ["expired"] * 3
+    assert states(bench, [fresh, *others]) == ["done"] * 3
+
+
+def make_old(conn: sa.Connection, created_at: float, request_ids: list[str]) -> None:
+    """Requests of long ago, of a session not heard of since."""
+    conn.execute(sa.update(sessions).where(sessions.c.id == SESSION).values(seen_at=created_at))
+    for request_id in request_ids:
+        subject, _, seq = request_id.rpartition(":")
+        which = (jobs.c.subject == subject) & (jobs.c.seq == int(seq))
+        conn.execute(sa.update(jobs).where(which).values(created_at=created_at))
+
+
+def test_a_sample_given_up_by_a_ring_that_was_lost_is_found_by_house_keeping(bench: Bench) -> None:
+    sampler = bench.sampler("base", "base", None)
+    ask(bench, sampler, 0)
+    bench.engine.turn()
+    bench.database.write(queue.give_up, sampler)
+    bench.engine.drop_abandoned_samples()
+    assert bench.engine._sampler.load == 0
+
+
+# Snapshots
+
+
+def test_a_passing_snapshot_touches_no_disk(bench: Bench) -> None:
+    model = bench.create("a")
+    lesson(bench, model, range(2))
+    bench.run()
+    before = files(bench)
+    for kind in ("snapshot", "inflight"):
+        publish(bench, model, kind, kind)
+    assert files(bench) == before
+
+
+def files(bench: Bench) -> set[Path]:
+    """All but the database's own."""
+    return {path for path in bench.folder.rglob("*") if path.is_file() and "db.sqlite" not in path.name}
+
+
+@pytest.mark.parametrize("bound", ["number", "bytes"])
+def test_snapshots_beyond_the_bound_wait_on_disk_and_come_back_as_they_were(bound: str, bench: Bench) -> None:
+    model = bench.create("a")
+    bench.run()
+    engine: Any = bench.engine
+    if bound == "number":
+        engine._residency._max_snapshots = 3
+    else:
+        engine._sampler._snapshot_bytes = 3 * engine._trainer.snapshot(model).nbytes
+    samplers, first = [], []
+    for turn in range(10):
+        lesson(bench, model, range(10 * turn, 10 * turn + 4))
+        samplers.append(publish(bench, model, str(turn)))
+        first.append(bench.greedy(samplers[-1]))
+        assert len(engine._sampler._snapshots) <= 3 + 1  # and the base
+    assert len({tuple(tokens) for tokens in first}) > 5
+    for _ in range(2):
+        assert [bench.greedy(sampler) for sampler in samplers] == first
+    bench.new_engine()
+    assert [bench.greedy(sampler) for sampler in samplers] == first
+
+
+def test_one_snapshot_larger_than_all_room_is_sampled_still(bench: Bench) -> None:
+    model = bench.create("a")
+    bench.run()
+    bench.engine._sampler._snapshot_bytes = 1  # type: ignore[attr-defined]
+    samplers = [publish(bench, model, str(turn)) for turn in range(3)]
+    assert len({tuple(bench.greedy(sampler)) for sampler in samplers}) == 1
+
+
+def test_a_finished_session_leaves_no_snapshot_behind_wherever_it_is(bench: Bench) -> None:
+    model = bench.create("a")
+    engine: Any = bench.engine
+    engine._residency._max_snapshots = 2
+    samplers = [publish(bench, model, str(turn)) for turn in range(4)]
+    assert (bench.folder / "snapshots").exists()
+    bench.database.write(records.finish_session, SESSION, "me", "success")
+    engine.close_models()
+    assert not list((bench.folder / "snapshots").iterdir())
+    assert list(engine._sampler._snapshots) == ["base"]
+    call = SampleCall(np.array([4], np.int32), seed=1, max_tokens=1)
+    assert "session is over" in bench.error(bench.submit(samplers[0], "sample", call.to_bytes()))
+
+
+def test_an_inflight_sampler_that_was_paged_out_comes_back_as_it_was_saved_last(bench: Bench) -> None:
+    model = bench.create("a")
+    engine: Any = bench.engine
+    engine._residency._max_snapshots = 1
+    inflight = publish(bench, model, "inflight", "inflight")
+    early = bench.greedy(inflight)
+    publish(bench, model, "other")  # pages it out
+    lesson(bench, model, range(8))
+    again = publish(bench, model, "again", "inflight")
+    late = bench.greedy(inflight)
+    assert late == bench.greedy(again) != early
+    publish(bench, model, "another")
+    assert bench.greedy(inflight) == late
+
+
+def test_training_data_of_unfinished_batches_is_not_mistaken_for_samples(bench: Bench) -> None:
+    """A model's jobs survive the silence of its client."""
+    model = bench.create("a")
+    bench.run()
+    request = bench.submit(model, "forward_backward", datums([1, 2, 3]).to_bytes())
+    bench.database.write(make_old, time.time() - 3600, [request])
+    bench.database.write(queue.give_up_silent, "tiny", time.time() - 60)
+    bench.run()
+    assert bench.find(request).state == "done"
