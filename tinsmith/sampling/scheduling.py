@@ -8,6 +8,7 @@ what they say. Nothing here depends on the clock or on chance.
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heapreplace
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +55,16 @@ def fair_order(running_tenants: Sequence[str], queues: Mapping[str, Sequence[int
     ascending. Between equal tenants the longest waiting goes first.
     """
     running = Counter(running_tenants)
-    position: dict[str, int] = dict.fromkeys(queues, 0)
+    heads = [(running[tenant], queue[0], tenant, 0) for tenant, queue in queues.items() if queue]
+    heapify(heads)
     chosen: list[int] = []
-    while len(chosen) < slots:
-        heads = [
-            (running[tenant], queue[position[tenant]], tenant)
-            for tenant, queue in queues.items()
-            if position[tenant] < len(queue)
-        ]
-        if not heads:
-            break
-        _, key, tenant = min(heads)
+    while heads and len(chosen) < slots:
+        count, key, tenant, position = heads[0]
         chosen.append(key)
-        position[tenant] += 1
-        running[tenant] += 1
+        if position + 1 < len(queues[tenant]):
+            heapreplace(heads, (count + 1, queues[tenant][position + 1], tenant, position + 1))
+        else:
+            heappop(heads)
     return chosen
 
 

@@ -1,0 +1,50 @@
+"""A prompt of thirty thousand tokens runs in chunks, and nobody who decodes misses a step for it."""
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from tests.parity.conftest import saved_and_loaded
+from tests.parity.sampling_lab import new_sampler, prompt, run, sample, sequences
+from tests.tiny_families import SIZES
+from tinsmith.models.loading import BaseModel
+
+LONG, CHUNK, NEIGHBOURS = 30_000, 2048, 6
+NARROW = {
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 32_768,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    """A model of long context, and little else."""
+    torch.manual_seed(0)
+    return saved_and_loaded(Qwen3ForCausalLM(Qwen3Config(**(SIZES | NARROW))), tmp_path_factory.mktemp("long"))
+
+
+def test_others_get_a_token_in_every_step_while_a_very_long_prompt_runs(model: BaseModel) -> None:
+    calls = [sample(f"{number}", prompt(5), tenant=f"{number}", seed=number) for number in range(NEIGHBOURS)]
+    alone = run(new_sampler(model), *calls)
+    sampler = new_sampler(model, kv_tokens=32_768, block_size=64, prefill_tokens=CHUNK)
+    long = sample("long", prompt(LONG), tenant="long", max_tokens=3)
+    sampler.submit(long)
+    for call in calls[:3]:
+        sampler.submit(call)
+    finished: dict[str, tuple[int, list[list[int]]]] = {}
+    for step in range(40):
+        if step == 4:  # and some who come later
+            for call in calls[3:]:
+                sampler.submit(call)
+        before = sampler._running[0].computed if 0 in sampler._running else 0
+        ends = sampler.step()
+        sampler.check()
+        finished |= {end.request_id: (step, sequences(end.output)) for end in ends}
+        if 0 in sampler._running:
+            assert sampler._running[0].computed - before <= CHUNK
+    assert [finished[call.request_id][0] for call in calls] == [11, 11, 11, 15, 15, 15]
+    assert [finished[call.request_id][1] for call in calls] == [sequences(output) for output in alone]
+    assert finished["long"][0] == -(-LONG // CHUNK) - 1 + 2  # its first token with its last chunk
