@@ -8,7 +8,7 @@ from random import Random
 
 TRAIN, TEST = 400, 16
 DISTINCT_SUMS = 8
-PREFERENCES_TEST = 1024  # the recipe takes so many
+PREFERENCES_TEST, PREFERENCES_SCORED = 1024, 32  # rows that the recipe takes; pairs among them
 GSM8K_README = """---
 configs:
 - config_name: main
@@ -54,10 +54,12 @@ def _instruction(rng: Random, place: int) -> dict[str, object]:
 
 
 def _write_preferences(folder: Path) -> None:
-    """Short requests; the chosen reply is polite, the rejected one is not."""
-    for split, count, seed in (("train", TRAIN, 5), ("test", PREFERENCES_TEST, 6)):
+    """Short requests; the chosen reply is polite, the rejected one is not. The recipe skips rows without a choice."""
+    for split, count, pairs, seed in (("train", TRAIN, TRAIN, 5), ("test", PREFERENCES_TEST, PREFERENCES_SCORED, 6)):
         rng = Random(seed)
-        _write_rows(folder / f"{split}.jsonl", (_preference(rng) for _ in range(count)))
+        rows = [_preference(rng) for _ in range(count)]
+        rows[pairs:] = [{"chosen": row["chosen"], "rejected": row["chosen"]} for row in rows[pairs:]]
+        _write_rows(folder / f"{split}.jsonl", rows)
 
 
 def _preference(rng: Random) -> dict[str, str]:

@@ -17,7 +17,7 @@ from tests.contract.datums import rollout, supervised, tokens
 from tests.contract.raw import RawClient, forward_backward_message
 from tinsmith.demo.local_server import LocalServer
 
-pytestmark = [pytest.mark.xdist_group("sdk"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.xdist_group("server"), pytest.mark.timeout(300)]
 
 DATUMS = [supervised(tokens(8))]
 ROLLOUTS = [rollout(tokens(8), [-1.0] * 7, [1.0] * 7)]

@@ -5,7 +5,7 @@ import pytest
 from tests.contract.datums import supervised, tokens
 from tests.contract.raw import RawClient, decoded_logprobs
 
-pytestmark = [pytest.mark.xdist_group("sdk"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.xdist_group("server"), pytest.mark.timeout(300)]
 
 DATUMS = [supervised(tokens(10))]
 

@@ -8,7 +8,7 @@ from tests.contract.datums import greedy, supervised, tokens
 from tests.contract.raw import RawClient, decoded_logprobs
 from tinsmith.demo.local_server import LocalServer
 
-pytestmark = [pytest.mark.xdist_group("restart"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.xdist_group("small server"), pytest.mark.timeout(300)]
 
 DATUMS = [supervised(tokens(8))]
 EXAM = [supervised(tokens(20, seed=5))]

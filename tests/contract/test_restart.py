@@ -1,8 +1,10 @@
 """Processes die and come back; clients notice a pause at most, and what was learned stays."""
 
+import http.client
 import os
 import signal
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -84,7 +86,16 @@ def test_samplers_and_samples_under_way_survive_the_engine(own_server: LocalServ
         assert sampler.sample(PROMPT, 1, greedy(30)).result().sequences[0].tokens == expected
 
 
-def test_a_restarted_server_still_has_models_samplers_and_checkpoints(own_server: LocalServer) -> None:
+def test_a_connection_made_while_the_api_is_away_is_answered_by_the_next_one(own_server: LocalServer) -> None:
+    kill(own_server, "api")
+    address = urlsplit(own_server.base_url)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=60)
+    connection.request("GET", "/api/v1/healthz")
+    assert connection.getresponse().status in (200, 503)
+    connection.close()
+
+
+def test_a_server_that_ctrl_c_has_ended_still_has_models_samplers_and_checkpoints(own_server: LocalServer) -> None:
     first = tinker.ServiceClient(base_url=own_server.base_url)
     client = first.create_lora_training_client("tiny", rank=8, seed=5).result()
     client.forward_backward(EXAM, "cross_entropy")
@@ -93,7 +104,9 @@ def test_a_restarted_server_still_has_models_samplers_and_checkpoints(own_server
     named = client.save_weights_for_sampler("before").result().path
     expected = score(client, EXAM)
     drawn = first.create_sampling_client(model_path=named).result().sample(PROMPT, 1, greedy(10)).result()
-    assert own_server.stop() == 0
+    processes = own_server.processes()
+    assert own_server.stop(signal.SIGINT) == 0
+    assert not any(process.is_running() for role, process in processes.items() if role != "server")
     own_server.start()
     with tinker.ServiceClient(base_url=own_server.base_url) as service:
         resumed = service.create_training_client_from_state_with_optimizer(state).result()

@@ -11,7 +11,7 @@ from tests.contract.datums import score, supervised, tokens
 from tests.contract.raw import RawClient
 from tinsmith.demo.local_server import LocalServer
 
-pytestmark = [pytest.mark.xdist_group("sdk"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.xdist_group("server"), pytest.mark.timeout(300)]
 
 ADAM = types.AdamParams(learning_rate=2e-3, eps=1e-8)
 DATUMS = [supervised(tokens(12, seed)) for seed in range(3)]

@@ -14,7 +14,7 @@ from tests.contract.datums import greedy, score, supervised, tokens
 from tinsmith.demo import tiny_folder
 from tinsmith.demo.local_server import LocalServer
 
-pytestmark = [pytest.mark.xdist_group("sdk"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.xdist_group("server"), pytest.mark.timeout(300)]
 
 PROMPT = types.ModelInput.from_ints(tokens(12, seed=42))
 END_OF_TURN = 1277

@@ -17,7 +17,7 @@ from tests.contract.datums import (
 )
 from tinsmith.demo.local_server import LocalServer
 
-pytestmark = [pytest.mark.xdist_group("sdk"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.xdist_group("server"), pytest.mark.timeout(300)]
 
 ADAM = types.AdamParams(learning_rate=1e-3, eps=1e-8)
 POLICY_LOSSES = ("importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce")

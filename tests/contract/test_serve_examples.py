@@ -15,6 +15,7 @@ from tinsmith.demo.local_server import LocalServer
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.timeout(300)
+ON_THE_SERVER = pytest.mark.xdist_group("server")
 
 
 def run(server: LocalServer, *arguments: str) -> str:
@@ -25,6 +26,7 @@ def run(server: LocalServer, *arguments: str) -> str:
     return result.stdout
 
 
+@ON_THE_SERVER
 def test_the_quick_start_teaches_what_it_says(server: LocalServer) -> None:
     (code,) = re.findall(r"```python\n(import tinker.*?)```", (ROOT / "docs/quickstart.md").read_text(), re.DOTALL)
     output = run(server, "-c", code)
@@ -32,6 +34,7 @@ def test_the_quick_start_teaches_what_it_says(server: LocalServer) -> None:
     assert "/weights/kettles" in output
 
 
+@ON_THE_SERVER
 def test_the_supervised_example_learns(server: LocalServer) -> None:
     output = run(server, str(ROOT / "examples/sl_loop.py"), "--steps", "15")
     losses = [float(text) for text in re.findall(r"loss per token ([\d.]+)", output)]
@@ -40,6 +43,7 @@ def test_the_supervised_example_learns(server: LocalServer) -> None:
     assert "/sampler_weights/final" in output
 
 
+@ON_THE_SERVER
 def test_the_reinforcement_example_runs(server: LocalServer) -> None:
     output = run(server, str(ROOT / "examples/rl_loop.py"), "--steps", "2", "--batch-size", "4", "--group-size", "4")
     rewards = [float(text) for text in re.findall(r"reward ([\d.]+)", output)]

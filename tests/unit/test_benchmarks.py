@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import adapters, tenants, training_memory
+from benchmarks import adapters, training_memory
 from benchmarks.qwen3 import Sizes
 from benchmarks.training_memory import Problem
-from tinsmith.demo.local_server import LocalServer
 
 TINY = Sizes(32, 2, 64, 97, heads=4, kv_heads=2, head_dim=16)
 PROBLEM = Problem("cpu", tokens=48, vocabulary=97, hidden=32)
@@ -66,14 +65,6 @@ def test_both_sides_of_the_loss_compute_the_same(adapter: bool, tmp_path: Path) 
         loss(inputs)
         gradients.append(inputs.hidden_TD.grad)
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
-
-
-def test_tenants_in_processes_of_their_own_train_on_one_server(tmp_path: Path) -> None:
-    with LocalServer(tmp_path / "data", tmp_path / "log.txt") as server:
-        measured = tenants.run(server, tenants.Load("tiny", tenants=2, steps=2, datums=1, length=8))
-    assert len(measured.latencies) == 2 * 2
-    assert 1 <= measured.sharing <= 2
-    assert set(measured.busy) == {"api", "engine"}
 
 
 def _our_name(parameter: str) -> str:

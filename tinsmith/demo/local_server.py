@@ -70,11 +70,11 @@ class LocalServer:
                 raise RuntimeError(f"the server did not become ready (exit code {ended}); its log ends:\n{self.tail()}")
             time.sleep(0.05)
 
-    def stop(self, seconds: float = STOP_SECONDS) -> int:
-        """Asks the server to end, and its exit code; kills it if it does not end in time."""
+    def stop(self, number: signal.Signals = signal.SIGTERM, seconds: float = STOP_SECONDS) -> int:
+        """Asks the server to end by a signal, and its exit code; kills it if it does not end in time."""
         assert self._process is not None, "the server was not started"
         if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
+            self._process.send_signal(number)
         try:
             return self._process.wait(seconds)
         except subprocess.TimeoutExpired:
