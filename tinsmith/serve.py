@@ -182,6 +182,7 @@ def load_backend(settings: Settings, report: Callable[[str], None]) -> "tuple[Tr
         kv_tokens=budgets.kv_tokens,
         max_running=budgets.running,
         snapshot_bytes=budgets.snapshot_bytes,
+        deterministic=settings.deterministic and device.type == "cpu",
     )
     logger.info(
         "%s: %s, %.4g M parameters, %s on %s, %d threads; %d adapters of rank %d at most; context %d tokens, "

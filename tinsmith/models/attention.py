@@ -3,8 +3,8 @@
 Every forward pass brings an `Attention` object along (a keyword argument that transformers hands down to the attention
 function), so there is no state between passes. Knows no adapters and no requests.
 
-Shapes: `H` query heads, `G` key/value heads, `T` rows of all sequences, `L` rows of one, `d` dimension of queries and
-keys, `e` dimension of values.
+Shapes: `H` query heads, `G` key/value heads, `T` rows of all sequences, `L` rows of one, `K` keys, `d` dimension of
+queries and keys, `e` dimension of values.
 """
 
 import itertools
@@ -89,9 +89,9 @@ class PackedAttention:
 def attend(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None, sinks_H: Tensor | None
 ) -> Tensor:
-    """[1, H, L, e], of a query [1, H, L, d], keys [1, G, K, d] and values [1, G, K, e].
+    """[N, H, L, e], of a query [N, H, L, d], keys [N, G, K, d] and values [N, G, K, e] of N sequences.
 
-    `mask` is boolean [L, K]; None means causal, with L = K.
+    `mask` is boolean, [L, K] or [N, 1, L, K]; None means causal, with L = K.
     """
     width, extra = value.shape[-1], 0
     if sinks_H is not None:
@@ -118,7 +118,7 @@ def _with_sinks(
     own = torch.eye(sharing, dtype=query.dtype, device=query.device).repeat(key_heads, 1)
     query = torch.cat([query, own[None, :, None].expand(*query.shape[:3], -1)], -1)
     sinks = F.pad((sinks_H.to(key.dtype) / scaling).view(1, key_heads, 1, sharing), (key.shape[-1], 0))
-    key = torch.cat([sinks, F.pad(key, (0, sharing))], 2)
+    key = torch.cat([sinks.expand(len(key), -1, -1, -1), F.pad(key, (0, sharing))], 2)
     value = F.pad(value, (0, 0, 1, 0))
     if mask is not None:
         return query, key, value, F.pad(mask, (1, 0), value=True), 0

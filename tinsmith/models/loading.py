@@ -30,6 +30,7 @@ from tinsmith.models.experts import MultiAdapterExperts
 from tinsmith.models.families import Target, find_targets
 from tinsmith.models.grouped import GroupedAdapters, can_group
 from tinsmith.models.head import target_logprobs
+from tinsmith.models.invariant import RowInvariance
 from tinsmith.models.lora import (
     Adapter,
     AdapterLayout,
@@ -178,11 +179,12 @@ def _checkpointing(current: CurrentPass) -> Callable[..., Any]:
     def run(layer: Callable[..., Any], *args: Any) -> Any:
         if not torch.is_grad_enabled():
             return layer(*args)
-        segments = current.segments
+        segments, arithmetic = current.segments, RowInvariance.same()
 
         def run_in_same_pass(*args: Any) -> Any:
             current.segments = segments
-            return layer(*args)
+            with arithmetic:
+                return layer(*args)
 
         return checkpoint(run_in_same_pass, *args, use_reentrant=False, preserve_rng_state=False)
 

@@ -16,13 +16,16 @@ from tinsmith.models.attention import attend
 from tinsmith.models.recurrence import Recurrence
 from tinsmith.sampling.kv_cache import KVCache
 from tinsmith.sampling.lanes import Lanes, Span
+from tinsmith.sampling.paged_rows import PagedRows
 from tinsmith.sampling.recurrent import StateStore
 
 
 class PagedAttention:
     """The attention of one forward pass over the rows of `spans`; rows in no span are padding and stay zero."""
 
-    def __init__(self, cache: KVCache, lanes: Lanes, states: StateStore, spans: Sequence[Span], rows: int) -> None:
+    def __init__(
+        self, cache: KVCache, lanes: Lanes | PagedRows, states: StateStore, spans: Sequence[Span], rows: int
+    ) -> None:
         device = cache.keys_LBSGd.device
         self._cache = cache
         self._states = states
@@ -30,7 +33,7 @@ class PagedAttention:
         self._recurrence: Recurrence | None = None
         self._slots_T = torch.tensor(_slots(spans, rows, cache), device=device)
         self._chunks = [_Chunk(span, device) for span in spans if span.count > 1]
-        self._decoding = lanes.enter([span for span in spans if span.count == 1])
+        self._decoding = lanes.enter([span for span in spans if span.count == 1], rows)
 
     @property
     def recurrence(self) -> Recurrence:

@@ -19,6 +19,7 @@ from tinsmith.sampling.attention import PagedAttention
 from tinsmith.sampling.decoding import SAMPLE_STREAM, TokenDistributions, uniforms
 from tinsmith.sampling.kv_cache import KVCache
 from tinsmith.sampling.lanes import Lanes, Span
+from tinsmith.sampling.paged_rows import PagedRows
 from tinsmith.sampling.recurrent import StateStore
 from tinsmith.sampling.requests import NextToken, Sample
 from tinsmith.sampling.scoring import ScoringJob, score, segments_of
@@ -36,7 +37,9 @@ class Work:
     start: int = 0
 
 
-def forward(model: BaseModel, cache: KVCache, lanes: Lanes, states: StateStore, works: Sequence[Work]) -> Tensor:
+def forward(
+    model: BaseModel, cache: KVCache, lanes: Lanes | PagedRows, states: StateStore, works: Sequence[Work]
+) -> Tensor:
     """Hidden states [T, D] of all works' rows, sorted by snapshot, with the same base weights; fills the cache."""
     tokens: list[int] = []
     positions: list[int] = []

@@ -48,8 +48,11 @@ class Lanes:
         self._cache = cache
         self._groups: dict[int, LaneGroup] = {}
 
-    def enter(self, spans: Sequence[Span]) -> list["LaneGroup"]:
-        """Makes exactly these sequences, of one row each, occupy lanes; returns the groups, ready for the pass."""
+    def enter(self, spans: Sequence[Span], batch: int) -> list["LaneGroup"]:
+        """Makes exactly these sequences, of one row each, occupy lanes; returns the groups, ready for the pass.
+
+        The pass has `batch` rows.
+        """
         by_length: dict[int, list[Span]] = defaultdict(list)
         for span in spans:
             by_length[padded_length(span.past + 1)].append(span)

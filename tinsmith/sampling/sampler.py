@@ -11,6 +11,7 @@ import logging
 from bisect import insort
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from tinsmith.errors import NotFoundError, TinsmithError, UserError
+from tinsmith.models.invariant import RowInvariance
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.weights import FullWeights, LoraWeights, load_weights, save_weights
 from tinsmith.protocols import BASE_SNAPSHOT, Capabilities, Finished, SnapshotCall, Weights
@@ -25,6 +27,7 @@ from tinsmith.sampling import scheduling
 from tinsmith.sampling.batch import Work, forward, next_tokens, score_prompts
 from tinsmith.sampling.kv_cache import BlockPool, KVCache, chain_digests
 from tinsmith.sampling.lanes import Lanes
+from tinsmith.sampling.paged_rows import PagedRows
 from tinsmith.sampling.recurrent import StateStore
 from tinsmith.sampling.requests import NextToken, Request, Sample, Snapshot, check
 from tinsmith.sampling.scoring import PromptScores
@@ -49,11 +52,15 @@ class TorchSampler:
         block_size: int = 16,
         prefill_tokens: int = PREFILL_TOKENS,
         snapshot_bytes: int | None = None,
+        deterministic: bool = False,
     ) -> None:
         """`kv_tokens` is the cache's size (its memory: that, × layers × 2 × K/V heads × head dimension × dtype).
 
         At most `max_running` sequences run at once; the others wait. Snapshots may take `snapshot_bytes` of memory
         (None: any number); `excess_bytes` says when they take more.
+
+        If `deterministic` (on a CPU only), every result has the bits that training gives, in any company; not those
+        of models with recurrent layers.
         """
         self._model = model
         self._max_running = max_running
@@ -72,7 +79,8 @@ class TorchSampler:
             device=model.device,
         )
         self._states = StateStore()
-        self._lanes: dict[int, Lanes] = {}  # by version of the module that runs; the base is -1
+        self._deterministic = deterministic
+        self._lanes: dict[int, Lanes | PagedRows] = {}  # by version of the module that runs; the base is -1
         self._versions = count()
         self._arrivals = count()
         self._snapshots = {BASE_SNAPSHOT: Snapshot(BASE_SNAPSHOT, next(self._versions))}
@@ -171,7 +179,8 @@ class TorchSampler:
         self._admit()
         finished: list[Finished] = []
         batches = self._batches()
-        self._lanes = {version: self._lanes.get(version) or Lanes(self._cache) for version in batches}
+        new_lanes = PagedRows if self._deterministic else Lanes
+        self._lanes = {version: self._lanes.get(version) or new_lanes(self._cache) for version in batches}
         for version, works in batches.items():
             finished += self._attempt(version, works)
         return finished
@@ -320,9 +329,9 @@ class TorchSampler:
                         self._suspend(sample)
             return []
 
-    def _run(self, works: list[Work], lanes: Lanes) -> list[Finished]:
+    def _run(self, works: list[Work], lanes: Lanes | PagedRows) -> list[Finished]:
         self._make_room(works)
-        with torch.inference_mode():
+        with torch.inference_mode(), RowInvariance() if self._deterministic else nullcontext():
             hidden_TD = forward(self._model, self._cache, lanes, self._states, works)
             score_prompts(self._model, works, hidden_TD)
             for work in works:

@@ -21,6 +21,7 @@ from tinsmith.errors import NotFoundError, TinsmithError, UserError
 from tinsmith.models.attention import PackedAttention
 from tinsmith.models.full import FullModel
 from tinsmith.models.head import target_logprobs
+from tinsmith.models.invariant import RowInvariance
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import Adapter, Segment
 from tinsmith.models.weights import FullWeights, LoraWeights
@@ -177,7 +178,7 @@ class TorchTrainer:
         for cuts in plan(calls, [run.model_id for run in group], self._budget, self._datums):
             try:
                 backups = backups or _back_up(group)
-                with _deterministic_algorithms() if self._deterministic else nullcontext():
+                with _deterministic(self._model.device) if self._deterministic else nullcontext():
                     self._pass(group, pack(calls, cuts))
             except Exception as error:  # whatever it was, it must not reach the neighbours
                 log.exception("a pass of %d requests broke", len(group))
@@ -241,13 +242,17 @@ def _groups(runs: Sequence[Run]) -> Iterator[list[Run]]:
 
 
 @contextmanager
-def _deterministic_algorithms() -> Iterator[None]:
-    """Torch's own switch, for a pass only: sampling needs operations that have no deterministic algorithm."""
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """Torch's own switch, for a pass only: sampling needs operations that have no deterministic algorithm.
+
+    On a CPU also the arithmetic of a deterministic sampler, so that both give a token the same bits.
+    """
     # filling costs time, and shows only reads of garbage
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
     try:
-        yield
+        with RowInvariance() if device.type == "cpu" else nullcontext():
+            yield
     finally:
         torch.use_deterministic_algorithms(False)
 
