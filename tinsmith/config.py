@@ -1,7 +1,8 @@
 """The settings of one server: read once (file, then environment, then command line), frozen, printed at start.
 
-The only reader of the environment: `read_environment` is called by the command line, everything else is given a
-`Settings`. Knows nothing of the machine; what is left at 0 or `auto` is chosen where the model is loaded.
+The only reader of the environment: `read_environment` is called by the command line, `engine_environment` by who
+starts an engine; everything else is given a `Settings`. Knows nothing of the machine; what is left at 0 or `auto` is
+chosen where the model is loaded.
 """
 
 import ipaddress
@@ -114,6 +115,14 @@ def load_settings(
 def read_environment() -> dict[str, str]:
     """The process's environment, for `load_settings`."""
     return dict(os.environ)
+
+
+def engine_environment(settings: Settings) -> dict[str, str]:
+    """The engine's environment: this process's, and what libraries read there as soon as they are loaded."""
+    wanted = {"OMP_WAIT_POLICY": "PASSIVE"}  # torch's threads sleep while they wait: see docs/log.md
+    if settings.deterministic:
+        wanted["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    return wanted | read_environment()
 
 
 def describe(settings: Settings) -> list[tuple[str, str]]:

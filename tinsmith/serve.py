@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from tinsmith.announce import Announcer
-from tinsmith.config import EMBEDDED, Settings
+from tinsmith.config import EMBEDDED, Settings, engine_environment
 from tinsmith.errors import ConfigError, TinsmithError
 from tinsmith.observe import configure_logging
 from tinsmith.supervisor import EXIT_CONFIG, Child, Supervisor
@@ -106,7 +106,6 @@ def _retire_engine(conn: "sa.Connection", base: str, before: float) -> None:
 
 def run_engine(settings: Settings, stop: threading.Event) -> None:
     """Loads the model and works on the queue until `stop`. Raises ConfigError if the model cannot be served."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads sleep while they wait: see docs/log.md
     from tinsmith.engine.loop import Engine
     from tinsmith.store.database import Database
     from tinsmith.store.doorbell import Doorbell
@@ -144,7 +143,8 @@ def _report(ledger: "Ledger", stop: threading.Event, progress: str) -> None:
 def load_backend(settings: Settings, report: Callable[[str], None]) -> "tuple[Trainer, Sampler]":
     """The trainer and the sampler of the served model, sized to the memory that is free.
 
-    Needs no database: benchmarks and tests use it too. Raises ConfigError.
+    Needs no database: benchmarks and tests use it too. On a GPU, deterministic training needs the variables of
+    `engine_environment`. Raises ConfigError.
     """
     report("starting")
     import torch
@@ -158,8 +158,6 @@ def load_backend(settings: Settings, report: Callable[[str], None]) -> "tuple[Tr
 
     disable_progress_bar()  # type: ignore[no-untyped-call]  # `report` says how loading goes
     device, dtype = choose_device(settings.device, settings.dtype)
-    if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it with the first product
     folder = model_folder(settings, report)
     model = load_base(folder, dtype=dtype, device=device, on_progress=report)
     if settings.threads or model.parameters < sizing.SMALL_MODEL:
@@ -293,7 +291,7 @@ def _children(settings: Settings, listener_fd: int, lock_fd: int) -> list[Child]
     command, line = [sys.executable, "-P", "-m", "tinsmith.serve"], settings.to_json()
     return [
         Child("api", [*command, "api", str(listener_fd), str(time.time())], line, (listener_fd, lock_fd), API_GRACE),
-        Child("engine", [*command, "engine"], line, (lock_fd,), ENGINE_GRACE),
+        Child("engine", [*command, "engine"], line, (lock_fd,), ENGINE_GRACE, engine_environment(settings)),
     ]
 
 

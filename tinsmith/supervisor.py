@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -29,20 +29,28 @@ LONGEST_DELAY = 15.0
 
 @dataclass
 class Child:
-    """One process to keep running. `grace` is how many seconds it may take to stop before it is killed."""
+    """One process to keep running. `grace` is how many seconds it may take to stop before it is killed.
+
+    `environment` takes the place of this process's own.
+    """
 
     name: str
     command: Sequence[str]
     first_line: str
     pass_fds: tuple[int, ...] = ()
     grace: float = 10.0
+    environment: Mapping[str, str] | None = None
     process: subprocess.Popen[bytes] | None = None
     crashed_at: deque[float] = field(default_factory=deque)
 
     def start(self) -> subprocess.Popen[bytes]:
         """A new process, in a session of its own so that Ctrl-C reaches only the supervisor."""
         self.process = subprocess.Popen(
-            self.command, stdin=subprocess.PIPE, pass_fds=self.pass_fds, start_new_session=True
+            self.command,
+            stdin=subprocess.PIPE,
+            pass_fds=self.pass_fds,
+            env=self.environment,
+            start_new_session=True,
         )
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # it may have died at once; its exit is noticed elsewhere

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tinsmith.config import CHOICES, RANGES, Settings, describe, load_settings
+from tinsmith.config import CHOICES, RANGES, Settings, describe, engine_environment, load_settings
 from tinsmith.errors import ConfigError
 
 
@@ -150,3 +150,16 @@ def test_the_database_lies_in_the_data_folder_unless_a_url_is_given() -> None:
 def test_every_setting_is_explained_in_the_how_to() -> None:
     page = (Path(__file__).parents[2] / "docs" / "how-to.md").read_text()
     assert [f.name for f in fields(Settings) if f"`{f.name}`" not in page] == []
+
+
+def test_an_engine_finds_what_its_libraries_read_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    environment = engine_environment(Settings(deterministic=True))
+    assert (environment["OMP_WAIT_POLICY"], environment["CUBLAS_WORKSPACE_CONFIG"]) == ("PASSIVE", ":16:8")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    assert engine_environment(Settings(deterministic=True))["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert "CUBLAS_WORKSPACE_CONFIG" not in engine_environment(Settings())
+    assert environment["PATH"]

@@ -67,6 +67,13 @@ def test_a_signal_stops_the_children_last_one_first_and_the_exit_code_is_zero(tm
     ]
 
 
+def test_a_child_gets_the_environment_that_is_meant_for_it(tmp_path: Path) -> None:
+    environment = dict(os.environ) | {"MEANT_FOR": "the engine"}
+    code = "import os; raise SystemExit(0 if os.environ.get('MEANT_FOR') == 'the engine' else 3)"
+    process = Child("engine", [sys.executable, "-c", code], "", environment=environment).start()
+    assert process.wait(30) == 0
+
+
 SERVER = """
 import sys
 from tinsmith.supervisor import Child, Supervisor
