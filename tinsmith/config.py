@@ -39,7 +39,7 @@ class Settings:
     max_lora_rank: int = 128
     dtype: str = "auto"  # auto, float32, bfloat16
     device: str = "auto"  # auto, cpu, cuda
-    deterministic: bool = False  # the same bits in training, whoever else is served and however often it is repeated
+    deterministic: bool = False  # the same bits, whoever else is served and however often it is repeated
     threads: int = 0  # of arithmetic on the CPU; 0: one for a small model, else one per core
     max_context: int = 0  # tokens; 0: what the model's configuration says
     max_body_bytes: int = 256 * 2**20  # of a request, also after decompression
