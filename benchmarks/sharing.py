@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import tinker
 from tinker import types
 
 from benchmarks.recording import Row, percentile, record
+from benchmarks.round_trip import datum
 from tinsmith.demo.local_server import LocalServer
 
 DATUMS, LENGTH = 64, 128  # of one training request: 8,192 tokens
@@ -63,18 +63,6 @@ def actions(service: tinker.ServiceClient) -> dict[str, tuple[int, Callable[[], 
         "sampling": (SAMPLES * SAMPLED, lambda: sampler.sample(prompt, SAMPLES, many).result()),
         "one token": (1, lambda: sampler.sample(prompt, 1, one).result()),
     }
-
-
-def datum(length: int) -> types.Datum:
-    weights = np.ones(length, np.float32)
-    targets = np.arange(1, length + 1)
-    return types.Datum(
-        model_input=types.ModelInput.from_ints(list(range(length))),
-        loss_fn_inputs={
-            "target_tokens": types.TensorData.from_numpy(targets),
-            "weights": types.TensorData.from_numpy(weights),
-        },
-    )
 
 
 def rows(clients: dict[str, tuple[int, Callable[[], object]]], seconds: float) -> Iterator[Row]:

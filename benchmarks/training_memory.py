@@ -61,7 +61,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=0, help="0: as the device's default")
     parser.add_argument("--vocabulary", type=int, default=0, help="0: as the device's default")
     parser.add_argument("--hidden", type=int, nargs="+", help="hidden sizes of the loss's cases")
+    parser.add_argument("--side", help=argparse.SUPPRESS)  # what a process of its own measures; it prints the bytes
     arguments = parser.parse_args()
+    if arguments.side:
+        print(resident_extra(Problem(**json.loads(arguments.side))))
+        return
     device, _, accelerator = choose_device(arguments.device)
     tokens, vocabulary, hiddens = (2048, 32_768, [512]) if device.type == "cpu" else (8192, 151_936, [1024, 2560])
     problem = Problem(device.type, arguments.tokens or tokens, arguments.vocabulary or vocabulary, 0)
@@ -133,7 +137,7 @@ def cuda_extra(problem: Problem) -> int:
 
 def extra_of_a_process(problem: Problem) -> int:
     """`resident_extra` of a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.training_memory_child", json.dumps(asdict(problem))]
+    command = [sys.executable, "-m", "benchmarks.training_memory", "--side", json.dumps(asdict(problem))]
     environment = dict(os.environ) | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     root = Path(__file__).parent.parent
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=root)
