@@ -43,7 +43,7 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine; 0: every core.")] = None,
     deterministic: Annotated[
-        bool | None, typer.Option("--deterministic", help="Training gives the same bits alone and in company.")
+        bool | None, typer.Option("--deterministic", help="The same bits alone and in company; slower.")
     ] = None,
     max_context: Annotated[int | None, typer.Option(help="Tokens; 0: what the model was made for.")] = None,
     kv_cache_tokens: Annotated[int | None, typer.Option(help="Sampling cache; 0: from free memory.")] = None,

@@ -9,12 +9,14 @@ import torch
 
 from tests.parity.conftest import Bases, Folders, NewTrainer, load
 from tests.parity.reference import SPECS, Datum, as_call
-from tests.parity.sampling_lab import lora, new_sampler, prompt, run, sample, sequences
+from tests.parity.sampling_lab import drain, lora, new_sampler, prompt, run, sample, sequences
 from tests.parity.training_lab import FULL, add, data_of, outputs
 from tests.tiny_families import FAMILIES, RECURRENT
+from tinsmith.config import Settings
 from tinsmith.models.loading import BaseModel
 from tinsmith.protocols import AdamParams, ModelCall
 from tinsmith.sampling.sampler import TorchSampler
+from tinsmith.serve import load_backend
 from tinsmith.training.trainer import TorchTrainer
 from tinsmith.wire.packing import SampleOutput
 
@@ -96,13 +98,30 @@ def test_sampled_and_prompt_logprobs_have_the_bits_of_training(
     check_bits(trained(new_trainer(family, micro_batch_tokens=64, deterministic=True)), bases(family))
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_they_have_them_too_where_threads_share_the_products(count: int, new_trainer: NewTrainer, bases: Bases) -> None:
-    with threads(count):
-        check_bits(trained(new_trainer("broad", micro_batch_tokens=256, deterministic=True)), bases("broad"))
+def test_they_have_them_too_where_threads_share_the_products(new_trainer: NewTrainer, bases: Bases) -> None:
+    trainer = new_trainer("broad", micro_batch_tokens=256, deterministic=True)
+    add(trainer, "lora", SPECS["all"])
+    sampler = new_sampler(bases("broad"), deterministic=True)
+    sampler.publish("lora", trainer.snapshot("lora"))
+    call = sample("a", prompt(20), "lora", seed=3, max_tokens=6)
+    with threads(2):
+        output, _ = run(sampler, call, sample("b", prompt(150), num_samples=3))
+        (row,) = in_training(trainer, "lora", call.call.prompt_P, output)
+    assert np.array_equal(row[19:], output.logprobs_S)
 
 
 def test_they_have_them_too_in_bfloat16(folders: Folders) -> None:
     model = load(folders("qwen3-tied"), torch.bfloat16)
     options = {"max_adapters": 4, "max_rank": 32, "gradient_checkpointing": True}
     check_bits(trained(TorchTrainer(model, micro_batch_tokens=64, deterministic=True, **options)), model)
+
+
+def test_a_deterministic_server_is_made_of_such_a_trainer_and_sampler() -> None:
+    trainer, sampler = load_backend(Settings(deterministic=True, device="cpu"), lambda _: None)
+    trainer.add("lora", SPECS["all"])
+    call = sample("a", prompt(20), seed=3, num_samples=2, max_tokens=10)
+    sampler.submit(call)
+    sampler.submit(sample("b", prompt(31), num_samples=5))
+    results = drain(sampler)
+    row, _ = in_training(trainer, "lora", call.call.prompt_P, results["a"])
+    assert np.array_equal(row[19:], results["a"].logprobs_S[:10])
