@@ -1,32 +1,38 @@
 """Sampling on the CPU: tokens per second of our sampler and of transformers' generate, side by side.
 
-python -m benchmarks.sampling_cpu [--rounds N] [--threads N] [--dtype float32]
+python -m benchmarks.sampling_cpu [--rounds N] [--threads N]
 
-The model has Qwen3's architecture with 6 layers of width 320 and random weights. Both sides sample the same number of
-tokens from the same prompts, at temperature 1, alternately; the best round of each counts. Ours also computes
-logprobs; generate, which runs one fixed batch, doesn't. The steps are of the embedded model, without a server.
+The model has Qwen3's architecture with 6 layers of width 320 (8.7 M parameters) and random weights. Both sides sample
+the same number of tokens from the same prompts, at temperature 1, alternately; the best round of each counts. Ours also
+computes logprobs; generate, which runs one fixed batch, doesn't. The rows with HTTP are the same requests through a
+server and the real SDK, against the sampler alone with the server's number of threads.
 """
 
 import argparse
+import os
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tinker
 import torch
+from tinker import types
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.recording import Row, percentile, record
+from benchmarks.recording import Row, record
 from tinsmith.demo import tiny_folder
+from tinsmith.demo.local_server import LocalServer
 from tinsmith.models.loading import BaseModel, load_base
 from tinsmith.models.weights import LoraWeights
 from tinsmith.protocols import BASE_SNAPSHOT, ModelSpec, SnapshotCall
 from tinsmith.sampling.sampler import TorchSampler
 from tinsmith.wire.packing import SampleCall
 
-REQUESTS, PROMPT, SAMPLED = 64, 64, 128
-ADAPTERS, RANK = 8, 16
 SHAPE = {
     "vocab_size": 4096,
     "hidden_size": 320,
@@ -37,101 +43,184 @@ SHAPE = {
     "head_dim": 32,
     "max_position_embeddings": 2048,
 }
+GOALS = {("bfloat16", 1): "1.5", ("bfloat16", 16): "1.8", ("bfloat16", 64): "2.5"}
+"""Ours / generate, by dtype and number of requests."""
+ADAPTERS_GOAL, GROUP_GOAL, HTTP_GOAL = "0.85", "1.3", "10"
+
+
+@dataclass(frozen=True)
+class Load:
+    """How many requests at once, of how many tokens; `group` samples of one prompt of `group_prompt` tokens."""
+
+    requests: tuple[int, ...] = (1, 16, 64)
+    prompt: int = 32
+    sampled: int = 128
+    adapters: int = 8
+    rank: int = 16
+    group: int = 16
+    group_prompt: int = 512
+
+    def prompts(self, requests: int) -> np.ndarray:
+        """Int32 [requests, prompt]."""
+        return _random_tokens(requests, self.prompt)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    load = Load()
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        Qwen3ForCausalLM(Qwen3Config(**SHAPE, tie_word_embeddings=True)).save_pretrained(folder)
-        rows = throughput(folder, getattr(torch, arguments.dtype), arguments.rounds)
-    record("sampling_cpu", [*rows, *steps(8), *steps(64)])
+        folder = write_model(Path(name) / "model", SHAPE)
+        for dtype in ("float32", "bfloat16"):
+            torch.set_num_threads(arguments.threads)
+            rows += throughput(folder, dtype, load, arguments.rounds)
+        rows += served(folder, load, Path(name), arguments.rounds)
+    record("sampling_cpu", rows)
 
 
-def throughput(folder: Path, dtype: torch.dtype, rounds: int) -> list[Row]:
-    """Tokens per second of both sides, and their ratio."""
-    module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    model = load_base(folder, dtype=dtype, device=torch.device("cpu"), on_progress=lambda _: None)
-    prompts_RP = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (REQUESTS, PROMPT)).astype(np.int32)
-    seconds: dict[str, list[float]] = {"generate": [], "ours": [], "ours, 8 adapters": [], "ours, groups of 16": []}
+def write_model(folder: Path, shape: dict[str, int]) -> Path:
+    """A random model, with the embedded model's tokenizer."""
+    Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=True)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_folder()).save_pretrained(folder)
+    return folder
+
+
+def throughput(folder: Path, dtype: str, load: Load, rounds: int) -> list[Row]:
+    """Tokens per second of both sides and their ratios, for every number of requests; then adapters, then a group."""
+    module = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model = load_base(folder, dtype=getattr(torch, dtype), device=torch.device("cpu"), on_progress=lambda _: None)
+    rows = []
+    for requests in load.requests:
+        seconds = best_of(rounds, actions(module, model, load, requests))
+        rows += rates(f"{dtype}, {requests} requests", seconds, requests * load.sampled, GOALS.get((dtype, requests)))
+    seconds = best_of(rounds, group_actions(model, load))
+    ratio = seconds["group"] / seconds["one"]
+    name = f"{dtype}, prompt of {load.group_prompt} tokens: first tokens of {load.group} samples / of one"
+    return [*rows, Row(name, round(ratio, 2), "times", goal=GROUP_GOAL)]
+
+
+def actions(module: Any, model: BaseModel, load: Load, requests: int) -> dict[str, Callable[[], None]]:
+    """What is timed alternately. Adapters are measured with the most requests only."""
+    prompts_RP = load.prompts(requests)
+    found = {
+        "generate": lambda: generate(module, prompts_RP, load.sampled),
+        "ours": lambda: sample(new_sampler(model, load), prompts_RP, load.sampled),
+    }
+    if requests == max(load.requests):
+        adapted = new_sampler(model, load)
+        names = publish_adapters(model, adapted, load)
+        found["ours, adapters"] = lambda: sample(adapted, prompts_RP, load.sampled, names)
+    return found
+
+
+def group_actions(model: BaseModel, load: Load) -> dict[str, Callable[[], None]]:
+    """The first token of one sample, and those of a group, each with an empty cache."""
+    prompt_1P = _random_tokens(1, load.group_prompt)
+    return {
+        "one": lambda: sample(new_sampler(model, load), prompt_1P, 1),
+        "group": lambda: sample(new_sampler(model, load), prompt_1P, 1, num_samples=load.group),
+    }
+
+
+def best_of(rounds: int, timed: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """Seconds of each action's fastest round; they take turns."""
+    seconds: dict[str, list[float]] = defaultdict(list)
     for _ in range(rounds):
-        seconds["generate"].append(generate(module, prompts_RP))
-        sampler = new_sampler(model)
-        seconds["ours"].append(sample(sampler, prompts_RP, [BASE_SNAPSHOT]))
-        seconds["ours, groups of 16"].append(sample(new_sampler(model), prompts_RP[:4], [BASE_SNAPSHOT], 16))
-        seconds["ours, 8 adapters"].append(sample(sampler, prompts_RP, publish_adapters(model, sampler)))
-    rates = {name: REQUESTS * SAMPLED / min(values) for name, values in seconds.items()}
-    rows = [
-        Row(f"{name}: {REQUESTS} requests, {PROMPT} + {SAMPLED} tokens", round(rate), "tokens/s")
-        for name, rate in rates.items()
-    ]
-    ratio = Row("ours / generate", round(rates["ours"] / rates["generate"], 2), "times", goal="2.5")
-    return [Row("parameters", round(model.parameters / 1e6, 1), "million"), *rows, ratio]
+        for name, action in timed.items():
+            began = time.perf_counter()
+            action()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: min(values) for name, values in seconds.items()}
 
 
-def generate(module: Any, prompts_RP: np.ndarray) -> float:
-    """Seconds that transformers needs for one batch."""
+def rates(prefix: str, seconds: dict[str, float], tokens: int, goal: str | None) -> Iterator[Row]:
+    for name, value in seconds.items():
+        yield Row(f"{prefix}: {name}", round(tokens / value), "tokens/s")
+    yield Row(f"{prefix}: ours / generate", round(seconds["generate"] / seconds["ours"], 2), "times", goal=goal or "")
+    if "ours, adapters" in seconds:
+        ratio = seconds["ours"] / seconds["ours, adapters"]
+        yield Row(f"{prefix}: adapters / base", round(ratio, 2), "times", goal=ADAPTERS_GOAL)
+
+
+def generate(module: Any, prompts_RP: np.ndarray, sampled: int) -> None:
     inputs = torch.from_numpy(prompts_RP.astype(np.int64))
-    began = time.perf_counter()
     output = module.generate(
         inputs,
         attention_mask=torch.ones_like(inputs),
-        max_new_tokens=SAMPLED,
+        max_new_tokens=sampled,
         do_sample=True,
         top_k=0,
         eos_token_id=None,
         pad_token_id=0,
     )
-    assert output.shape == (REQUESTS, PROMPT + SAMPLED)
-    return time.perf_counter() - began
+    assert output.shape == (len(prompts_RP), prompts_RP.shape[1] + sampled)
 
 
-def new_sampler(model: BaseModel) -> TorchSampler:
+def new_sampler(model: BaseModel, load: Load) -> TorchSampler:
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder())
-    return TorchSampler(model, tokenizer, kv_tokens=2 * REQUESTS * (PROMPT + SAMPLED), max_running=REQUESTS)
+    requests = max(*load.requests, load.group)
+    tokens = requests * (load.prompt + load.sampled + 16) + load.group * 16 + load.group_prompt
+    return TorchSampler(model, tokenizer, kv_tokens=tokens, max_running=requests)
 
 
-def publish_adapters(model: BaseModel, sampler: TorchSampler) -> list[str]:
-    names = [f"adapter-{index}" for index in range(ADAPTERS)]
+def publish_adapters(model: BaseModel, sampler: TorchSampler, load: Load) -> list[str]:
+    names = [f"adapter-{index}" for index in range(load.adapters)]
     for index, name in enumerate(names):
-        sampler.publish(name, LoraWeights(model.new_adapter(ModelSpec(rank=RANK, seed=index)), model.folder))
+        sampler.publish(name, LoraWeights(model.new_adapter(ModelSpec(rank=load.rank, seed=index)), model.folder))
     return names
 
 
-def sample(sampler: TorchSampler, prompts_RP: np.ndarray, snapshots: list[str], num_samples: int = 1) -> float:
-    """Seconds that our sampler needs for one request per prompt, spread over the snapshots."""
-    began = time.perf_counter()
+def sample(
+    sampler: TorchSampler,
+    prompts_RP: np.ndarray,
+    sampled: int,
+    snapshots: list[str] | None = None,
+    num_samples: int = 1,
+) -> None:
+    """One request per prompt, spread over the snapshots, until all have ended."""
+    names = snapshots or [BASE_SNAPSHOT]
     for index, prompt_P in enumerate(prompts_RP):
-        call = SampleCall(prompt_P, index, num_samples, SAMPLED, stop_at_eos=False)
-        sampler.submit(SnapshotCall(str(index), snapshots[index % len(snapshots)], str(index % 4), call))
+        call = SampleCall(prompt_P, index, num_samples, sampled, stop_at_eos=False)
+        sampler.submit(SnapshotCall(str(index), names[index % len(names)], str(index % 4), call))
     while sampler.load:
         sampler.step()
-    return time.perf_counter() - began
 
 
-def steps(rows: int) -> list[Row]:
-    """One decoding step of the embedded model, on one thread."""
-    torch.set_num_threads(1)
-    model = load_base(tiny_folder(), dtype=torch.float32, device=torch.device("cpu"), on_progress=lambda _: None)
-    sampler = new_sampler(model)
-    prompt_P = np.arange(PROMPT, dtype=np.int32)
-    call = SampleCall(prompt_P, 1, rows, SAMPLED, stop_at_eos=False)
-    sampler.submit(SnapshotCall("request", BASE_SNAPSHOT, "tenant", call))
-    times = []
-    while sampler.load:
-        began = time.perf_counter()
-        sampler.step()
-        times.append(1000 * (time.perf_counter() - began))
-    name = f"embedded model, {rows} rows: decoding step"
-    return [
-        Row(f"{name}, fastest tenth", round(percentile(times, 0.1), 2), "ms"),
-        Row(f"{name}, median", round(percentile(times, 0.5), 2), "ms"),
-    ]
+def served(folder: Path, load: Load, scratch: Path, rounds: int) -> list[Row]:
+    """The most requests at once through a server, and in process: what HTTP and the queue take."""
+    requests = max(load.requests)
+    torch.set_num_threads(1)  # what the server gives so small a model
+    model = load_base(folder, dtype=torch.float32, device=torch.device("cpu"), on_progress=lambda _: None)
+    prompts_RP = load.prompts(requests)
+    with LocalServer(scratch / "data", scratch / "log.txt", model=str(folder)) as server:
+        os.environ.update(server.client_environment())
+        with tinker.ServiceClient() as service:
+            client = service.create_sampling_client(base_model=str(folder))
+            timed = {
+                "in process": lambda: sample(new_sampler(model, load), prompts_RP, load.sampled),
+                "through HTTP": lambda: sample_served(client, prompts_RP, load.sampled),
+            }
+            seconds = best_of(rounds, timed)
+    prefix, tokens = f"float32, one thread, {requests} requests", requests * load.sampled
+    rows = [Row(f"{prefix}: {name}", round(tokens / value), "tokens/s") for name, value in seconds.items()]
+    share = 100 * (1 - seconds["in process"] / seconds["through HTTP"])
+    return [*rows, Row(f"{prefix}: share of HTTP and queue", round(share, 1), "%", goal=HTTP_GOAL)]
+
+
+def sample_served(client: tinker.SamplingClient, prompts_RP: np.ndarray, sampled: int) -> None:
+    params = types.SamplingParams(max_tokens=sampled, temperature=1.0, stop=[])
+    prompts = [types.ModelInput.from_ints(prompt_P.tolist()) for prompt_P in prompts_RP]
+    futures = [client.sample(prompt, 1, params) for prompt in prompts]
+    for future in futures:
+        [sequence] = future.result().sequences
+        assert len(sequence.tokens) == sampled
+
+
+def _random_tokens(rows: int, length: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (rows, length)).astype(np.int32)
 
 
 if __name__ == "__main__":

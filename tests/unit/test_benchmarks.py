@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import adapters, training_memory
+from benchmarks import adapters, sampling_cpu, training_memory
 from benchmarks.qwen3 import Sizes
 from benchmarks.training_memory import Problem
 
@@ -65,6 +65,17 @@ def test_both_sides_of_the_loss_compute_the_same(adapter: bool, tmp_path: Path) 
         loss(inputs)
         gradients.append(inputs.hidden_TD.grad)
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
+
+
+def test_sampling_is_compared_with_generate_for_every_number_of_requests(tmp_path: Path) -> None:
+    shape = sampling_cpu.SHAPE | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    folder = sampling_cpu.write_model(tmp_path, shape)
+    load = sampling_cpu.Load((1, 3), prompt=4, sampled=3, adapters=2, group=2, group_prompt=20)
+    rows = {row.name: row for row in sampling_cpu.throughput(folder, "bfloat16", load, rounds=1)}
+    assert all(row.value > 0 for row in rows.values())
+    assert rows["bfloat16, 1 requests: ours / generate"].goal == "1.5"
+    assert "bfloat16, 3 requests: adapters / base" in rows
+    assert "bfloat16, prompt of 20 tokens: first tokens of 2 samples / of one" in rows
 
 
 def _our_name(parameter: str) -> str:

@@ -41,6 +41,8 @@ from tinsmith.models.lora import (
     initial_weights,
 )
 from tinsmith.models.norms import FrozenRMSNorm, freeze_norm
+from tinsmith.models.quick import quick_layers
+from tinsmith.models.stacks import AdapterStacks
 from tinsmith.protocols import ModelSpec
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -84,6 +86,8 @@ class BaseModel:
             if frozen := freeze_norm(child):
                 module.set_submodule(path, frozen)
         self.cache_shape = _observe_cache_shape(self)
+        self.quick = quick_layers(self, self._current)
+        self.stacks = AdapterStacks()
         self.activation_bytes: int = 2 * _numbers_per_token(config, targets[:-1]) * self.dtype.itemsize
         self.activation_bytes += sum(activation_bytes(layer) for layer in delta_nets)
         """Of one token: a generous estimate of what backward keeps, the inputs of every matrix product twice."""

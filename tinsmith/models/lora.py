@@ -291,10 +291,13 @@ class LinearGroup:
         if x.requires_grad and torch.is_grad_enabled():
             outputs: tuple[Tensor, ...] = _GroupProduct.apply(x, self, adapters)
             return outputs
-        x_TI = x.view(-1, x.shape[-1])
+        return self.split(self.product(x.view(-1, x.shape[-1]), adapters), x.shape)
+
+    def product(self, x_TI: Tensor, adapters: AppliedAdapters) -> Tensor:
+        """[T, O] of all layers side by side, without gradients."""
         y_TO = F.linear(x_TI, self.weight_OI, self.bias_O)
         adapters.add(self, x_TI, y_TO)
-        return self.split(y_TO, x.shape)
+        return y_TO
 
     def split(self, y_TO: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
         """[T, O] → [..., P] of every layer, with the leading dimensions of `shape`."""

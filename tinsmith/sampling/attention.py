@@ -57,6 +57,8 @@ class PagedAttention:
         keys, values = self._cache.slots(place)
         keys.index_copy_(0, self._slots_T, key_GTd.transpose(0, 1))
         values.index_copy_(0, self._slots_T, value_GTe.transpose(0, 1))
+        if self._decoding and self._decoding[0].in_order:
+            return self._decoding[0].attend(place, query_HTd, key_GTd, value_GTe, scaling, window, sinks_H)
         heads, rows, _ = query_HTd.shape
         output_THe = value_GTe.new_zeros(rows, heads, value_GTe.shape[2])
         for group in self._decoding:

@@ -25,7 +25,10 @@ from tinsmith.sampling.requests import NextToken, Sample
 from tinsmith.sampling.scoring import ScoringJob, score, segments_of
 
 LEAST_ROWS = 16
-"""Smaller batches are padded: on one CPU thread, fp32 products of fewer rows are rounded differently from others."""
+"""Smaller batches are padded: on one CPU thread, fp32 products of fewer rows are rounded differently from others.
+
+Those in bfloat16 are not, nor those with packed weights; there only the logits need it.
+"""
 
 
 @dataclass(slots=True, eq=False)
@@ -50,17 +53,18 @@ def forward(
         tokens += sample.slice(past, past + work.rows)
         positions += range(past, past + work.rows)
         spans.append(Span(sample.key, work.start, work.rows, past, sample.blocks))
-    padding = max(0, LEAST_ROWS - len(tokens))
+    module = works[0].sample.request.snapshot.module
+    quick = model.quick if module is None and isinstance(lanes, Lanes) else None
+    same_bits = quick.is_packed if quick else model.dtype == torch.bfloat16
+    padding = 0 if same_bits else max(0, LEAST_ROWS - len(tokens))
     segments = segments_of((work.sample.adapter, work.rows) for work in works)
     segments[-1].end += padding
     attention = PagedAttention(cache, lanes, states, spans, len(tokens) + padding)
-    return model.hidden(
-        torch.tensor(tokens + [0] * padding, device=model.device),
-        torch.tensor(positions + [0] * padding, device=model.device),
-        segments,
-        attention,
-        works[0].sample.request.snapshot.module,
-    )
+    tokens_T = torch.tensor(tokens + [0] * padding, device=model.device)
+    positions_T = torch.tensor(positions + [0] * padding, device=model.device)
+    if quick is not None:
+        return quick.hidden(tokens_T, positions_T, segments, attention, model.stacks.of(segments))
+    return model.hidden(tokens_T, positions_T, segments, attention, module)
 
 
 def score_prompts(model: BaseModel, works: Sequence[Work], hidden_TD: Tensor) -> None:

@@ -60,23 +60,28 @@ class Lanes:
             length: self._groups.get(length) or LaneGroup(self._cache, length) for length in sorted(by_length)
         }
         for length, group in self._groups.items():
-            group.enter(by_length[length])
+            group.enter(by_length[length], batch)
         return list(self._groups.values())
 
 
 class LaneGroup:
-    """Sequences of the same padded length, each in a lane, without gaps."""
+    """Sequences of the same padded length, each in a lane, without gaps.
+
+    `rows_N` are their rows in the batch, by lane; `in_order` says that these are all of its rows, one after the other.
+    """
 
     def __init__(self, cache: KVCache, length: int) -> None:
         self._cache = cache
         self._length = length
+        self._heads = cache.keys_LBSGd.shape[3]
         self._owners: list[int] = []
         self._filled: list[int] = []
-        # Scores in fp32 are fastest with each key's rows side by side; a fused kernel wants the keys one by one.
-        self._fused = cache.keys_LBSGd.dtype != torch.float32
+        # One fused kernel is best on a GPU. On a CPU three products in fp32 are, in any dtype of the model, with each
+        # key's numbers apart: the lanes are in fp32 then.
+        self._fused = cache.keys_LBSGd.is_cuda and cache.keys_LBSGd.dtype != torch.float32
         self._keys_LNGSd, self._values_LNGSe = self._allocate(1)
 
-    def enter(self, spans: Sequence[Span]) -> None:
+    def enter(self, spans: Sequence[Span], batch: int) -> None:
         """Lets those leave who are not among `spans`, lets the others in, and prepares one pass."""
         wanted = {span.owner: span for span in spans}
         for lane in reversed(range(len(self._owners))):
@@ -85,7 +90,7 @@ class LaneGroup:
                 self._leave(lane)
         present = set(self._owners)
         self._load([span for span in spans if span.owner not in present])
-        self._prepare([wanted[owner] for owner in self._owners])
+        self._prepare([wanted[owner] for owner in self._owners], batch)
 
     def attend(
         self,
@@ -101,29 +106,38 @@ class LaneGroup:
         count = len(self._owners)
         key_NGSd, value_NGSe = self._keys_LNGSd[place, :count], self._values_LNGSe[place, :count]
         cells = (self._lanes_N, slice(None), self._newest_N)
-        key_NGSd[cells] = key_GTd.index_select(1, self.rows_N).transpose(0, 1)
-        value_NGSe[cells] = value_GTe.index_select(1, self.rows_N).transpose(0, 1)
-        query_NHd = query_HTd.index_select(1, self.rows_N).transpose(0, 1)
-        query_NGJd = query_NHd.unflatten(1, (key_NGSd.shape[1], -1))
-        mask_N1S = self._mask(window, query_HTd.dtype)
+        key_NGSd[cells] = self._rows(key_GTd).to(key_NGSd.dtype)
+        value_NGSe[cells] = self._rows(value_GTe).to(value_NGSe.dtype)
+        query_NHd = self._rows(query_HTd)
         if self._fused and sinks_H is None:
             attended_NGJe = F.scaled_dot_product_attention(
-                query_NGJd, key_NGSd, value_NGSe, attn_mask=mask_N1S[:, None], scale=scaling
+                query_NHd.unflatten(1, (key_NGSd.shape[1], -1)),
+                key_NGSd,
+                value_NGSe,
+                attn_mask=self._mask(window)[:, None],
+                scale=scaling,
             )
             return attended_NGJe.flatten(1, 2)
-        mask = mask_N1S.repeat_interleave(key_NGSd.shape[1], 0)
-        query, key, value = (part.flatten(0, 1) for part in (query_NGJd, key_NGSd.transpose(2, 3), value_NGSe))
-        scores = torch.baddbmm(mask, query, key, alpha=scaling)
+        query, key, value = (part.flatten(0, 1) for part in (query_NHd, key_NGSd.transpose(2, 3), value_NGSe))
+        query = query.view(key.shape[0], -1, key.shape[1]).to(key.dtype)
+        scores = torch.baddbmm(self._mask(window), query, key, alpha=scaling)
         if sinks_H is not None:
             sinks = sinks_H.to(scores.dtype).view(-1, scores.shape[1], 1).repeat(count, 1, 1)
             scores = torch.cat([scores, sinks], -1)
         weights = scores.softmax(-1)[..., : self._length]
-        return torch.bmm(weights, value).view(*query_NHd.shape[:2], -1)
+        return torch.bmm(weights, value).view(*query_NHd.shape[:2], -1).to(query_HTd.dtype)
+
+    def _rows(self, part_HTd: Tensor) -> Tensor:
+        """[N, H, d]: the sequences' rows of the batch, by lane."""
+        if self.in_order:
+            return part_HTd.transpose(0, 1)
+        return part_HTd.index_select(1, self.rows_N).transpose(0, 1)
 
     def _allocate(self, lanes: int) -> tuple[Tensor, Tensor]:
         layers, _, _, heads, key_dim = self._cache.keys_LBSGd.shape
         value_dim = self._cache.values_LBSGe.shape[-1]
-        values = self._cache.values_LBSGe.new_zeros(layers, lanes, heads, self._length, value_dim)
+        dtype = self._cache.values_LBSGe.dtype if self._cache.values_LBSGe.is_cuda else torch.float32
+        values = self._cache.values_LBSGe.new_zeros(layers, lanes, heads, self._length, value_dim, dtype=dtype)
         if self._fused:
             return values.new_zeros(layers, lanes, heads, self._length, key_dim), values
         return values.new_zeros(layers, lanes, heads, key_dim, self._length).transpose(3, 4), values
@@ -161,23 +175,25 @@ class LaneGroup:
         for part, previous in zip((self._keys_LNGSd, self._values_LNGSe), old, strict=True):
             part[:, : previous.shape[1]] = previous
 
-    def _prepare(self, spans: Sequence[Span]) -> None:
+    def _prepare(self, spans: Sequence[Span], batch: int) -> None:
         """What every layer of the pass needs: the lanes' batch rows and newest positions."""
         device = self._keys_LNGSd.device
-        self.rows_N = torch.tensor([span.start for span in spans], device=device)
+        rows = [span.start for span in spans]
+        self.rows_N = torch.tensor(rows, device=device)
+        self.in_order = rows == list(range(batch))
         self._newest_N = torch.tensor(self._filled, device=device)
         self._lanes_N = torch.arange(len(spans), device=device)
         self._filled = [span.past + 1 for span in spans]
         self._masks: dict[int | None, Tensor] = {}
 
-    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Additive [N, 1, S]: 0 where the row may look, -inf elsewhere."""
+    def _mask(self, window: int | None) -> Tensor:
+        """Additive [N, 1, S], or [N · G, 1, S] unless fused: 0 where the row may look, -inf elsewhere."""
         if window not in self._masks:
             position = torch.arange(self._length, device=self._newest_N.device)
             newest_N1 = self._newest_N[:, None]
             visible_NS = position <= newest_N1
             if window is not None:
                 visible_NS &= position > newest_N1 - window
-            mask_NS = torch.zeros(visible_NS.shape, dtype=dtype, device=position.device)
-            self._masks[window] = mask_NS.masked_fill_(~visible_NS, -torch.inf)[:, None]
+            mask_NS = self._keys_LNGSd.new_zeros(visible_NS.shape).masked_fill_(~visible_NS, -torch.inf)
+            self._masks[window] = (mask_NS if self._fused else mask_NS.repeat_interleave(self._heads, 0))[:, None]
         return self._masks[window]
