@@ -66,16 +66,25 @@ class Run:
         self.restart()
 
     def restart(self) -> None:
-        """Forgets what was computed; the gradient is the caller's business."""
+        """Forgets what was computed, and what was backed up; the gradient is the caller's business."""
         self.error: TinsmithError | None = None
         self._metrics: dict[str, float] = {}
         self._before: GradientBackup | None = None
 
+    def back_up(self) -> GradientBackup:
+        """The model's gradient at this moment, which a failing call goes back to."""
+        self._before = GradientBackup(self.model)
+        return self._before
+
     def begin(self, cut: Cut) -> None:
         """Before the micro-batch that holds `cut`: makes sure that the call's gradient can be taken back."""
         self.model.weights.require_grad()
-        if cut.opens:
-            self._before = GradientBackup(self.model)
+        if cut.opens and self._before is None:
+            self.back_up()
+
+    def settle(self) -> None:
+        """After the last micro-batch: nothing is to be taken back any more."""
+        self._before = None
 
     def lose(self, cut: Cut, logprobs_M: Tensor, datum_M: Tensor) -> Tensor | None:
         """Takes the cut's logprobs; returns the loss's gradient in them, or None if there is none or it failed."""

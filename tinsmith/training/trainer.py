@@ -189,6 +189,8 @@ class TorchTrainer:
                 return f"{type(error).__name__}: {error}"
             if pause is not None:
                 pause()
+        for run in group:
+            run.settle()
         return None
 
     def _pass(self, group: Sequence[Run], batch: MicroBatch) -> None:
@@ -259,7 +261,11 @@ def _deterministic(device: torch.device) -> Iterator[None]:
 
 def _back_up(group: Sequence[Run]) -> list[GradientBackup]:
     """The gradients to which the calls will add."""
-    return [GradientBackup(model) for model in {r.model_id: r.model for r in group if not r.call.forward_only}.values()]
+    first: dict[str, Run] = {}
+    for run in group:
+        if not run.call.forward_only:
+            first.setdefault(run.model_id, run)
+    return [run.back_up() for run in first.values()]
 
 
 def _segments(runs: Sequence[Run], batch: MicroBatch) -> list[Segment]:
