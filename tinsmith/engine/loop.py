@@ -236,13 +236,13 @@ class Engine:
         The batch is planned after the barriers: a model whose optim_step has just run joins the others' batch with
         its next forward_backward, instead of taking turns with them for ever.
         """
-        barriers = self._plan().barriers
-        for header in barriers:
+        work = self._plan()
+        for header in work.barriers:
             self._run_barrier(header)
-        batch = self._plan().batch
+        batch = self._plan().batch if work.barriers else work.batch
         if batch:
             self._run_batch(batch)
-        return bool(barriers or batch)
+        return bool(work.barriers or batch)
 
     def _run_barrier(self, header: Header) -> None:
         lane = self._lanes[header.subject]
