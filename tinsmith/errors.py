@@ -25,6 +25,12 @@ class UnauthorizedError(UserError):
     status = 401
 
 
+class LimitError(UserError):
+    """A limit of the caller's key is reached; only the caller or an operator can change that."""
+
+    status = 403
+
+
 class NotFoundError(UserError):
     """There is no such object, or it belongs to somebody else."""
 
@@ -44,9 +50,13 @@ class TooLargeError(UserError):
 
 
 class BusyError(TinsmithError):
-    """The server is at its limit; the same request will be taken later."""
+    """The server, or the caller's rate, is at its limit; the same request will be taken in `retry_seconds`."""
 
     status = 429
+
+    def __init__(self, message: str, retry_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_seconds = retry_seconds
 
 
 class UnavailableError(TinsmithError):

@@ -19,15 +19,35 @@ metadata = sa.MetaData(
 Serial = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 
-def _partial_index(name: str, condition: str, *columns: str) -> sa.Index:
+def _partial_index(name: str, condition: str, *columns: str, unique: bool = False) -> sa.Index:
     """An index of the rows in one state; a query uses it only if it spells `condition` out, without parameters."""
-    return sa.Index(name, *columns, sqlite_where=sa.text(condition), postgresql_where=sa.text(condition))
+    where = sa.text(condition)
+    return sa.Index(name, *columns, unique=unique, sqlite_where=where, postgresql_where=where)
 
 
 def insert(conn: sa.Connection, table: sa.Table) -> postgresql.Insert | sqlite.Insert:
     """An INSERT in the database's dialect, for its ON CONFLICT clauses."""
     return postgresql.insert(table) if conn.dialect.name == "postgresql" else sqlite.insert(table)
 
+
+keys = sa.Table(
+    "keys",
+    metadata,
+    sa.Column("digest", sa.Text, primary_key=True),  # SHA-256 of the key, hexadecimal
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("prefix", sa.Text, nullable=False),  # the key's beginning, by which people tell keys apart
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("role", sa.Text, nullable=False),  # user, admin
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("used_at", sa.Float),
+    sa.Column("expires_at", sa.Float),
+    sa.Column("revoked_at", sa.Float),
+    sa.Column("tokens_per_second", sa.Float),  # limits: NULL is none
+    sa.Column("max_models", sa.Integer),  # open at once
+    sa.Column("max_storage", sa.BigInteger),  # bytes of checkpoints
+    sa.Index(None, "owner"),
+    _partial_index("ix_keys_name", "revoked_at IS NULL", "name", unique=True),
+)
 
 sessions = sa.Table(
     "sessions",

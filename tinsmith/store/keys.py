@@ -1,0 +1,132 @@
+"""API keys: who may use the server, as which owner, and how much. Only digests are stored.
+
+One round of SHA-256 is enough for them. Slow hashes protect passwords, which people choose and attackers guess; a key
+is 256 random bits, which nobody finds by trying, however fast.
+
+A revoked key stays in the table: its owner's data has a name, and a server that once had keys does not open its doors
+because the last one is gone. Functions take a connection inside a transaction.
+"""
+
+import hashlib
+import secrets
+import time
+from dataclasses import asdict, dataclass, replace
+
+import sqlalchemy as sa
+
+from tinsmith.errors import LimitError, NotFoundError, UserError
+from tinsmith.store.tables import checkpoints, insert, keys
+
+KEY_START = "tml-"
+"""What clients want a key to begin with."""
+
+USER, ADMIN = "user", "admin"
+
+_PREFIX_LENGTH = len(KEY_START) + 8
+_LONGEST_NAME = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key without its secret. Times in seconds since the epoch; None is never, or no limit."""
+
+    digest: str
+    name: str
+    prefix: str
+    owner: str
+    role: str
+    created_at: float
+    used_at: float | None = None
+    expires_at: float | None = None
+    revoked_at: float | None = None
+    tokens_per_second: float | None = None
+    max_models: int | None = None
+    max_storage: int | None = None
+
+    def state(self, now: float) -> str:
+        """`active`, `expired` or `revoked`."""
+        if self.revoked_at is not None:
+            return "revoked"
+        return "expired" if self.expires_at is not None and self.expires_at <= now else "active"
+
+
+def digest_of(secret: str) -> str:
+    """What is stored of a key."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def owner_of(digest: str) -> str:
+    """The name under which the objects of a key's holder are kept."""
+    return digest[:16]
+
+
+def new_key(name: str, role: str = USER) -> tuple[str, Key]:
+    """A random secret, and its key without expiry or limits. Raises UserError if the name is not allowed."""
+    fits = 0 < len(name) <= _LONGEST_NAME and name.isprintable() and name.strip() == name
+    if not fits or name.startswith(KEY_START):
+        raise UserError(
+            f"a key cannot be called {name[:_LONGEST_NAME]!r}; names have 1 to {_LONGEST_NAME} printable characters, "
+            f"no space at their ends, and do not begin with {KEY_START}"
+        )
+    secret = KEY_START + secrets.token_hex(32)
+    digest = digest_of(secret)
+    return secret, Key(digest, name, secret[:_PREFIX_LENGTH], owner_of(digest), role, time.time())
+
+
+def create_key(conn: sa.Connection, key: Key) -> None:
+    """Adds a key. Raises UserError if its name is taken by one that is not revoked."""
+    statement = insert(conn, keys).values(asdict(key)).on_conflict_do_nothing().returning(keys.c.digest)
+    if conn.execute(statement).first() is None:
+        raise UserError(f"there is a key called {key.name!r} already; choose another name, or revoke that one first")
+
+
+def list_keys(conn: sa.Connection) -> list[Key]:
+    """All keys, also expired and revoked ones, oldest first."""
+    rows = conn.execute(sa.select(keys).order_by(keys.c.created_at, keys.c.digest)).mappings()
+    return [Key(**row) for row in rows]
+
+
+def revoke_key(conn: sa.Connection, name_or_prefix: str) -> Key:
+    """Ends a key, called by its name or by its beginning. Raises NotFoundError, or UserError if several begin so."""
+    found = [key for key in list_keys(conn) if key.revoked_at is None and _is_called(key, name_or_prefix)]
+    shown = name_or_prefix[:_PREFIX_LENGTH] if name_or_prefix.startswith(KEY_START) else name_or_prefix
+    if not found:
+        raise NotFoundError(f"there is no key {shown!r} that could be revoked (tinsmith keys list)")
+    if len(found) > 1:
+        names = ", ".join(repr(key.name) for key in found)
+        raise UserError(f"{len(found)} keys begin with {shown!r} ({names}); give more of it, or a name")
+    revoked = replace(found[0], revoked_at=time.time())
+    conn.execute(sa.update(keys).where(keys.c.digest == revoked.digest).values(revoked_at=revoked.revoked_at))
+    return revoked
+
+
+def _is_called(key: Key, text: str) -> bool:
+    if not text.startswith(KEY_START):
+        return key.name == text
+    return key.prefix.startswith(text) or key.digest == digest_of(text)
+
+
+def touch_key(conn: sa.Connection, digest: str, now: float) -> None:
+    """Notes that a key was used."""
+    conn.execute(sa.update(keys).where(keys.c.digest == digest).values(used_at=now))
+
+
+def check_storage(conn: sa.Connection, owner: str, model_id: str, kind: str, path: str) -> None:
+    """Raises LimitError if a new checkpoint at `path` would take more room than its owner's key has.
+
+    A checkpoint is taken to be as large as the model's largest of that kind. While there is none its size is not known,
+    and it is refused only if nothing is left.
+    """
+    key = conn.execute(sa.select(keys.c.name, keys.c.max_storage).where(keys.c.owner == owner)).first()
+    if key is None or key.max_storage is None:
+        return
+    is_other = checkpoints.c.path != path  # what is overwritten makes room
+    size = checkpoints.c.size_bytes
+    stored = sa.select(sa.func.sum(size)).where(checkpoints.c.owner == owner, is_other)
+    largest = sa.select(sa.func.max(size)).where(checkpoints.c.model_id == model_id, checkpoints.c.kind == kind)
+    used, expected = int(conn.scalar(stored) or 0), int(conn.scalar(largest) or 1)
+    if used + expected > key.max_storage:
+        raise LimitError(
+            f"key {key.name!r} stores {used} bytes of at most {key.max_storage}, and this checkpoint needs about "
+            f"{expected}; delete checkpoints (tinker checkpoint delete), or give them a lifetime (ttl_seconds)"
+        )
