@@ -82,6 +82,7 @@ def bodies(api: Api) -> dict[str, dict[str, Any]]:
             "target_prompt_logprobs": tensor,
         },
         "/retrieve_future": {"request_id": f"{model}:0", "allow_metadata_only": True},
+        "/cancel_future": {"request_id": f"{model}:0"},
         f"{CHECKPOINT}/publish": {},
         f"{CHECKPOINT}/ttl": {"ttl_seconds": 7200},
     }
