@@ -92,7 +92,7 @@ def throughput(folder: Path, dtype: str, load: Load, rounds: int) -> list[Row]:
     """Tokens per second of both sides and their ratios, for every number of requests; then adapters, then a group."""
     module = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     model = load_base(folder, dtype=getattr(torch, dtype), device=torch.device("cpu"), on_progress=lambda _: None)
-    rows = []
+    rows: list[Row] = []
     for requests in load.requests:
         seconds = best_of(rounds, actions(module, model, load, requests))
         rows += rates(f"{dtype}, {requests} requests", seconds, requests * load.sampled, GOALS.get((dtype, requests)))
