@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from tests.parity.conftest import Bases
+from tests.parity.conftest import Bases, Folders, load
 from tests.parity.reference import SPECS, warm
 from tinsmith.models import head
 from tinsmith.models.loading import BaseModel
@@ -27,6 +27,12 @@ def segments_of(model: BaseModel, kinds: tuple[str, ...] = TRAINED) -> list[Segm
     return [Segment(a, *span) for a, span in zip([*adapters, None], itertools.pairwise(bounds), strict=True)]
 
 
+def with_spare_columns(model: BaseModel) -> BaseModel:
+    """As on a GPU."""
+    model.spare_columns = head.SpareColumns(model.module.get_output_embeddings().weight)
+    return model
+
+
 def plain_logits(model: BaseModel, hidden_TD: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
     """As by autograd, with `leaves` for the adapters that change the head."""
     parts = []
@@ -44,14 +50,17 @@ def plain_logits(model: BaseModel, hidden_TD: torch.Tensor, segments: list[Segme
 @pytest.mark.parametrize("rows_per_chunk", [8, 11, 1000])
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("kinds", [TRAINED, FROZEN], ids=["trained", "frozen"])
+@pytest.mark.parametrize("spare", [False, True], ids=["plain", "spare columns"])
 def test_target_logprobs_and_all_gradients_equal_log_softmax(
     rows_per_chunk: int,
     several: bool,
     kinds: tuple[str, ...],
+    spare: bool,
     bases: Bases,
+    folders: Folders,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = bases("qwen3-untied")
+    model = with_spare_columns(load(folders("qwen3-untied"))) if spare else bases("qwen3-untied")
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", rows_per_chunk * model.vocab_size)
     torch.manual_seed(0)
     segments = segments_of(model, kinds)
@@ -146,3 +155,19 @@ def test_low_precision_weights_give_float32_logits(bases: Bases) -> None:
     logits = head._product(hidden_CD, weight_VD)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, hidden_CD.float() @ weight_VD.float().T, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_beside_the_weight_leaves_nothing_behind(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = with_spare_columns(load(folders("qwen3-tied"))), load(folders("qwen3-tied"))
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 8 * model.vocab_size)
+    broken, sound = (model.new_adapter(SPECS["all"]) for _ in range(2))
+    warm(sound)
+    broken.weights.fill_(float("nan"))
+    hidden_TD = torch.randn(24, 32)
+    segments = [Segment(broken, 0, 8), Segment(sound, 8, 16), Segment(None, 16, 24)]
+    targets_T = torch.arange(24)
+    ours, theirs = (head.target_logprobs(each, hidden_TD, segments, None, targets_T) for each in (model, plain))
+    assert ours[:8].isnan().all()
+    torch.testing.assert_close(ours[8:], theirs[8:], atol=1e-6, rtol=0)
+    assert torch.equal(model.module.model.embed_tokens.weight, plain.module.model.embed_tokens.weight)
+    assert torch.equal(model.full_copy(trainable=False).lm_head.weight, plain.module.lm_head.weight)

@@ -28,23 +28,57 @@ CUDA_CHUNK_ELEMENTS = 2**26
 _VOCABULARY_BLOCK = 8192
 
 
+_SPARE_COLUMNS = 128
+_ALIGNED_RANKS = 8  # what fast kernels want the number of columns to be a multiple of
+
+
+class SpareColumns:
+    """Room beside an unembedding matrix [V, D] for one adapter's B, so that both make one product.
+
+    On a GPU each pass over a chunk's logits costs about as much as their product, and an adapter's product is one.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        """Moves the weight's numbers; what shares the parameter shares them still."""
+        self._width = weight.shape[1]
+        self._whole = weight.data.new_zeros(weight.shape[0], self._width + _SPARE_COLUMNS)
+        self._whole[:, : self._width] = weight.data
+        weight.data = self._whole[:, : self._width]
+
+    def hold(self, rank: int) -> bool:
+        return rank <= _SPARE_COLUMNS and rank % _ALIGNED_RANKS == 0
+
+    def filled(self, matrix_b: Tensor) -> Tensor:
+        """[V, D + R]: the weight, and `matrix_b` until the next call."""
+        whole = self._whole[:, : self._width + matrix_b.shape[1]]
+        whole[:, self._width :] = matrix_b
+        return whole
+
+
 class HasHead(Protocol):
     """What is asked of a base model: its module, and the index of the head among the adaptable linear layers."""
 
     module: Any
     head_linear: int
+    spare_columns: SpareColumns | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Head:
-    """An unembedding matrix [V, D] and the adapters that change it."""
+    """An unembedding matrix [V, D] and the adapters that change it; perhaps with spare columns beside it."""
 
     weight: Tensor
     linear: int
     segments: Sequence[Segment]
+    spare: SpareColumns | None
 
     def logits(self, hidden_TD: Tensor, start: int, end: int) -> Tensor:
         """fp32 [end - start, V] of rows `start` to `end`."""
+        if only := self._only(start, end):
+            adapter, (matrix_a, matrix_b), spare = only
+            hidden_CD = hidden_TD[start:end]
+            z_CR = F.linear(hidden_CD, matrix_a).mul_(adapter.scale)
+            return _product(torch.cat([hidden_CD, z_CR], 1), spare.filled(matrix_b))
         logits_CV = _product(hidden_TD[start:end], self.weight)
         for adapter, (matrix_a, matrix_b), first, last, _ in self._adapted(start, end):
             rows_NV, z_NR = logits_CV[first - start : last - start], F.linear(hidden_TD[first:last], matrix_a)
@@ -57,17 +91,38 @@ class _Head:
     def backward(self, hidden_TD: Tensor, dlogits_CV: Tensor, factors_C1: Tensor, start: int) -> Tensor:
         """The gradient [C, D] of rows `start`… from `factors` · `dlogits`; adds to the adapters' gradients."""
         end = start + len(dlogits_CV)
-        dhidden_CD = _accumulated(dlogits_CV, self.weight)
+        dhidden_CD, dz_CR = self._inputs_gradient(dlogits_CV, start, end)
         for adapter, (matrix_a, matrix_b), first, last, trains in self._adapted(start, end):
             rows = slice(first - start, last - start)
             rows_NV, rows_ND, factors_N1 = dlogits_CV[rows], hidden_TD[first:last], factors_C1[rows].to(hidden_TD.dtype)
-            dz_NR = rows_NV @ matrix_b
+            dz_NR = rows_NV @ matrix_b if dz_CR is None else dz_CR
             dhidden_CD[rows].add_(dz_NR @ matrix_a, alpha=adapter.scale)
             if trains:
                 grad_a, grad_b = adapter.grad_pairs[self.linear]  # type: ignore[misc]
                 add_product(grad_a, (dz_NR * factors_N1).t(), rows_ND, adapter.scale)
                 add_product(grad_b, rows_NV.t(), F.linear(rows_ND, matrix_a) * factors_N1, adapter.scale)
         return dhidden_CD.mul_(factors_C1).to(hidden_TD.dtype)
+
+    def _inputs_gradient(self, dlogits_CV: Tensor, start: int, end: int) -> tuple[Tensor, Tensor | None]:
+        """dlogits W [C, D], and dlogits B [C, R] if the rows have one adapter that the spare columns hold."""
+        only = self._only(start, end)
+        if only is None:
+            return _accumulated(dlogits_CV, self.weight), None
+        _, (_, matrix_b), spare = only
+        dboth = _accumulated(dlogits_CV, spare.filled(matrix_b))
+        width = self.weight.shape[1]
+        return dboth[:, :width].contiguous(), dboth[:, width:].to(matrix_b.dtype)
+
+    def _only(self, start: int, end: int) -> tuple[Adapter, tuple[Tensor, Tensor], SpareColumns] | None:
+        """The adapter of all these rows, if there is just one, and it fits beside the weight.
+
+        Never several: one that is not finite would spoil its neighbours' rows.
+        """
+        adapted = list(self._adapted(start, end)) if self.spare else []
+        if self.spare is None or len(adapted) != 1:
+            return None
+        adapter, pair, first, last, _ = adapted[0]
+        return (adapter, pair, self.spare) if (first, last) == (start, end) and self.spare.hold(len(pair[0])) else None
 
     @property
     def is_frozen(self) -> bool:
@@ -316,4 +371,5 @@ def logits(model: HasHead, hidden_RD: Tensor, segments: Sequence[Segment], modul
 
 def _head(model: HasHead, segments: Sequence[Segment], module: nn.Module | None) -> _Head:
     owner: Any = module if module is not None else model.module
-    return _Head(owner.get_output_embeddings().weight, model.head_linear, segments)
+    spare = model.spare_columns if module is None else None
+    return _Head(owner.get_output_embeddings().weight, model.head_linear, segments, spare)

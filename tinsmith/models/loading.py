@@ -29,7 +29,7 @@ from tinsmith.models.delta_nets import activation_bytes, is_delta_net, run_by_se
 from tinsmith.models.experts import MultiAdapterExperts
 from tinsmith.models.families import Target, find_targets
 from tinsmith.models.grouped import GroupedAdapters, can_group
-from tinsmith.models.head import target_logprobs
+from tinsmith.models.head import SpareColumns, target_logprobs
 from tinsmith.models.invariant import RowInvariance
 from tinsmith.models.lora import (
     Adapter,
@@ -70,6 +70,8 @@ class BaseModel:
         self.parameters = sum(parameter.numel() for parameter in module.parameters())
         self.architecture: str = type(module).__name__
         self.head_linear = len(targets) - 1
+        fast = device.type == "cuda" and self.dtype != torch.float32
+        self.spare_columns = SpareColumns(module.get_output_embeddings().weight) if fast else None
         self._current = CurrentPass()
         self._layouts: dict[tuple[int, bool, bool, bool], AdapterLayout] = {}
         delta_nets = [child for child in module.modules() if is_delta_net(child)]
