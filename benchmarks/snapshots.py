@@ -4,7 +4,7 @@
 
 The embedded model. "In process" is the engine's part of `save_weights_and_get_sampling_client`: the copy of an adapter
 and its publication; "through the SDK" is all of it, from a client's call to its sampling client. The server that pages
-keeps eight snapshots in memory.
+keeps two dozen snapshots in memory.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from tinker import types
 from transformers import AutoTokenizer
 
 from benchmarks.qwen3 import load, milliseconds
-from benchmarks.recording import Row, percentile, record
+from benchmarks.recording import Row, record
 from tinsmith.demo import tiny_folder
 from tinsmith.demo.local_server import LocalServer
 from tinsmith.models.loading import BaseModel
@@ -35,7 +35,7 @@ from tinsmith.wire.packing import SampleCall
 RANKS = (32, 128)
 ROWS, STEPS = 64, 48
 CROWDS = (1, 8, 64)
-PLACES = 4  # models that the paging server keeps; of snapshots twice as many
+PLACES = 12  # models that the paging server keeps; of snapshots twice as many
 PROMPT = list(range(16))
 
 
@@ -100,10 +100,15 @@ def served(service: tinker.ServiceClient, repetitions: int) -> Iterator[Row]:
     def publish() -> None:
         samplers.append(client.save_weights_and_get_sampling_client().result())
 
-    times = [milliseconds(publish) for _ in range(2 * PLACES)][2:]  # until the memory is full
+    def step() -> None:
+        client.optim_step(types.AdamParams()).result()  # without a gradient: nothing but the way there and back
+
+    both = [(milliseconds(publish), milliseconds(step)) for _ in range(2 * PLACES)][2:]  # until the memory is full
     name = "save_weights_and_get_sampling_client through the SDK"
-    yield Row(f"{name}, median", round(median(times), 2), "ms", goal="20")
-    yield Row(f"{name}, p95", round(percentile(times, 0.95), 2), "ms")
+    yield Row(f"{name}, median", round(median(times for times, _ in both), 2), "ms", goal="20")
+    yield Row(f"{name}, best", round(min(times for times, _ in both), 2), "ms")
+    yield Row("a request without work through the SDK, median", round(median(times for _, times in both), 2), "ms")
+    yield Row("a request without work through the SDK, best", round(min(times for _, times in both), 2), "ms")
     times = [milliseconds(publish) for _ in range(repetitions)]
     yield Row(f"{name}, one paged out for each, median", round(median(times), 2), "ms")
     prompt, one = types.ModelInput.from_ints(PROMPT), types.SamplingParams(max_tokens=1, stop=[], seed=1)

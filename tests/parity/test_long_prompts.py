@@ -34,17 +34,21 @@ def test_others_get_a_token_in_every_step_while_a_very_long_prompt_runs(model: B
     sampler.submit(long)
     for call in calls[:3]:
         sampler.submit(call)
-    finished: dict[str, tuple[int, list[list[int]]]] = {}
-    for step in range(40):
+    finished: dict[str, list[list[int]]] = {}
+    ends_at: dict[str, int] = {}
+    chunks = []
+    for step in range(60):
         if step == 4:  # and some who come later
             for call in calls[3:]:
                 sampler.submit(call)
         before = sampler._running[0].computed if 0 in sampler._running else 0
-        ends = sampler.step()
+        for end in sampler.step():
+            finished[end.request_id], ends_at[end.request_id] = sequences(end.output), step
         sampler.check()
-        finished |= {end.request_id: (step, sequences(end.output)) for end in ends}
         if 0 in sampler._running:
-            assert sampler._running[0].computed - before <= CHUNK
-    assert [finished[call.request_id][0] for call in calls] == [11, 11, 11, 15, 15, 15]
-    assert [finished[call.request_id][1] for call in calls] == [sequences(output) for output in alone]
-    assert finished["long"][0] == -(-LONG // CHUNK) - 1 + 2  # its first token with its last chunk
+            chunks.append(sampler._running[0].computed - before)
+    assert [ends_at[call.request_id] for call in calls] == [11, 11, 11, 15, 15, 15]
+    assert [finished[call.request_id] for call in calls] == [sequences(output) for output in alone]
+    assert max(chunks[5:16]) < CHUNK // 4, "a chunk far behind the beginning costs more, so it is shorter"
+    assert max(chunks) <= CHUNK == chunks[17], "nobody waits any more"
+    assert "long" in finished

@@ -3,6 +3,7 @@
 import pytest
 
 from tinsmith.sampling.scheduling import (
+    LEAST_CHUNK,
     Growing,
     Prefilling,
     admissible,
@@ -70,12 +71,21 @@ def test_admission_keeps_a_block_for_everyone_and_the_order(costs, available, ru
         ([Prefilling(2, "a", 300), Prefilling(1, "a", 300)], 512, {1: 300, 2: 212}),
         ([Prefilling(1, "a", 4000), Prefilling(2, "a", 50)], 512, {1: 512}),
         ([Prefilling(1, "a", 50), Prefilling(2, "b", 50), Prefilling(3, "c", 900)], 200, {1: 50, 2: 50, 3: 100}),
+        ([Prefilling(1, "a", 4000, cost=4)], 512, {1: 128}),
+        ([Prefilling(1, "a", 4000, cost=4), Prefilling(2, "b", 100)], 512, {2: 100, 1: 103}),
+        ([Prefilling(1, "a", 40, cost=4), Prefilling(2, "a", 900)], 512, {1: 40, 2: 352}),
     ],
 )
 def test_prefill_is_divided_between_tenants_and_bounded(prefilling, budget, expected):
     shares = prefill_shares(prefilling, budget)
     assert shares == expected
-    assert sum(shares.values()) <= budget
+    costs = {sequence.key: sequence.cost for sequence in prefilling}
+    assert sum(count * costs[key] for key, count in shares.items()) <= budget
+
+
+def test_a_chunk_is_worth_a_step_however_long_the_past_is():
+    assert prefill_shares([Prefilling(1, "a", 4000, cost=100), Prefilling(2, "a", 9)], 512) == {1: LEAST_CHUNK}
+    assert prefill_shares([Prefilling(1, "a", 9, cost=100), Prefilling(2, "b", 600)], 512) == {2: 256, 1: 9}
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ class TorchSampler:
         self._max_running = max_running
         self._block_size = block_size
         self._prefill_tokens = prefill_tokens
+        self._reach = _attention_reach(model)
         self._snapshot_bytes = snapshot_bytes
         self._max_context = min(model.max_context, kv_tokens // block_size * block_size)
         self._stop_strings = StopStrings(tokenizer)
@@ -290,8 +291,11 @@ class TorchSampler:
     def _batches(self) -> dict[int, list[Work]]:
         """The step's work by version of the module that runs (the base is -1), sorted by snapshot."""
         samples = self._in_turn()
+        is_alone = all(sample.pending > 1 for sample in samples)
         prefilling = [
-            scheduling.Prefilling(sample.key, sample.tenant, sample.pending) for sample in samples if sample.pending > 1
+            scheduling.Prefilling(sample.key, sample.tenant, sample.pending, 1 if is_alone else self._row_cost(sample))
+            for sample in samples
+            if sample.pending > 1
         ]
         shares = scheduling.prefill_shares(prefilling, self._prefill_tokens)
         batches: dict[int, list[Work]] = defaultdict(list)
@@ -303,6 +307,10 @@ class TorchSampler:
         for batch in batches.values():
             batch.sort(key=lambda work: work.sample.request.snapshot.version)
         return batches
+
+    def _row_cost(self, sample: Sample) -> int:
+        """What a row costs that sees the sample's past, in rows that see none."""
+        return 1 if self._reach is None else 1 + sample.computed // self._reach
 
     def _in_turn(self) -> Sequence[Sample]:
         """All running samples; while requests are suspected of breaking passes, those of the oldest such alone."""
@@ -428,6 +436,16 @@ class TorchSampler:
         self._drop(request, forget=True)
         self._cache.clear_blocks([block for block in blocks if not self._pool.references(block)])
         return Finished(request.request_id, error)
+
+
+def _attention_reach(model: BaseModel) -> int | None:
+    """How many tokens of past cost a row as much as its own products; None on a GPU, where a chunk is short anyway."""
+    if model.device.type != "cpu":
+        return None
+    shape = model.cache_shape
+    products = sum(parameter.numel() for parameter in model.module.get_decoder().layers.parameters())
+    attended = len(shape.layers) * model.config.num_attention_heads * (shape.key_dim + shape.value_dim)
+    return max(1, products // attended)
 
 
 def _diverged(request: Request) -> UserError:

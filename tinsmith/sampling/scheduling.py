@@ -23,13 +23,21 @@ class Growing:
     private: int
 
 
+LEAST_CHUNK = 32
+"""Tokens of a prompt that a step runs however long the prompt's past is: fewer are not worth a step."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prefilling:
-    """A running sequence with `pending` tokens that have not been through the model yet."""
+    """A running sequence with `pending` tokens that have not been through the model yet.
+
+    Each costs as much as `cost` tokens at the beginning of a prompt.
+    """
 
     key: int
     tenant: str
     pending: int
+    cost: int = 1
 
 
 def victims(running: Sequence[Growing], available: int) -> list[int]:
@@ -85,25 +93,26 @@ def admissible(costs: Iterable[int], available: int, running: int) -> int:
 
 
 def prefill_shares(prefilling: Sequence[Prefilling], budget: int) -> dict[int, int]:
-    """Tokens of each prefilling sequence to run now, `budget` in all, divided fairly between tenants.
+    """Tokens of each prefilling sequence to run now; they cost `budget` in all, divided fairly between tenants.
 
     A tenant gets an equal share or all it needs, whichever is less; within a tenant the oldest goes first. So a
-    long prompt delays neither the decoding sequences (by more than `budget`) nor another tenant's short prompt.
+    long prompt delays neither the decoding sequences (by more than `budget`) nor another tenant's short prompt. Only
+    the last chunk of a tenant's share may cost more than what is left, if it would be shorter than `LEAST_CHUNK`.
     """
     by_tenant: dict[str, list[Prefilling]] = defaultdict(list)
     for sequence in sorted(prefilling, key=lambda sequence: sequence.key):
         by_tenant[sequence.tenant].append(sequence)
-    needs = {tenant: sum(sequence.pending for sequence in group) for tenant, group in by_tenant.items()}
+    needs = {tenant: sum(sequence.pending * sequence.cost for sequence in group) for tenant, group in by_tenant.items()}
     shares: dict[int, int] = {}
     poorest_first = sorted(needs, key=lambda tenant: (needs[tenant], by_tenant[tenant][0].key))
     for position, tenant in enumerate(poorest_first):
         share = min(needs[tenant], -(-budget // (len(needs) - position)))
         budget -= share
         for sequence in by_tenant[tenant]:
-            count = min(sequence.pending, share)
-            if count:
-                shares[sequence.key] = count
-                share -= count
+            if share <= 0:
+                break
+            shares[sequence.key] = min(sequence.pending, max(share // sequence.cost, min(share, LEAST_CHUNK)))
+            share -= shares[sequence.key] * sequence.cost
     return shares
 
 
