@@ -11,11 +11,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tinsmith.api import downloads, futures, runs, sampling, service, sessions, training, weights
+from tinsmith.api.auth import Access
 from tinsmith.api.calls import Handler, Services, answer, endpoint
 from tinsmith.api.catalog import Catalog
+from tinsmith.api.pacing import Pacing
 from tinsmith.api.waiting import Waiters
 from tinsmith.config import Settings
-from tinsmith.errors import TinsmithError
+from tinsmith.errors import BusyError, TinsmithError
 from tinsmith.store.database import Database
 from tinsmith.store.doorbell import Doorbell
 
@@ -65,7 +67,8 @@ log = logging.getLogger(__name__)
 
 def create_app(settings: Settings, database: Database, doorbell: Doorbell) -> Starlette:
     """The application. Database and doorbell are the caller's to open, migrate and close."""
-    services = Services(settings, database, doorbell, Catalog(settings, database, doorbell), Waiters(doorbell))
+    catalog, access = Catalog(settings, database, doorbell), Access(settings, database)
+    services = Services(settings, database, doorbell, catalog, Waiters(doorbell), access, Pacing())
 
     async def health(_request: Request) -> Response:
         return service.health(services)
@@ -109,6 +112,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
     response = answer({"detail": str(error)}, status)
     if status in (429, 503):
         response.headers["x-should-retry"] = "true"
+    if isinstance(error, BusyError):
+        response.headers["retry-after"] = f"{error.retry_seconds:.0f}"
     return response
 
 

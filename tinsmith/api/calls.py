@@ -1,4 +1,8 @@
-"""What every route is given: the shared parts of the process, and one authenticated call."""
+"""What every route is given: the shared parts of the process, and one authenticated call.
+
+Who may do what is decided here: a handler uses and changes objects as `Call.owner` and looks at them as `Call.viewer`;
+the store finds nothing that does not belong to whom it is given.
+"""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -8,12 +12,14 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tinsmith.api.auth import owner_of
+from tinsmith.api.auth import Access, Caller
 from tinsmith.api.bodies import SMALL_BODY, decode_json, plain, read_raw
 from tinsmith.api.catalog import Catalog
+from tinsmith.api.pacing import Pacing
 from tinsmith.api.waiting import Waiters
 from tinsmith.config import Settings
 from tinsmith.errors import NotFoundError, UserError
+from tinsmith.store import records
 from tinsmith.store.database import Database
 from tinsmith.store.doorbell import Doorbell
 from tinsmith.wire.codec import Limits
@@ -30,6 +36,8 @@ class Services:
     doorbell: Doorbell
     catalog: Catalog
     waiters: Waiters
+    access: Access
+    pacing: Pacing
 
     def limits(self) -> Limits:
         """Bounds for requests with tokens. Raises UnavailableError until the engine has said what it takes."""
@@ -39,11 +47,25 @@ class Services:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request of one owner."""
+    """One request of one caller."""
 
     services: Services
     request: Request
-    owner: str
+    caller: Caller
+
+    @property
+    def owner(self) -> str:
+        """To whom everything belongs that the call makes, uses or changes."""
+        return self.caller.owner
+
+    @property
+    def viewer(self) -> str:
+        """Whose objects the call may list and describe: an admin's call, everybody's. For nothing else."""
+        return records.EVERYBODY if self.caller.is_admin else self.caller.owner
+
+    def spend(self, tokens: int) -> None:
+        """Counts a request's tokens against its caller's rate. Raises BusyError, LimitError."""
+        self.services.pacing.spend(self.caller.owner, tokens, self.caller.tokens_per_second)
 
     async def content(self, limit: int) -> bytes:
         """The body, decompressed. Raises TooLargeError beyond `limit` bytes, UserError."""
@@ -78,7 +100,7 @@ def endpoint(services: Services, handler: Handler) -> Callable[[Request], Awaita
     """`handler` as Starlette calls it, behind authentication."""
 
     async def authenticated(request: Request) -> Response:
-        return await handler(Call(services, request, owner_of(request, services.settings)))
+        return await handler(Call(services, request, await services.access.caller(request)))
 
     return authenticated
 

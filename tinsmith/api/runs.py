@@ -22,9 +22,9 @@ _ALL = 100_000  # checkpoints of one run in its unpaged list
 
 
 async def list_runs(call: Call) -> Response:
-    """GET /training_runs: the caller's, newest first."""
+    """GET /training_runs: newest first."""
     limit, offset = call.page()
-    runs, total = await call.services.database.read_async(_runs, call.owner, limit, offset)
+    runs, total = await call.services.database.read_async(_runs, call.viewer, limit, offset)
     return answer(types.TrainingRunList(runs, types.Cursor(offset, limit, total)))
 
 
@@ -35,7 +35,7 @@ def _runs(conn: sa.Connection, owner: str, limit: int, offset: int) -> tuple[lis
 
 async def get_run(call: Call) -> Response:
     """GET /training_runs/{run_id}."""
-    return answer(await call.services.database.read_async(_require_run, call.path("run_id"), call.owner))
+    return answer(await call.services.database.read_async(_require_run, call.path("run_id"), call.viewer))
 
 
 def _require_run(conn: sa.Connection, run_id: str, owner: str) -> types.TrainingRun:
@@ -62,7 +62,7 @@ def _run(conn: sa.Connection, model: records.Model) -> types.TrainingRun:
 
 async def list_run_checkpoints(call: Call) -> Response:
     """GET /training_runs/{run_id}/checkpoints: all of one run, newest first."""
-    return answer(await call.services.database.read_async(_run_checkpoints, call.path("run_id"), call.owner))
+    return answer(await call.services.database.read_async(_run_checkpoints, call.path("run_id"), call.viewer))
 
 
 def _run_checkpoints(conn: sa.Connection, run_id: str, owner: str) -> types.CheckpointList:
@@ -72,9 +72,9 @@ def _run_checkpoints(conn: sa.Connection, run_id: str, owner: str) -> types.Chec
 
 
 async def list_checkpoints(call: Call) -> Response:
-    """GET /checkpoints: of all the caller's runs, newest first."""
+    """GET /checkpoints: of all runs, newest first."""
     limit, offset = call.page(default=100)
-    page, total = await call.services.database.read_async(records.list_checkpoints, call.owner, limit, offset)
+    page, total = await call.services.database.read_async(records.list_checkpoints, call.viewer, limit, offset)
     return answer(types.CheckpointList([_checkpoint(each) for each in page], types.Cursor(offset, limit, total)))
 
 

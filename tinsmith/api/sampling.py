@@ -77,6 +77,7 @@ async def asample(call: Call) -> Response:
         request, job = await run_in_threadpool(_decode, content, limits, call.owner)
     else:
         request, job = _decode(content, limits, call.owner)
+    call.spend(job.tokens)
     request_id = await services.database.write_async(_submit, job)
     services.doorbell.ring("jobs")
     sequence_ids = [f"{request_id}-{index}" for index in range(request.num_samples)]
@@ -119,6 +120,6 @@ def _give_up(conn: sa.Connection, request_id: str, owner: str) -> list[str]:
 
 async def get_sampler(call: Call) -> Response:
     """GET /samplers/{sampler_id}."""
-    sampler = await call.services.database.read_async(records.require_sampler, call.path("sampler_id"), call.owner)
+    sampler = await call.services.database.read_async(records.require_sampler, call.path("sampler_id"), call.viewer)
     path = sampler.snapshot if sampler.snapshot.startswith(SCHEME) else None
     return answer(types.SamplerInfo(sampler.id, sampler.base_name, path))

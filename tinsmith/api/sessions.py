@@ -61,13 +61,13 @@ def _finish(conn: sa.Connection, session_id: str, owner: str, reason: str) -> li
 async def list_sessions(call: Call) -> Response:
     """GET /sessions: ids, newest first."""
     limit, offset = call.page()
-    sessions, _ = await call.services.database.read_async(records.list_sessions, call.owner, limit, offset)
+    sessions, _ = await call.services.database.read_async(records.list_sessions, call.viewer, limit, offset)
     return answer(types.SessionList([session.id for session in sessions]))
 
 
 async def get_session(call: Call) -> Response:
     """GET /sessions/{session_id}."""
-    return answer(await call.services.database.read_async(_info, call.path("session_id"), call.owner))
+    return answer(await call.services.database.read_async(_info, call.path("session_id"), call.viewer))
 
 
 def _info(conn: sa.Connection, session_id: str, owner: str) -> types.SessionInfo:

@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from collections.abc import Sequence
 from functools import partial
 
 import msgspec
@@ -12,7 +13,7 @@ from starlette.responses import Response
 from tinsmith.api.bodies import THREAD_BYTES, OverlongBodyError, plain, read_raw
 from tinsmith.api.calls import Call, Services, answer
 from tinsmith.api.submission import Draft, json_draft, refuse, require_open_session, submit, submit_json
-from tinsmith.errors import UserError
+from tinsmith.errors import LimitError, UserError
 from tinsmith.protocols import Capabilities, ModelSpec
 from tinsmith.store import queue, records
 from tinsmith.wire import types
@@ -41,7 +42,8 @@ async def create_model(call: Call) -> Response:
     model = new_model(
         call, body.session_id, body.model_seq_id, base_name=body.base_model, spec=spec, metadata=body.user_metadata
     )
-    request_id = await services.database.write_async(create_with_job, model, json_draft("create_model"))
+    draft = json_draft("create_model")
+    request_id = await services.database.write_async(create_with_job, model, draft, call.caller.max_models)
     services.doorbell.ring("jobs")
     return answer(types.UntypedFuture(request_id, model.id))
 
@@ -67,11 +69,26 @@ def new_model(
     )
 
 
-def create_with_job(conn: sa.Connection, model: records.Model, draft: Draft) -> str:
-    """Adds the model and its first job, or finds both; returns the request id. Raises NotFoundError, GoneError."""
+def create_with_job(conn: sa.Connection, model: records.Model, draft: Draft, most: int | None) -> str:
+    """Adds the model and its first job, or finds both; returns the request id.
+
+    `most` is how many models its owner may have open, this one included. Raises NotFoundError, GoneError, LimitError.
+    """
     require_open_session(conn, model.session_id, model.owner)
+    if most is not None and records.find_model(conn, model.id) is None:
+        _check_number(records.open_models(conn, model.owner), most)
     records.create_model(conn, model)
     return queue.submit(conn, Job(model.id, 0, draft.kind, model.owner, model.base, draft.body))
+
+
+def _check_number(models: Sequence[records.Model], most: int) -> None:
+    if len(models) >= most:
+        sessions = list(dict.fromkeys(model.session_id for model in models))
+        raise LimitError(
+            f"this key has {len(models)} open models of at most {most}, in {len(sessions)} sessions "
+            f"({', '.join(sessions[:3])}{', …' if len(sessions) > 3 else ''}); finishing a session closes its models "
+            f"(ServiceClient.close, or POST /api/v1/sessions/{sessions[0]}/finish)"
+        )
 
 
 def check_optimizer(config: types.OptimizerConfig | None) -> None:
@@ -98,7 +115,7 @@ async def get_info(call: Call) -> Response:
     """POST /get_info."""
     body = await call.json(types.GetInfoRequest)
     services = call.services
-    model = await services.database.read_async(records.require_model, body.model_id, call.owner)
+    model = await services.database.read_async(records.require_model, body.model_id, call.viewer)
     spec = ModelSpec(**model.spec)
     data = types.ModelData(services.catalog.capabilities().architecture, model.base_name, services.catalog.tokenizer)
     return answer(
@@ -120,6 +137,7 @@ async def forward_backward(call: Call) -> Response:
     try:
         raw = await read_raw(call.request, limit)
         address, draft = await _decoded(call.services, partial(plain, call.request, raw, limit), len(raw))
+        call.spend(draft.tokens)
         return await submit(call, address, lambda _conn, _model: draft)
     except UserError as refusal:
         beginning = refusal.beginning if isinstance(refusal, OverlongBodyError) else raw

@@ -152,7 +152,7 @@ async def _load_into_new(call: Call, body: types.LoadWeightsRequest, session_id:
         metadata=body.user_metadata,
     )
     draft = json_draft("load_weights", path=body.path, optimizer=body.optimizer, create=True)
-    request_id = await services.database.write_async(create_with_job, model, draft)
+    request_id = await services.database.write_async(create_with_job, model, draft, call.caller.max_models)
     services.doorbell.ring("jobs")
     return answer(types.UntypedFuture(request_id, model.id))
 
@@ -168,7 +168,7 @@ async def weights_info(call: Call) -> Response:
     """POST /weights_info: what a checkpoint, one's own or a published one, holds."""
     body = await call.json(types.WeightsInfoRequest)
     path = str(parse_path(body.tinker_path))
-    checkpoint = await call.services.database.read_async(records.require_checkpoint, path, call.owner)
+    checkpoint = await call.services.database.read_async(records.require_checkpoint, path, call.viewer)
     spec = ModelSpec(**checkpoint.spec)
     return answer(
         types.WeightsInfo(

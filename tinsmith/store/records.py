@@ -1,7 +1,8 @@
 """Sessions, models, samplers, checkpoints and engines: plain records and the verbs on them.
 
 `find_x` gives None where there is nothing; `require_x` raises NotFoundError, also for somebody else's object, so that a
-foreign id cannot be told from one that never was. Functions take a connection inside a transaction.
+foreign id cannot be told from one that never was. Functions take a connection inside a transaction; those that take an
+owner and change nothing also take EVERYBODY.
 """
 
 import time
@@ -13,6 +14,9 @@ import sqlalchemy as sa
 from tinsmith.errors import GoneError, NotFoundError, UserError
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.tables import checkpoints, engines, insert, models, samplers, sessions
+
+EVERYBODY = "*"
+"""In place of an owner, to find and list what belongs to anybody. Nothing is ever owned by it."""
 
 Record = TypeVar("Record", bound="_Row")
 
@@ -103,7 +107,7 @@ def create_session(conn: sa.Connection, session: Session) -> None:
 def require_session(conn: sa.Connection, session_id: str, owner: str) -> Session:
     """The owner's session, open or finished. Raises NotFoundError."""
     session = _find(conn, Session, _SESSION, session_id)
-    if session is None or session.owner != owner:
+    if session is None or not _belongs(session.owner, owner):
         raise NotFoundError(f"there is no session {session_id!r}")
     return session
 
@@ -126,7 +130,7 @@ def finish_session(conn: sa.Connection, session_id: str, owner: str, reason: str
 
 def list_sessions(conn: sa.Connection, owner: str, limit: int, offset: int) -> tuple[list[Session], int]:
     """Newest first, with the total count."""
-    return _page(conn, Session, sessions, sessions.c.id, [sessions.c.owner == owner], limit, offset)
+    return _page(conn, Session, sessions, sessions.c.id, _of(sessions, owner), limit, offset)
 
 
 def create_model(conn: sa.Connection, model: Model) -> Model:
@@ -137,7 +141,7 @@ def create_model(conn: sa.Connection, model: Model) -> Model:
 def require_model(conn: sa.Connection, model_id: str, owner: str) -> Model:
     """The owner's model, in whatever state. Raises NotFoundError."""
     model = find_model(conn, model_id)
-    if model is None or model.owner != owner:
+    if model is None or not _belongs(model.owner, owner):
         raise NotFoundError(f"there is no model {model_id!r}")
     return model
 
@@ -153,7 +157,7 @@ def update_model(conn: sa.Connection, /, model_id: str, **changes: Any) -> None:
 
 def list_models(conn: sa.Connection, owner: str, limit: int, offset: int) -> tuple[list[Model], int]:
     """Newest first, with the total count."""
-    return _page(conn, Model, models, models.c.id, [models.c.owner == owner], limit, offset)
+    return _page(conn, Model, models, models.c.id, _of(models, owner), limit, offset)
 
 
 def closing_models(conn: sa.Connection, base: str, unseen_since: float) -> list[str]:
@@ -165,6 +169,17 @@ def closing_models(conn: sa.Connection, base: str, unseen_since: float) -> list[
         .where(models.c.base == base, models.c.state != "closed", is_over)
     )
     return list(conn.scalars(statement))
+
+
+def open_models(conn: sa.Connection, owner: str) -> list[Model]:
+    """The owner's models that can still be used, oldest first."""
+    statement = (
+        sa.select(models)
+        .join(sessions, sessions.c.id == models.c.session_id)
+        .where(models.c.owner == owner, models.c.state.in_(["creating", "ready"]), sessions.c.state == "open")
+        .order_by(models.c.created_at, models.c.id)
+    )
+    return [Model(**row) for row in conn.execute(statement).mappings()]
 
 
 def models_of_session(conn: sa.Connection, session_id: str) -> list[Model]:
@@ -180,7 +195,7 @@ def create_sampler(conn: sa.Connection, sampler: SamplerRecord) -> SamplerRecord
 def require_sampler(conn: sa.Connection, sampler_id: str, owner: str) -> SamplerRecord:
     """The owner's sampler. Raises NotFoundError."""
     sampler = find_sampler(conn, sampler_id)
-    if sampler is None or sampler.owner != owner:
+    if sampler is None or not _belongs(sampler.owner, owner):
         raise NotFoundError(f"there is no sampler {sampler_id!r}")
     return sampler
 
@@ -220,7 +235,7 @@ def find_checkpoint(conn: sa.Connection, path: str) -> Checkpoint | None:
 def require_checkpoint(conn: sa.Connection, path: str, owner: str) -> Checkpoint:
     """The owner's checkpoint, or a published one. Raises NotFoundError."""
     checkpoint = find_checkpoint(conn, path)
-    if checkpoint is None or not (checkpoint.public or checkpoint.owner == owner):
+    if checkpoint is None or not (checkpoint.public or _belongs(checkpoint.owner, owner)):
         raise NotFoundError(f"there is no checkpoint {path!r}")
     return checkpoint
 
@@ -229,7 +244,7 @@ def list_checkpoints(
     conn: sa.Connection, owner: str, limit: int, offset: int, model_id: str | None = None
 ) -> tuple[list[Checkpoint], int]:
     """The owner's checkpoints that have not expired (of one model), newest first, with the total count."""
-    conditions = [checkpoints.c.owner == owner, _has_not_expired()]
+    conditions = [*_of(checkpoints, owner), _has_not_expired()]
     if model_id is not None:
         conditions.append(checkpoints.c.model_id == model_id)
     return _page(conn, Checkpoint, checkpoints, checkpoints.c.path, conditions, limit, offset)
@@ -264,6 +279,14 @@ def put_engine(conn: sa.Connection, engine: EngineRecord) -> None:
 
 def find_engine(conn: sa.Connection, base: str) -> EngineRecord | None:
     return _find(conn, EngineRecord, _ENGINE, base)
+
+
+def _belongs(owner: str, to: str) -> bool:
+    return to in (owner, EVERYBODY)
+
+
+def _of(table: sa.Table, owner: str) -> list[sa.ColumnElement[bool]]:
+    return [] if owner == EVERYBODY else [table.c.owner == owner]
 
 
 def _has_not_expired() -> sa.ColumnElement[bool]:
