@@ -78,7 +78,7 @@ def test_segments_of_different_adapters_equal_separate_products(bias: bool) -> N
     y_expected.backward(upstream)
     torch.testing.assert_close(dx, x.grad)
     for adapter in (adapters[0], adapters[2], adapters[4]):
-        for total, leaf in zip(adapter.grad_pairs[LINEAR], adapter.leaves, strict=True):
+        for total, leaf in zip(adapter.grad_pair(LINEAR), adapter.leaves, strict=True):
             torch.testing.assert_close(total, leaf.grad + 1)
     untouched = adapters[3].grad
     assert torch.equal(untouched, torch.ones_like(untouched)), "an adapter without this layer gains nothing"

@@ -155,7 +155,7 @@ class ExpertLinear:
         dx_PI.index_add_(0, rows.places_N, dx_NI, alpha=adapter.scale)
         if rows.segment.trains:
             x_NI = x_PI.index_select(0, rows.places_N)
-            grad: Any = expert_pair(adapter.grad_pairs[self.index], len(self.weight_EIO))
+            grad: Any = expert_pair(adapter.grad_pair(self.index), len(self.weight_EIO))
             grad.a_EIR.add_(F.grouped_mm(x_NI.t(), dz_NR, offs=rows.ends_E), alpha=adapter.scale)
             grad.b_ERO.add_(F.grouped_mm(z_NR.t(), dy_NO, offs=rows.ends_E), alpha=adapter.scale)
 

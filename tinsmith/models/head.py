@@ -98,7 +98,7 @@ class _Head:
             dz_NR = rows_NV @ matrix_b if dz_CR is None else dz_CR
             dhidden_CD[rows].add_(dz_NR @ matrix_a, alpha=adapter.scale)
             if trains:
-                grad_a, grad_b = adapter.grad_pairs[self.linear]  # type: ignore[misc]
+                grad_a, grad_b = adapter.grad_pair(self.linear)
                 add_product(grad_a, (dz_NR * factors_N1).t(), rows_ND, adapter.scale)
                 add_product(grad_b, rows_NV.t(), F.linear(rows_ND, matrix_a) * factors_N1, adapter.scale)
         return dhidden_CD.mul_(factors_C1).to(hidden_TD.dtype)

@@ -8,7 +8,6 @@ Shapes: `T` rows of the batch, `N` rows of one segment, `I` inputs, `O` outputs 
 `P` outputs of one of them.
 """
 
-from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -42,26 +41,13 @@ class AdapterLayout(Layout):
         super().__init__(names, shapes)
         self.transposed = frozenset(transposed)
         self.linears = tuple(linears)
-        self.num_linears = max(linears) + 1
         self.a_positions = [position for position, linear in enumerate(linears) if linear not in linears[:position]]
 
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """One view into `flat` ([total]) per name."""
-        views = super().views(flat)
-        for position in self.transposed:
-            rows, columns = self.shapes[position]
-            views[position] = views[position].view(columns, rows).t()
-        return views
-
-    def pairs(self, flat: Tensor) -> list[tuple[Tensor, Tensor] | None]:
-        """(A [R, I], B [O, R]) by index of the linear layer; None where the adapter has none."""
-        matrices: dict[int, list[Tensor]] = defaultdict(list)
-        for linear, view in zip(self.linears, self.views(flat), strict=True):
-            matrices[linear].append(view)
-        pairs: list[tuple[Tensor, Tensor] | None] = [None] * self.num_linears
-        for linear, (matrix_a, matrix_b) in matrices.items():
-            pairs[linear] = (matrix_a, matrix_b)
-        return pairs
+    def view(self, flat: Tensor, position: int) -> Tensor:
+        if position not in self.transposed:
+            return super().view(flat, position)
+        rows, columns = self.shapes[position]
+        return flat[..., self.starts[position] : self.starts[position + 1]].unflatten(-1, (columns, rows)).mT
 
     def factors(self, flat: Tensor, linears: Sequence[int]) -> "Factors | None":
         """Views into `flat` ([…, total]) for linear layers that read the same input; None if the adapter has none."""
@@ -84,6 +70,12 @@ class Factors:
     stack_a: Tensor
     matrices_b: tuple[Tensor, ...]
 
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A [R, I] and B [O, R] of the only layer."""
+        (matrix_b,) = self.matrices_b
+        return self.stack_a, matrix_b
+
 
 class Adapter(FlatWeights):
     """One tenant's LoRA weights; immutable when used as a snapshot.
@@ -97,14 +89,8 @@ class Adapter(FlatWeights):
         super().__init__(layout, weights, dtype)
         self.spec = spec
         self.scale = spec.alpha / spec.rank
-        self.pairs = layout.pairs(self.compute)
-        self.grad_pairs: list[tuple[Tensor, Tensor] | None] = []
         self._factors: dict[tuple[int, ...], Factors | None] = {}
         self._grad_factors: dict[tuple[int, ...], Factors | None] = {}
-
-    def pair(self, linear: int) -> tuple[Tensor, Tensor] | None:
-        """A and B of the linear layer with this index, in the dtype of the forward pass."""
-        return self.pairs[linear] if linear < len(self.pairs) else None
 
     def factors(self, linears: tuple[int, ...]) -> Factors | None:
         """A and B of a group of linear layers, in the dtype of the forward pass; None if the adapter has none."""
@@ -118,13 +104,21 @@ class Adapter(FlatWeights):
             self._grad_factors[linears] = self.layout.factors(self.require_grad(), linears)
         return self._grad_factors[linears]
 
+    def pair(self, linear: int) -> tuple[Tensor, Tensor] | None:
+        """A and B of a single linear layer, in the dtype of the forward pass; None if the adapter has none."""
+        factors = self.factors((linear,))
+        return None if factors is None else factors.pair
+
+    def grad_pair(self, linear: int) -> tuple[Tensor, Tensor]:
+        """The places in the flat gradient that belong to `pair(linear)`, which must be there."""
+        factors = self.grad_factors((linear,))
+        if factors is None:
+            raise ValueError(f"the adapter has nothing in linear layer {linear}")
+        return factors.pair
+
     def copy(self) -> "Adapter":
         """The same weights in a buffer of their own; no gradient."""
         return Adapter(self.spec, self.layout, self.weights.clone(), self.compute.dtype)
-
-    def _grad_allocated(self, grad: Tensor) -> None:
-        self.grad_pairs = self.layout.pairs(grad)
-        self._grad_factors.clear()
 
 
 def initial_weights(layout: AdapterLayout, seed: int) -> Tensor:
