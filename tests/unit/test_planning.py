@@ -2,7 +2,7 @@
 
 import pytest
 
-from tinsmith.engine.planning import Plan, gaps, plan, rejoin
+from tinsmith.engine.planning import TRIALS, Plan, apart, gaps, plan, rejoin
 from tinsmith.wire.jobs import Header
 
 
@@ -103,3 +103,30 @@ def test_a_model_that_comes_back_is_owed_nothing_for_its_absence(
     served: dict[str, float], active: list[str], expected: float
 ) -> None:
     assert rejoin("new", served, active) == expected
+
+
+def apart_ids(headers: list[Header], suspects: dict[int, int]) -> list[str]:
+    return [header.request_id for header in apart(headers, suspects)]
+
+
+def test_suspects_of_a_death_run_one_by_one_before_the_others() -> None:
+    batch = [job("a", 1, number=1), job("b", 1, number=2), job("c", 1, number=3), job("d", 1, number=4)]
+    assert apart_ids(batch, {}) == ["a:1", "b:1", "c:1", "d:1"]
+    assert apart_ids(batch, {2: 1, 3: 1}) == ["b:1"]
+    assert apart_ids(batch[2:], {2: 1, 3: 1}) == ["c:1"]
+
+
+def test_whoever_has_seen_most_deaths_runs_first() -> None:
+    batch = [job("a", 1, number=1), job("b", 1, number=2), job("c", 1, number=3)]
+    assert apart_ids(batch, {1: 1, 2: 2, 3: 1}) == ["b:1"]
+
+
+def test_many_suspects_run_in_a_bounded_number_of_groups() -> None:
+    batch = [job(f"m{n}", 1, number=n) for n in range(5 * TRIALS)]
+    assert len(apart(batch, dict.fromkeys(range(5 * TRIALS), 1))) == 5
+
+
+def test_a_suspect_does_not_overtake_what_stands_before_it_in_its_own_model() -> None:
+    batch = [job("a", 1, number=1), job("a", 2, number=2), job("b", 1, number=3)]
+    assert apart_ids(batch, {2: 1}) == ["a:1", "b:1"]
+    assert apart_ids(batch, {1: 1}) == ["a:1"]

@@ -7,7 +7,7 @@ tenants), gives sampling the same share of time, and keeps house. Knows no tenso
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING
 
 from tinsmith.engine.checkpoints import remove_folder, sweep
 from tinsmith.engine.operations import Operations
-from tinsmith.engine.planning import BATCHED, Plan, gaps, plan, rejoin
+from tinsmith.engine.outcomes import attempt, category_of, failed, outcome_of
+from tinsmith.engine.planning import BATCHED, Plan, apart, gaps, plan, rejoin
 from tinsmith.engine.recovery import Recovery
 from tinsmith.engine.residency import Residency
-from tinsmith.errors import TinsmithError, UserError
+from tinsmith.engine.trials import Trials
+from tinsmith.errors import TinsmithError, UnavailableError, UserError
 from tinsmith.protocols import Finished, ModelCall, Sampler, SnapshotCall, Trainer
 from tinsmith.wire.jobs import Header, Outcome
-from tinsmith.wire.packing import SampleCall, SampleOutput, TrainCall, TrainOutput
+from tinsmith.wire.packing import SampleCall, TrainCall
 
 if TYPE_CHECKING:
     from tinsmith.engine.operations import MakeCheckpoint
@@ -76,7 +78,8 @@ class Engine:
         self._data_dir = data_dir
         self._max_models = max_models
         self._future_seconds = future_seconds
-        recovery = Recovery(ledger, trainer, data_dir / "recovery")
+        self._trials = Trials(data_dir / "engine")
+        recovery = Recovery(ledger, trainer, data_dir / "recovery", self._trials.pulse)
         self._residency = Residency(
             ledger,
             trainer,
@@ -90,6 +93,8 @@ class Engine:
         self._lanes: dict[str, Lane] = {}
         self._served: dict[str, float] = {}
         self._sampling: dict[str, Header] = {}
+        self._held: list[Header] = []  # samples that wait until the sampler is free for them
+        self._astray = False  # the store failed in the middle of something: memory may differ from the log
         self._bell: Bell | None = None
         self._shared_at = time.monotonic()
         self._claimed_at = 0.0
@@ -123,6 +128,7 @@ class Engine:
     def take_over(self) -> None:
         """Begins where an engine before this one stopped, however it stopped."""
         sweep(self._data_dir)
+        self._trials.take_over(self._ledger.ended)
         released = self._ledger.release()
         if released:
             log.info("took over %d unfinished jobs", released)
@@ -138,7 +144,31 @@ class Engine:
         """One round of work; returns whether there is more to do at once. `run` is a loop around this.
 
         Looks for new jobs when told to, when the last look did not get them all, and now and then (rings get lost).
+        If the store fails, the next round begins with what the log says.
         """
+        self._trials.pulse()
+        try:
+            if self._astray:
+                self._go_back()
+            return self._turn(claim)
+        except UnavailableError as error:
+            log.error("%s; then everything goes on from the log", error)
+            self._astray = True
+            return False
+
+    def _go_back(self) -> None:
+        """Drops what is in memory, as a crash would, but for the base model; then takes up the unfinished jobs."""
+        for request_id in self._sampling:
+            self._sampler.cancel(request_id)
+        for model_id in self._residency.models:
+            self._residency.discard_model(model_id)
+        self._sampling.clear()
+        self._held.clear()
+        self._lanes.clear()
+        self._ledger.release()
+        self._astray, self._more_queued = False, True
+
+    def _turn(self, claim: bool) -> bool:
         left = self._more_queued or (self._samples_queued and self._sampling_room() > 0)
         if claim or left or time.monotonic() - self._claimed_at > IDLE_SECONDS:
             self._claim()
@@ -148,12 +178,13 @@ class Engine:
         self._sample()
         self._keep_house()
         queued = self._more_queued or self._samples_queued
-        return bool(queued or self._pruning or trained or self._sampler.load)
+        return bool(queued or self._pruning or trained or self._held or self._sampler.load)
 
     def _close(self) -> None:
         for model_id in self._residency.models:
             self._write_point(model_id)
         self._ledger.release()
+        self._trials.close()
         self._ledger.announce("stopped", "")
 
     # Taking in
@@ -168,7 +199,7 @@ class Engine:
         """How many further requests may enter the sampler."""
         if sum(header.tokens for header in self._sampling.values()) >= MAX_SAMPLING_TOKENS:
             return 0
-        return max(0, MAX_SAMPLING - self._sampler.load)
+        return max(0, MAX_SAMPLING - self._sampler.load - len(self._held))
 
     def _claim(self) -> None:
         """Takes in what is queued. While the sampler is full, samples stay in the queue, and training passes them."""
@@ -182,8 +213,7 @@ class Engine:
         for header in headers:
             if header.kind != "sample":
                 self._enqueue(header)
-        if sampling:
-            self._start_sampling(sampling)
+        self._held += sampling
 
     def _enqueue(self, header: Header) -> None:
         lane = self._lanes.get(header.subject)
@@ -205,7 +235,7 @@ class Engine:
         for past in self._ledger.history(model_id, lane.next_seq - 1):
             lane.next_seq = past.header.seq + 1
             if past.ran or past.chunked:
-                self._note_end(lane, past.header, failed=past.state != "done", chunked=past.chunked)
+                self._note_end(lane, past.header, past.category, chunked=past.chunked)
 
     def _waiting(self) -> dict[str, dict[int, Header]]:
         return {model_id: lane.waiting for model_id, lane in self._lanes.items() if lane.waiting}
@@ -239,18 +269,18 @@ class Engine:
         work = self._plan()
         for header in work.barriers:
             self._run_barrier(header)
-        batch = self._plan().batch if work.barriers else work.batch
+        batch = apart(self._plan().batch if work.barriers else work.batch, self._trials.suspects)
         if batch:
             self._run_batch(batch)
         return bool(work.barriers or batch)
 
     def _run_barrier(self, header: Header) -> None:
         lane = self._lanes[header.subject]
-        error = self._attempt(header, partial(self._perform, header, lane))
+        error = attempt(self._trials, header, partial(self._perform, header, lane))
         if error is not None:
-            self._ledger.complete([_failed(header, error)])
+            self._ledger.complete([failed(header, error)])
             self._undo(header)
-        self._end(header, failed=error is not None)
+        self._end(header, None if error is None else category_of(error))
 
     def _perform(self, header: Header, lane: Lane) -> None:
         body = self._ledger.payloads([header])[header.number]
@@ -261,14 +291,17 @@ class Engine:
                 f"no step was taken: {lane.lost_chunk}, so the accumulated gradient was incomplete. It has been "
                 "cleared; send the whole forward_backward again, then optim_step"
             )
-        self._operations.perform(header, body)
+        with self._trials.training([header.number]):
+            self._operations.perform(header, body)
         lane.stepped |= header.kind in ("optim_step", "load_weights")
 
     def _undo(self, header: Header) -> None:
-        """What a failed barrier leaves behind: no half-created model, and no gradient that a step refused."""
+        """What a failed barrier leaves behind: no half-made or half-loaded model, no gradient that a step refused."""
         if header.seq == 0:
             self._residency.discard_model(header.subject)
             self._ledger.update_model(header.subject, state="failed")
+        elif header.kind == "load_weights":
+            self._residency.discard_model(header.subject)
         elif header.kind == "optim_step" and header.subject in self._residency.models:
             self._trainer.discard_gradient(header.subject)
 
@@ -278,56 +311,77 @@ class Engine:
         ready: list[Header] = []
         outcomes: dict[int, Outcome] = {}
         for header in batch:
-            error = self._attempt(header, partial(self._residency.require_model, header.subject, wanted))
+            error = attempt(self._trials, header, partial(self._residency.require_model, header.subject, wanted))
             if error is None:
                 ready.append(header)
             else:
-                outcomes[header.number] = _failed(header, error)
+                outcomes[header.number] = failed(header, error)
         calls = [ModelCall(header.subject, TrainCall.from_bytes(bodies[header.number])) for header in ready]
         outcomes |= self._forward_backward(ready, calls)
         self._ledger.complete([outcomes[header.number] for header in batch])
         for header in batch:
             self._served[header.subject] += header.tokens
-            self._end(header, failed=outcomes[header.number].error is not None)
+            self._end(header, outcomes[header.number].category)
 
     def _forward_backward(self, headers: list[Header], calls: list[ModelCall]) -> dict[int, Outcome]:
         if not calls:
             return {}
         try:
-            results = self._trainer.forward_backward(calls, self._let_others_in)
+            with self._trials.training([header.number for header in headers]):
+                results = self._trainer.forward_backward(calls, self._let_others_in)
+        except UnavailableError:  # from letting others in
+            raise
         except Exception as error:  # the trainer itself broke: nobody's gradient can be trusted
             log.exception("a batch of %d requests failed", len(calls))
             results = [TinsmithError(f"failed on the server: {type(error).__name__}: {error}") for _ in headers]
-        for header, result in zip(headers, results, strict=True):
-            if header.kind == "forward_backward" and isinstance(result, TinsmithError) and result.category == "server":
-                self._lanes[header.subject].lost_chunk = f"{header.request_id} met a server error"
-        return {header.number: _outcome(header, result) for header, result in zip(headers, results, strict=True)}
+        return {header.number: outcome_of(header, result) for header, result in zip(headers, results, strict=True)}
 
-    def _end(self, header: Header, *, failed: bool) -> None:
+    def _end(self, header: Header, category: str | None) -> None:
+        """Moves past a job; `category` is that of its error, if it failed."""
+        self._trials.end(header.number)
         lane = self._lanes[header.subject]
         lane.waiting.pop(header.seq, None)
         lane.next_seq = header.seq + 1
         lane.used_at = time.monotonic()
         self._residency.advance(header.subject, header.seq)
-        chunked = failed and header.kind in BATCHED and self._ledger.was_chunked(header)
-        self._note_end(lane, header, failed=failed, chunked=chunked)
+        chunked = category is not None and header.kind in BATCHED and self._ledger.was_chunked(header)
+        self._note_end(lane, header, category, chunked=chunked)
 
-    def _note_end(self, lane: Lane, header: Header, *, failed: bool, chunked: bool) -> None:
+    def _note_end(self, lane: Lane, header: Header, category: str | None, *, chunked: bool) -> None:
         if header.kind == "optim_step":
             lane.lost_chunk = None
-        elif header.kind == "forward_backward" and failed and chunked:
+        elif header.kind == "forward_backward" and category == "server":
+            lane.lost_chunk = f"{header.request_id} met a server error"
+        elif header.kind == "forward_backward" and category is not None and chunked:
             lane.lost_chunk = f"request {header.request_id}, a part of a larger forward_backward, failed"
 
     # Sampling
 
-    def _start_sampling(self, headers: list[Header]) -> None:
+    def _admit_samples(self) -> None:
+        """Hands the held samples to the sampler; suspects of an engine's death go apart, once it has become empty."""
+        if not any(header.number in self._trials.suspects for header in self._held):
+            self._start_sampling(self._held)
+            self._held = []
+        elif not self._sampler.load:
+            admitted = apart(self._held, self._trials.suspects)
+            self._held = [header for header in self._held if header not in admitted]
+            self._start_sampling(admitted)
+
+    def _start_sampling(self, headers: Sequence[Header]) -> None:
+        if not headers:
+            return
         bodies = self._ledger.payloads(headers)
         failures = []
         for header in headers:
-            error = self._attempt(header, partial(self._submit, header, bodies[header.number]))
+            error = attempt(self._trials, header, partial(self._submit, header, bodies[header.number]))
             if error is not None:
-                failures.append(_failed(header, error))
-        self._ledger.complete(failures)
+                failures.append(failed(header, error))
+        self._end_samples(failures)
+
+    def _end_samples(self, outcomes: list[Outcome]) -> None:
+        self._ledger.complete(outcomes)
+        for outcome in outcomes:
+            self._trials.end(outcome.number)
 
     def _submit(self, header: Header, body: bytes) -> None:
         record = self._ledger.find_sampler(header.subject)
@@ -349,10 +403,13 @@ class Engine:
 
         So either has half of the time while both have work, and a token waits for one micro-batch at most.
         """
+        self._trials.pulse()
+        self._admit_samples()
         until = 2 * time.monotonic() - self._shared_at
         while self._sampler.load:
-            finished = self._step_sampler()
-            self._ledger.complete([_outcome(self._sampling.pop(end.request_id), end.output) for end in finished])
+            with self._trials.sampling([header.number for header in self._sampling.values()]):
+                finished = self._step_sampler()
+            self._end_samples([outcome_of(self._sampling.pop(end.request_id), end.output) for end in finished])
             if time.monotonic() >= until:
                 break
         self._shared_at = time.monotonic()
@@ -369,7 +426,9 @@ class Engine:
 
     def _give_up(self, request_ids: Iterable[str]) -> None:
         """Drops those samples under way that nobody waits for any more; their jobs have ended already."""
-        for request_id in request_ids:
+        gone = set(request_ids)
+        self._held = [header for header in self._held if header.request_id not in gone]
+        for request_id in gone:
             if self._sampling.pop(request_id, None) is not None:
                 self._sampler.cancel(request_id)
 
@@ -394,8 +453,7 @@ class Engine:
         """Gives every model that has stepped since its last recovery point a new one."""
         for model_id, lane in self._lanes.items():
             if lane.stepped and model_id in self._residency.models:
-                self._write_point(model_id)
-                lane.stepped = False
+                lane.stepped = not self._write_point(model_id)
 
     def close_models(self) -> None:
         """Frees the models of sessions that are over, once nothing of theirs waits."""
@@ -415,34 +473,14 @@ class Engine:
             gone = self._ledger.abandoned(list(numbers), time.time() - PATIENCE_SECONDS)
             self._give_up(numbers[number] for number in gone)
 
-    # Errors
-
-    def _attempt(self, header: Header, action: Callable[[], None]) -> Exception | None:
-        """Runs one job's action; its error is the job's alone."""
-        try:
-            action()
-        except TinsmithError as error:
-            return error
-        except Exception as error:
-            log.exception("job %s (%s) failed", header.request_id, header.kind)
-            return error
-        return None
-
-    def _write_point(self, model_id: str) -> None:
+    def _write_point(self, model_id: str) -> bool:
+        """Whether it was written. If not, the log still holds everything: only a recovery would take longer."""
         try:
             self._residency.write_point(model_id)
-        except Exception:  # the log still holds everything: only a recovery would take longer
+        except TinsmithError as error:  # a full disk, say
+            log.error("no recovery point for %s: %s", model_id, error)
+            return False
+        except Exception:
             log.exception("no recovery point for %s", model_id)
-
-
-def _outcome(header: Header, result: TrainOutput | SampleOutput | TinsmithError) -> Outcome:
-    if isinstance(result, TinsmithError):
-        return _failed(header, result)
-    return Outcome(header.number, result.to_bytes())
-
-
-def _failed(header: Header, error: Exception) -> Outcome:
-    if isinstance(error, TinsmithError):
-        return Outcome(header.number, error=str(error), category=error.category)
-    message = f"{header.kind} failed on the server: {type(error).__name__}: {error}"
-    return Outcome(header.number, error=message, category="server")
+            return False
+        return True

@@ -5,11 +5,12 @@ adapters, ranks and losses, share a batch; every other operation is a barrier of
 """
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tinsmith.wire.jobs import Header
 
+TRIALS = 8  # runs at most, in which the suspects of an engine's death are tried again
 BATCHED = frozenset({"forward", "forward_backward"})
 
 
@@ -75,6 +76,29 @@ def _fill(lanes: list[tuple[float, int, Header, Iterator[Header]]], budget: int,
         if following is not None and following.kind in BATCHED:
             heapq.heappush(lanes, (had + head.tokens, following.number, following, lane))
     return batch
+
+
+def apart(batch: Sequence[Header], suspects: Mapping[int, int]) -> tuple[Header, ...]:
+    """What of `batch` may run together now: suspects of an engine's death (number → how many) without anybody else.
+
+    Those that have seen most deaths come first, one by one; more than TRIALS of them in that many groups. No job comes
+    before another one of its subject that stands before it.
+    """
+    if not any(header.number in suspects for header in batch):
+        return tuple(batch)
+    heads = {header.subject: suspects.get(header.number, 0) for header in reversed(batch)}
+    worst = max(heads.values())
+    alike = sum(deaths == worst for deaths in suspects.values())
+    limit = -(-alike // TRIALS) if worst else len(batch)
+    chosen: list[Header] = []
+    passed: set[str] = set()
+    for header in batch:
+        fits = len(chosen) < limit and suspects.get(header.number, 0) == worst
+        if fits and header.subject not in passed:
+            chosen.append(header)
+        else:
+            passed.add(header.subject)
+    return tuple(chosen)
 
 
 def gaps(waiting: Mapping[str, Mapping[int, Header]], next_seq: Mapping[str, int]) -> list[str]:

@@ -73,8 +73,7 @@ class Residency:
             if record is None or record.state != "ready":
                 raise NotFoundError(f"model {model_id} could not be created, or its session is over")
             self.make_room(wanted)
-            self._models[model_id] = self._recovery.restore(record, self.publish)
-            self._points[model_id] = -1 if record.recovery_seq is None else record.recovery_seq
+            self._models[model_id], self._points[model_id] = self._recovery.restore(record, self.publish)
         self._models.move_to_end(model_id)
 
     def advance(self, model_id: str, seq: int) -> None:
@@ -106,7 +105,7 @@ class Residency:
         self._recovery.forget(model_id)
 
     def discard_model(self, model_id: str) -> None:
-        """Drops a model whose creation failed."""
+        """Drops a model that may differ from what the log says; its next request restores it, if it was created."""
         self._forget_model(model_id)
 
     def _forget_model(self, model_id: str) -> None:

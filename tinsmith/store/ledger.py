@@ -58,6 +58,10 @@ class Ledger:
         self._database.write(queue.give_up_silent, self.base, silent_since)
         return self._database.read(queue.ended, numbers)
 
+    def ended(self, numbers: Sequence[int]) -> list[int]:
+        """Those of these jobs that are over."""
+        return self._database.read(queue.ended, numbers)
+
     def payloads(self, headers: Sequence[Header]) -> dict[int, bytes]:
         """The packed request of each job, by its number."""
         return self._database.read(queue.payloads, [header.number for header in headers])

@@ -226,13 +226,13 @@ def history(conn: sa.Connection, subject: str, after: int) -> list[Past]:
     Their payloads exist from the model's recovery point on, if they were done. A result that has expired makes no
     difference here.
     """
-    ended: list[tuple[Header, str, bool]] = []
+    ended: list[tuple[Header, str | None, bool]] = []
     for *header, state, category, engine in conn.execute(_PAST, {"of_subject": subject, "at_seq": after + 1}):
         if state not in TERMINAL or header[2] != after + 1 + len(ended):
             break
-        ended.append((Header(*header), "done" if category is None else "failed", engine is not None))
+        ended.append((Header(*header), category, engine is not None))
     chunked = _chunked(conn, subject, [header.seq for header, _, _ in ended])
-    return [Past(header, state, ran, header.seq in chunked) for header, state, ran in ended]
+    return [Past(header, category, ran, header.seq in chunked) for header, category, ran in ended]
 
 
 def was_chunked(conn: sa.Connection, subject: str, seq: int) -> bool:

@@ -42,15 +42,19 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """A job that ended, done or failed.
+    """A job that ended, done or failed; `category` is that of its error.
 
     `ran` is false if it was refused at the door; `chunked` says that it was one part of a client's larger call.
     """
 
     header: Header
-    state: str
+    category: str | None
     ran: bool
     chunked: bool
+
+    @property
+    def state(self) -> str:
+        return "done" if self.category is None else "failed"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,191 @@
+"""Requests that an engine dies of: found apart from their neighbours, and given up with the evidence."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.test_engine import Bench, embedded
+from tinsmith.engine.trials import PULSE, DeadlyRequestError, Trials
+from tinsmith.wire.packing import SampleCall
+
+CURSED = 1279  # a token whose embedding kills the engine
+
+
+class EngineDied(BaseException):
+    """Stands for a process that ends: nothing in the engine may catch it."""
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path)
+    yield bench
+    bench.close()
+
+
+@pytest.fixture
+def curse() -> Iterator[None]:
+    def kill(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if (inputs[0] == CURSED).any():
+            raise EngineDied
+
+    module: Any = embedded()[0].module
+    with module.get_input_embeddings().register_forward_pre_hook(kill):
+        yield
+
+
+def run_to_the_end(bench: Bench, most: int = 6) -> int:
+    """Runs everything, with a new engine after each death; how many died."""
+    for deaths in range(most):
+        try:
+            bench.run()
+        except EngineDied:
+            bench.new_engine()
+        else:
+            return deaths
+    raise AssertionError(f"{most} engines died")
+
+
+def failure(bench: Bench, request_id: str) -> str:
+    future = bench.find(request_id)
+    assert (future.state, future.category) == ("failed", "server"), future
+    return future.error or ""
+
+
+def ask(bench: Bench, sampler_id: str, tokens: list[int]) -> str:
+    call = SampleCall(np.array(tokens, np.int32), seed=1, max_tokens=4, temperature=0.0, stop_at_eos=False)
+    return bench.submit(sampler_id, "sample", call.to_bytes())
+
+
+@pytest.mark.usefixtures("curse")
+def test_a_training_request_that_kills_the_engine_fails_and_its_neighbours_in_the_batch_do_not(
+    bench: Bench,
+) -> None:
+    calm, guilty, innocent = (bench.create(name) for name in ("calm", "guilty", "innocent"))
+    bench.train(calm, [5, 6, 7])
+    bench.step(calm)
+    expected = bench.logprobs(calm)
+    bench.run()
+    fine, deadly = bench.train(innocent, [5, 6, 7]), bench.train(guilty, [5, CURSED, 7])
+    steps = [bench.step(innocent), bench.step(guilty)]
+    assert run_to_the_end(bench) == 2
+    assert "died 2 times while running this request" in failure(bench, deadly)
+    assert bench.find(fine).state == bench.find(steps[0]).state == "done"
+    assert "no step was taken" in bench.error(steps[1])
+    np.testing.assert_allclose(bench.logprobs(innocent), expected, atol=1e-6)
+    bench.train(guilty, [5, 6, 7])
+    assert json.loads(bench.result(bench.step(guilty)))["metrics"]["grad_norm"] > 0
+
+
+@pytest.mark.usefixtures("curse")
+def test_a_sample_that_kills_the_engine_fails_and_the_other_samples_do_not(bench: Bench) -> None:
+    sampler = bench.sampler("base", "base", None)
+    before = [ask(bench, sampler, [40 + n, 41, 42]) for n in range(2)]
+    deadly = ask(bench, sampler, [5, CURSED, 7])
+    behind = [ask(bench, sampler, [50 + n, 41, 42]) for n in range(2)]
+    assert run_to_the_end(bench) == 2
+    assert "the last time with no other request beside it" in failure(bench, deadly)
+    assert [bench.find(request).state for request in before + behind] == ["done"] * 4
+
+
+def test_a_step_that_kills_the_engine_fails_and_leaves_the_weights_alone(
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = bench.create("a")
+    before = bench.logprobs(model)
+    bench.train(model, [1, 2, 3])
+    bench.run()
+
+    def die(*_: object) -> None:
+        raise EngineDied
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tinsmith.training.trainer.TorchTrainer.optim_step", die)
+        deadly = bench.step(model)
+        assert run_to_the_end(bench) == 2
+    assert "died 2 times" in failure(bench, deadly)
+    np.testing.assert_array_equal(bench.logprobs(model), before)
+    assert json.loads(bench.result(bench.step(model)))["metrics"]["grad_norm"] == 0.0
+
+
+@pytest.mark.usefixtures("curse")
+def test_a_death_is_forgotten_once_its_request_was_answered(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bench.create("a")
+    bench.run()
+    request = bench.train(model, [5, CURSED, 7])
+    with pytest.raises(EngineDied):
+        bench.run()
+    bench.new_engine()
+    assert list(bench.engine._trials.suspects.values()) == [1]
+    module: Any = embedded()[0].module
+    module.get_input_embeddings()._forward_pre_hooks.clear()
+    bench.result(request)
+    assert bench.engine._trials.suspects == {}
+    bench.new_engine()
+    assert bench.engine._trials.suspects == {}
+
+
+def never(_: object) -> list[int]:
+    return []
+
+
+@pytest.mark.parametrize("note", [lambda trials: trials.training([3, 4]), lambda trials: trials.sampling([3, 4])])
+def test_what_was_going_on_is_read_by_the_next_engine(tmp_path: Path, note: Callable[[Trials], Any]) -> None:
+    with note(Trials(tmp_path)):
+        later = Trials(tmp_path)
+        later.take_over(never)
+    assert later.suspects == {3: 1, 4: 1}
+    later.check(3)
+    with later.training([3]):
+        last = Trials(tmp_path)
+        last.take_over(never)
+    assert last.suspects == {3: 2, 4: 1}
+    with pytest.raises(DeadlyRequestError, match="died 2 times"):
+        last.check(3)
+    last.check(4)
+
+
+def test_a_step_of_the_sampler_between_two_micro_batches_is_told_from_training(tmp_path: Path) -> None:
+    trials = Trials(tmp_path)
+    with trials.training([1]):
+        with trials.sampling([2]):
+            during = Trials(tmp_path)
+            during.take_over(never)
+        after = Trials(tmp_path)
+        after.take_over(never)
+    assert during.suspects == {2: 1}
+    assert after.suspects == {1: 1, 2: 1}
+
+
+def test_an_engine_that_ends_in_order_leaves_no_suspects(tmp_path: Path) -> None:
+    trials = Trials(tmp_path)
+    with trials.training([1]):
+        trials.close()
+    later = Trials(tmp_path)
+    later.take_over(never)
+    assert later.suspects == {}
+
+
+@pytest.mark.parametrize("name", ["training", "deaths.json"])
+def test_damaged_notes_accuse_nobody(tmp_path: Path, name: str) -> None:
+    trials = Trials(tmp_path)
+    with trials.training([1, 2]):
+        (tmp_path / name).write_text("[1, ")
+        later = Trials(tmp_path)
+    with (tmp_path / PULSE).open("wb") as now:
+        now.write(b"t")
+    later.take_over(never)
+    assert later.suspects == ({} if name == "training" else {1: 1, 2: 1})
+
+
+def test_every_pulse_changes_the_time_of_its_file(tmp_path: Path) -> None:
+    trials = Trials(tmp_path)
+    os.utime(tmp_path / PULSE, (0, 0))
+    trials.pulse()
+    assert (tmp_path / PULSE).stat().st_mtime > 0
