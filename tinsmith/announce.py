@@ -22,10 +22,11 @@ _EVERY_ADDRESS = ("0.0.0.0", "::")
 
 
 class Announcer:
-    """Prints for one server; `settings.port` is the bound one."""
+    """Prints for one server; `settings.port` is the bound one, `keys` the number of keys, None if any key will do."""
 
-    def __init__(self, settings: Settings, console: Console | None = None) -> None:
+    def __init__(self, settings: Settings, keys: int | None, console: Console | None = None) -> None:
         self._settings = settings
+        self._keys = keys
         self._console = console or Console(soft_wrap=True, highlight=False)
 
     def chosen(self) -> None:
@@ -35,7 +36,7 @@ class Announcer:
             ("model", settings.model),
             *[("alias", f"{alias} = {settings.model}") for alias in settings.aliases],
             ("address", base_url(settings)),
-            ("access", _access(settings)),
+            ("access", self._access()),
             ("data", str(settings.data_dir)),
             ("database", mask_password(settings.database_url) or "SQLite in the data folder"),
         ]
@@ -79,9 +80,15 @@ class Announcer:
 
     def _ready(self) -> None:
         settings = self._settings
-        key = "<one of your API keys>" if settings.api_keys else "tml-local"
+        key = "tml-local" if self._keys is None else "<one of your API keys>"
         self._print(f"Tinsmith is ready: {settings.model} at {base_url(settings)}", style="bold green")
         self._print(f"  export TINKER_BASE_URL={base_url(settings)} TINKER_API_KEY={key}")
+
+    def _access(self) -> str:
+        if self._keys is not None:
+            return f"{self._keys} API key(s)" if self._keys else "nobody; make a key with tinsmith keys create"
+        reach = "this machine" if is_loopback(self._settings.host) else "anyone who can reach the address"
+        return f"{reach}, with any key that starts with tml-"
 
     def _print(self, text: str, style: str = "") -> None:
         self._console.print(Text(text, style=style))
@@ -95,10 +102,3 @@ def base_url(settings: Settings) -> str:
 
 def _own_host(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-
-
-def _access(settings: Settings) -> str:
-    if settings.api_keys:
-        return f"{len(settings.api_keys)} API key(s)"
-    reach = "this machine" if is_loopback(settings.host) else "anyone who can reach the address"
-    return f"{reach}, with any key that starts with tml-"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from tinsmith.announce import Announcer
-from tinsmith.config import EMBEDDED, Settings, engine_environment
+from tinsmith.config import EMBEDDED, Settings, engine_environment, is_loopback
 from tinsmith.errors import ConfigError, TinsmithError
 from tinsmith.observe import configure_logging
 from tinsmith.supervisor import EXIT_CONFIG, Child, Supervisor
@@ -37,6 +37,7 @@ logger = logging.getLogger("tinsmith.serve")  # not __name__: the children run t
 
 API_GRACE = 5.0  # seconds to answer what is under way
 ENGINE_GRACE = 60.0  # seconds to finish a slice of work and write what it must
+DATABASE_PATIENCE = 60.0  # seconds; the database may be starting at the same time as the server
 KEEP_ALIVE = 120  # seconds; longer than clients keep idle connections, so that they never meet a closed one
 CPU_RUNNING, DEVICE_RUNNING = 64, 256  # sequences sampled at once
 DETERMINISTIC_TRAIN_TOKENS = {"cpu": 1024, "cuda": 8192}  # of a micro-batch, however much memory is free
@@ -51,17 +52,40 @@ def supervise(settings: Settings) -> int:
         _locked(settings.data_dir / "server.lock", 0),
         # The children hold this one too: after a kill -9 of their parent they take a moment to end.
         _locked(settings.data_dir / "children.lock", ENGINE_GRACE) as lock,
-        _listen(settings.host, settings.port) as listener,
     ):
-        settings = replace(settings, port=listener.getsockname()[1])
-        announcer = Announcer(settings)
-        announcer.chosen()
-        supervisor = Supervisor(_children(settings, listener.fileno(), lock.fileno()))
-        follow = threading.Thread(target=announcer.wait_until_ready, args=(supervisor.stopping,), daemon=True)
-        follow.start()
-        code = supervisor.run()
-        follow.join(timeout=1)
+        keys = _count_keys(settings)
+        with _listen(settings.host, settings.port) as listener:
+            settings = replace(settings, port=listener.getsockname()[1])
+            announcer = Announcer(settings, keys)
+            announcer.chosen()
+            supervisor = Supervisor(_children(settings, listener.fileno(), lock.fileno()))
+            follow = threading.Thread(target=announcer.wait_until_ready, args=(supervisor.stopping,), daemon=True)
+            follow.start()
+            code = supervisor.run()
+            follow.join(timeout=1)
     return code
+
+
+def _count_keys(settings: Settings) -> int | None:
+    """How many keys clients may use; None if any will do. Raises ConfigError for an open door to other machines."""
+    if settings.no_auth:
+        return None
+    from tinsmith.store.database import Database
+    from tinsmith.store.keys import list_keys
+
+    database = Database(settings.effective_database_url, patience=DATABASE_PATIENCE)
+    try:
+        database.migrate()
+        stored = database.read(list_keys)
+    finally:
+        database.close()
+    active = len(settings.api_keys) + sum(key.state(time.time()) == "active" for key in stored)
+    if not (active or is_loopback(settings.host)):
+        raise ConfigError(
+            f"host {settings.host!r} can be reached from other machines, and there are no API keys; make one "
+            "(tinsmith keys create NAME), give --api-key (repeatable), or --no-auth if the network is trusted"
+        )
+    return active if active or stored else None
 
 
 def run_api(settings: Settings, listener_fd: int, server_began: float, stop: threading.Event) -> None:

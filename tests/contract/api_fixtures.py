@@ -145,7 +145,7 @@ class Api:
 
     def __init__(self, port: int, services: Services, engine: CannedEngine) -> None:
         self.base_url = f"http://127.0.0.1:{port}"
-        self.waiters = services.waiters
+        self.waiters, self.access, self.pacing = services.waiters, services.access, services.pacing
         self.settings, self.database, self.engine = services.settings, services.database, engine
         self.http = self.client("tml-test")
 

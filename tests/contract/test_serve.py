@@ -42,7 +42,7 @@ def test_version_and_the_embedded_models_folder_are_printed() -> None:
 
 def test_settings_that_are_wrong_are_one_line_and_exit_code_two(tmp_path: Path) -> None:
     assert "TINSMITH_PROT" in refused("serve", TINSMITH_PROT="1")
-    assert "--api-key" in refused("serve", "--host", "0.0.0.0")
+    assert "tinsmith keys create" in refused("serve", "--host", "0.0.0.0", "--data-dir", str(tmp_path))
     assert "write a=tiny" in refused("serve", "--alias", "a=other")
     assert "65535" in refused("serve", "--port", "70000")
     file = tmp_path / "settings.toml"

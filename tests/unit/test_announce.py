@@ -11,9 +11,11 @@ from tinsmith.announce import Announcer, base_url
 from tinsmith.config import Settings, load_settings
 
 
-def told(settings: Settings, *, terminal: bool = False) -> tuple[Announcer, io.StringIO]:
+def told(settings: Settings, *, keys: int | None = None, terminal: bool = False) -> tuple[Announcer, io.StringIO]:
     text = io.StringIO()
-    return Announcer(settings, Console(file=text, soft_wrap=True, force_terminal=terminal, color_system=None)), text
+    return Announcer(
+        settings, keys, Console(file=text, soft_wrap=True, force_terminal=terminal, color_system=None)
+    ), text
 
 
 class Health(BaseHTTPRequestHandler):
@@ -46,10 +48,12 @@ def loading_server():
 
 
 def test_who_can_use_the_server_is_said_without_saying_the_keys() -> None:
-    announcer, text = told(load_settings(None, {}, {"api_keys": ["tml-secret"], "host": "0.0.0.0"}))
-    announcer.chosen()
-    assert "1 API key(s)" in text.getvalue()
-    assert "secret" not in text.getvalue()
+    settings = load_settings(None, {}, {"api_keys": ["tml-secret"], "host": "0.0.0.0"})
+    for keys, said in ((3, "3 API key(s)"), (0, "nobody; make a key"), (None, "anyone who can reach the address")):
+        announcer, text = told(settings, keys=keys)
+        announcer.chosen()
+        assert said in text.getvalue()
+        assert "secret" not in text.getvalue()
 
 
 def test_aliases_and_a_database_without_its_password_are_shown() -> None:

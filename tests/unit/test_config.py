@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tinsmith.config import CHOICES, RANGES, Settings, describe, engine_environment, load_settings
+from tinsmith.config import CHOICES, RANGES, Settings, describe, engine_environment, is_loopback, load_settings
 from tinsmith.errors import ConfigError
 
 
@@ -83,14 +83,14 @@ def test_lists_and_tables_can_be_given_in_all_three_places(tmp_path: Path) -> No
     assert load_settings(None, {}, {"aliases": ["x=tiny"]}).aliases == {"x": "tiny"}
 
 
-def test_a_reachable_address_needs_keys_or_an_open_door() -> None:
-    for host in ("0.0.0.0", "::", "192.168.1.5", "server.example"):
-        with pytest.raises(ConfigError, match="--api-key"):
-            load_settings(None, {}, {"host": host})
-        assert load_settings(None, {}, {"host": host, "api_keys": ["tml-x"]}).host == host
-        assert load_settings(None, {}, {"host": host, "no_auth": True}).host == host
-    for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost"):
-        assert load_settings(None, {}, {"host": host}).host == host
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "server.example", "127.0.0.1.example"])
+def test_an_address_that_others_can_reach_is_no_loopback(host: str) -> None:
+    assert not is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_an_address_of_this_machine_only_is_loopback(host: str) -> None:
+    assert is_loopback(host)
 
 
 def test_keys_and_an_open_door_exclude_each_other() -> None:

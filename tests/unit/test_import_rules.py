@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"errors", "protocols", "models", "wire.packing", "wire.losses"},
     "sampling": {"errors", "protocols", "models", "wire.packing", "wire.losses"},
     "demo": set(),
-    "cli": {"errors", "config", "serve", "demo"},
+    "cli": {"errors", "config", "store", "serve", "demo"},
     "serve": {
         *("errors", "config", "observe", "announce", "supervisor", "sizing", "demo"),
         *("api", "store", "engine", "models", "training", "sampling"),

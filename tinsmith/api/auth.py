@@ -5,6 +5,7 @@ all at once and at most once in `FRESH_SECONDS`, however many requests come with
 """
 
 import asyncio
+import math
 import time
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ class Access:
         self._open_without_keys = is_loopback(settings.host)
         self._given = {digest: Caller(keys.owner_of(digest)) for digest in map(keys.digest_of, settings.api_keys)}
         self._stored: dict[str, Key] = {}
-        self._read_at = -FRESH_SECONDS
+        self._read_at = -math.inf
         self._reading: asyncio.Task[None] | None = None
         self._noted: dict[str, float] = {}  # when the last use of a stored key was written
 
