@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from tinsmith.demo import tiny_folder
 from tinsmith.engine.loop import Engine
 from tinsmith.models.loading import BaseModel, load_base
 from tinsmith.sampling.sampler import TorchSampler
-from tinsmith.store import queue, records
+from tinsmith.store import keys, queue, records
 from tinsmith.store.database import Database
 from tinsmith.store.doorbell import Doorbell
 from tinsmith.store.ledger import Ledger, NewCheckpoint
@@ -55,14 +55,16 @@ class Bench:
     folder: Path
     max_models: int = 8
     next_seq: dict[str, int] = field(default_factory=dict)
+    fresh: bool = True  # or on what an earlier server left in the folder
 
     def __post_init__(self) -> None:
         self.database = Database(f"sqlite:///{self.folder / 'db.sqlite'}")
         self.database.migrate()
         self.doorbell = Doorbell(f"sqlite:///{self.folder / 'db.sqlite'}")
-        now = time.time()
-        session = records.Session(SESSION, "me", "open", [], {}, "0", None, None, None, now, now)
-        self.database.write(records.create_session, session)
+        if self.fresh:
+            now = time.time()
+            session = records.Session(SESSION, "me", "open", [], {}, "0", None, None, None, now, now)
+            self.database.write(records.create_session, session)
         self.engine = self.new_engine()
 
     def new_engine(self) -> Engine:
@@ -115,12 +117,17 @@ class Bench:
         return future.error or ""
 
     def create(self, name: str, rank: int = 4) -> str:
+        model_id = self.record_model(name, rank)
+        self.submit(model_id, "create_model", {})
+        return model_id
+
+    def record_model(self, name: str, rank: int = 4) -> str:
+        """A model that its first job, whatever that is, will create."""
         model_id = f"{SESSION}:train:{name}"
         spec = {"rank": rank, "seed": 7, "train_attn": True, "train_mlp": True, "train_unembed": True}
         now = time.time()
         model = records.Model(model_id, SESSION, "me", BASE, BASE, spec, {}, "creating", None, None, now, now)
         self.database.write(records.create_model, model)
-        self.submit(model_id, "create_model", {})
         return model_id
 
     def sampler(self, name: str, snapshot: str, model_id: str | None) -> str:
@@ -346,6 +353,28 @@ def test_a_checkpoint_restores_weights_and_optimizer_and_its_name_cannot_be_take
     np.testing.assert_allclose(bench.logprobs(twin), expected, atol=1e-6)
     lesson(bench, twin, range(3, 5))
     np.testing.assert_allclose(bench.logprobs(twin), moved, atol=2e-6)
+
+
+def test_a_save_beyond_what_its_owners_key_may_store_writes_nothing(bench: Bench) -> None:
+    def save(name: str, *, overwrite: bool = False) -> str:
+        path = f"tinker://{model}/weights/{name}"
+        body = {"name": name, "path": path, "ttl_seconds": None, "overwrite": overwrite, "user_metadata": {}}
+        return bench.submit(model, "save_weights", body)
+
+    def folders() -> list[str]:
+        return sorted(path.name.partition("-")[0] for path in bench.folder.glob("checkpoints/*/weights/*"))
+
+    model = bench.create("a")
+    bench.result(save("one"))
+    size = bench.database.read(records.find_checkpoint, f"tinker://{model}/weights/one").size_bytes
+    key = replace(keys.new_key("mine")[1], owner="me", max_storage=2 * size)
+    bench.database.write(keys.create_key, key)
+    bench.result(save("two"))
+    assert f"stores {2 * size} bytes of at most {2 * size}" in bench.error(save("three"))
+    assert folders() == ["one", "two"]
+    bench.result(save("two", overwrite=True))
+    assert folders() == ["one", "two"]
+    assert bench.logprobs(model).any()
 
 
 def test_sampling_goes_on_between_the_micro_batches_of_another_tenants_long_request(bench: Bench) -> None:

@@ -102,6 +102,7 @@ class Operations:
         previous = self._ledger.find_checkpoint(path)
         if previous is not None and not request.get("overwrite", False):
             raise UserError(f"{path} exists already; choose another name, delete it, or save with overwrite=true")
+        self._ledger.check_storage(header, kind, path)
         folder = self._folder / folder_name(model_id) / segment / f"{name}-{secrets.token_hex(4)}"
         size = write_folder(folder, lambda into: self._trainer.save(model_id, into, optimizer=optimizer))
         checkpoint = self._checkpoint(

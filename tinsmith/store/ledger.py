@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from tinsmith.store import queue, records
+from tinsmith.store import keys, queue, records
 from tinsmith.store.database import Database
 from tinsmith.store.doorbell import Bell, Doorbell
 from tinsmith.wire.jobs import Header, Job, Outcome, Past
@@ -118,11 +118,19 @@ class Ledger:
         """Models to be closed: their session is finished, or its client has been silent since that time."""
         return self._database.read(records.closing_models, self.base, unseen_since)
 
+    def sync(self) -> None:
+        """Returns once all that was written will outlive a power cut, too."""
+        self._database.sync()
+
     def find_sampler(self, sampler_id: str) -> records.SamplerRecord | None:
         return self._database.read(records.find_sampler, sampler_id)
 
     def find_checkpoint(self, path: str) -> records.Checkpoint | None:
         return self._database.read(records.find_checkpoint, path)
+
+    def check_storage(self, header: Header, kind: str, path: str) -> None:
+        """Raises LimitError if the checkpoint that a job is about to write would be more than its owner may store."""
+        self._database.read(keys.check_storage, header.owner, header.subject, kind, path)
 
     def drop_expired_checkpoints(self, now: float) -> list[Path]:
         """Forgets checkpoints whose time is over; returns their folders, for removal."""
