@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 import uvicorn
+from starlette.applications import Starlette
 
 from tinsmith.api.app import create_app
 from tinsmith.api.calls import Services
@@ -143,8 +144,10 @@ def sample_output(call: SampleCall) -> SampleOutput:
 class Api:
     """One running API, its store and its engine."""
 
-    def __init__(self, port: int, services: Services, engine: CannedEngine) -> None:
+    def __init__(self, port: int, app: Starlette, engine: CannedEngine) -> None:
+        services: Services = app.state.services
         self.base_url = f"http://127.0.0.1:{port}"
+        self.routes = app.routes
         self.waiters, self.access, self.pacing = services.waiters, services.access, services.pacing
         self.settings, self.database, self.engine = services.settings, services.database, engine
         self.http = self.client("tml-test")
@@ -195,7 +198,7 @@ def running_api(folder: Path, capabilities: Capabilities | None = CAPABILITIES, 
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    api = Api(listener.getsockname()[1], app.state.services, engine)
+    api = Api(listener.getsockname()[1], app, engine)
     try:
         _await(api, 200 if capabilities else 503)
         yield api
