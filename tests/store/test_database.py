@@ -1,6 +1,7 @@
 """The database: writes share commits and fail alone; nothing is lost or written twice when connections are."""
 
 import asyncio
+import os
 import subprocess
 import sys
 import threading
@@ -382,3 +383,32 @@ def test_writes_that_deadlock_with_another_process_run_again(postgres_url: str) 
         assert [future.result(60) for future in futures] == [None, None]
     first.close()
     second.close()
+
+
+def test_a_settled_write_waits_for_the_disk_once_with_its_neighbours(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = Database(sqlite_url)
+    synced: list[str] = []
+    database.migrate()
+    fdatasync = os.fdatasync
+
+    def noted(file: int) -> None:
+        fdatasync(file)
+        synced.append(str(Path(f"/proc/self/fd/{file}").readlink()))
+
+    monkeypatch.setattr(os, "fdatasync", noted)
+
+    async def write() -> None:
+        await database.write_async(lambda conn: None)
+        await database.settle()
+
+    async def main() -> None:
+        await asyncio.create_task(database.settle())
+        assert synced == []
+        await asyncio.gather(*(asyncio.create_task(write()) for _ in range(50)))
+
+    asyncio.run(main())
+    database.close()
+    assert 1 <= len(synced) < 10
+    assert set(synced) == {f"{sqlite_url.removeprefix('sqlite:///')}-wal"}

@@ -60,6 +60,8 @@ class Recovery:
         if len(points) >= KEPT_POINTS:  # until then the whole log is kept: it serves as the point before the first
             oldest = points[-KEPT_POINTS]
             self._ledger.update_model(model_id, recovery_seq=_seq_of(oldest), recovery_folder=str(oldest))
+        if points[:-KEPT_POINTS]:
+            self._ledger.sync()  # a power cut must not bring back a log that needs what is removed now
         for point in points[:-KEPT_POINTS]:
             remove_folder(point)
 

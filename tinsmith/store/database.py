@@ -4,10 +4,12 @@ Knows connections and transactions; what is read and written are functions of a 
 """
 
 import asyncio
+import os
 import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -27,6 +29,8 @@ R = TypeVar("R")
 _READERS = 4
 _LOCK_MILLISECONDS = 30_000  # how long one process waits for another one's write to an SQLite file
 _RETRY_SECONDS = 0.05
+
+_wrote: ContextVar[bool] = ContextVar("wrote", default=False)
 
 _SQLITE_PRAGMAS = (
     f"busy_timeout = {_LOCK_MILLISECONDS}",
@@ -62,6 +66,9 @@ class Database:
         self._writing = _create_engine(parsed, writes=True)
         self._writer = Writer(self._writing, patience)
         self._threads = ThreadPoolExecutor(_READERS, thread_name_prefix="tinsmith-reader")
+        self._log = Path(f"{parsed.database}-wal") if parsed.get_backend_name() == "sqlite" else None
+        self._wanted = self._synced = 0  # how often a sync was asked for, and how many of those are fulfilled
+        self._syncing = asyncio.Lock()
 
     def migrate(self) -> None:
         """Brings the tables to this version. Raises ConfigError if they belong to a newer one."""
@@ -75,6 +82,7 @@ class Database:
         self, function: Callable[Concatenate[sa.Connection, P], R], /, *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """`write` without blocking the event loop. A cancelled call may still be written."""
+        _wrote.set(True)
         return await self._writer.add_async(lambda conn: function(conn, *args, **kwargs))
 
     def read(self, function: Callable[Concatenate[sa.Connection, P], R], /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -100,6 +108,34 @@ class Database:
         """`read` without blocking the event loop."""
         run = partial(self.read, function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._threads, run)
+
+    def sync(self) -> None:
+        """Returns once everything committed so far, by any process, will outlive a power cut too.
+
+        Postgres sees to that with each commit; SQLite leaves its log to the operating system for some seconds.
+        """
+        if self._log is None:
+            return
+        try:
+            descriptor = os.open(self._log, os.O_RDONLY)
+        except FileNotFoundError:  # all of it is in the database file, which was synced
+            return
+        try:
+            os.fdatasync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    async def settle(self) -> None:
+        """`sync` for what the running task has written by `write_async`; tasks that wait together share one."""
+        if self._log is None or not _wrote.get():
+            return
+        self._wanted += 1
+        mine = self._wanted
+        async with self._syncing:
+            if self._synced < mine:
+                covered = self._wanted
+                await asyncio.get_running_loop().run_in_executor(self._threads, self.sync)
+                self._synced = covered
 
     def close(self) -> None:
         """Finishes the writes that wait; later ones raise UnavailableError."""
