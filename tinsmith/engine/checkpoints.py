@@ -3,9 +3,11 @@
 The manifest comes last, so that a folder without one, or whose files differ from it, is refused by name.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable
@@ -14,14 +16,31 @@ from pathlib import Path
 from tinsmith.errors import TinsmithError
 
 MANIFEST = "manifest.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DamagedCheckpointError(TinsmithError):
     """A folder of weights does not hold what its manifest says."""
 
 
+class DiskFullError(TinsmithError):
+    """There is no room to write a folder; nothing of it was left behind."""
+
+
 def write_folder(target: Path, fill: Callable[[Path], None]) -> int:
-    """Creates `target` with what `fill(folder)` writes, atomically. Returns its size in bytes."""
+    """Creates `target` with what `fill(folder)` writes, atomically. Returns its size in bytes. Raises DiskFullError."""
+    try:
+        return _write_folder(target, fill)
+    except Exception as error:
+        if _is_full(error):
+            raise DiskFullError(
+                f"{target.name} could not be written: no space is left on the server's disk ({error}); nothing was "
+                "changed. Have checkpoints deleted or room made there, then try again"
+            ) from error
+        raise
+
+
+def _write_folder(target: Path, fill: Callable[[Path], None]) -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.part"
     temporary.mkdir()
@@ -76,8 +95,12 @@ def folder_name(identifier: str) -> str:
     return identifier.replace(":", "_").replace("/", "_")
 
 
-def _entry(path: Path) -> dict[str, str | int]:
-    return {"sha256": _digest(path), "bytes": path.stat().st_size}
+def _is_full(error: Exception) -> bool:
+    """Whether the disk, a quota or a limit on file sizes was in the way; safetensors has only words for it."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    words = re.search(r"os error (\d+)", str(error))
+    return words is not None and int(words[1]) in _FULL
 
 
 def _digest(path: Path) -> str:

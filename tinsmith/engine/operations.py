@@ -115,6 +115,10 @@ class Operations:
             overwrite=request.get("overwrite", False),
             user_metadata=request.get("user_metadata") or {},
         )
-        self._finish(header, {"path": path}, checkpoint=checkpoint)
+        try:
+            self._finish(header, {"path": path}, checkpoint=checkpoint)
+        except BaseException:
+            remove_folder(folder)
+            raise
         if previous is not None:
             remove_folder(Path(previous.folder))

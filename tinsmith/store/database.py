@@ -21,7 +21,7 @@ from sqlalchemy.pool import NullPool
 
 from tinsmith.errors import ConfigError, UnavailableError
 from tinsmith.store import migrations
-from tinsmith.store.writer import Writer, is_lost
+from tinsmith.store.writer import Writer, is_full, is_lost
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -98,6 +98,8 @@ class Database:
                 try:
                     return function(conn, *args, **kwargs)
                 except Exception as error:
+                    if is_full(error):
+                        raise UnavailableError(f"the database cannot be read for its disk ({error})") from error
                     if not is_lost(conn, error):
                         raise
                     _wait(error, give_up_at)

@@ -5,6 +5,7 @@ failed for the database's sake (connection lost, deadlock) runs again, unless it
 """
 
 import asyncio
+import sqlite3
 import threading
 import time
 from collections import defaultdict
@@ -26,6 +27,7 @@ R = TypeVar("R")
 _BATCH = 64  # Postgres keeps this many subtransactions of a session in shared memory
 _RETRY_SECONDS = 0.05
 _CONFLICTS = ("40001", "40P01")  # serialization failure, deadlock
+_NO_RESOURCES = ("53", "58030")  # disk or memory full, too many connections; an error of the disk
 # Never released: the commit cleans up, and letting go of each would cost another round trip.
 _SAVE = Prepared(any=sa.text("SAVEPOINT one_write"))
 _TAKE_BACK = Prepared(any=sa.text("ROLLBACK TO SAVEPOINT one_write"))
@@ -259,9 +261,25 @@ def _raise_if_retriable(
 ) -> None:
     if is_lost(conn, error):
         raise _LostError(outcomes, ticket) from error
-    driver_error = error.orig if isinstance(error, DBAPIError) else error
-    if getattr(driver_error, "sqlstate", None) in _CONFLICTS:
+    if _state(error) in _CONFLICTS:
         raise _ConflictError from error
+    if is_full(error):
+        raise UnavailableError(f"the database has no room or cannot write ({error}); nothing was written") from error
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether the database's disk was in the way: of everything, not of one write."""
+    code = getattr(_driver_error(error), "sqlite_errorcode", 0) & 0xFF  # the rest of the bits say what exactly
+    return code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR) or _state(error).startswith(_NO_RESOURCES)
+
+
+def _driver_error(error: BaseException) -> BaseException | None:
+    return error.orig if isinstance(error, DBAPIError) else error
+
+
+def _state(error: BaseException) -> str:
+    """Postgres's five characters for what happened."""
+    return getattr(_driver_error(error), "sqlstate", None) or ""
 
 
 def is_lost(conn: sa.Connection, error: BaseException) -> bool:
