@@ -93,6 +93,7 @@ def run_api(settings: Settings, listener_fd: int, server_began: float, stop: thr
     import uvicorn
 
     from tinsmith.api.app import create_app
+    from tinsmith.api.connections import BoundedConnection
     from tinsmith.store.database import Database
     from tinsmith.store.doorbell import Doorbell
 
@@ -101,6 +102,7 @@ def run_api(settings: Settings, listener_fd: int, server_began: float, stop: thr
     database.write(_retire_engine, settings.served_name, server_began)
     config = uvicorn.Config(
         create_app(settings, database, doorbell),
+        http=BoundedConnection,
         access_log=False,
         log_config=None,
         server_header=False,

@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 
 from tinsmith.api.app import create_app
 from tinsmith.api.calls import Services
+from tinsmith.api.connections import BoundedConnection
 from tinsmith.config import Settings
 from tinsmith.protocols import Capabilities
 from tinsmith.store import queue, records
@@ -195,7 +196,8 @@ def running_api(folder: Path, capabilities: Capabilities | None = CAPABILITIES, 
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it only where the protocol is named
     app = create_app(settings, database, doorbell)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=1))
+    quiet: dict[str, Any] = {"log_level": "warning", "ws": "none", "timeout_graceful_shutdown": 1}
+    server = uvicorn.Server(uvicorn.Config(app, http=BoundedConnection, **quiet))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     api = Api(listener.getsockname()[1], app, engine)

@@ -4,7 +4,7 @@ Requests refuse fields they do not know; what a single value may be stands in it
 model or on stored objects is checked elsewhere. forward_backward and results of tensors travel as protobuf: see codec.
 """
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -22,8 +22,21 @@ Ttl = Annotated[int, Meta(ge=TTL_RANGE[0], le=TTL_RANGE[1])]
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 BelowOne = Annotated[float, Meta(ge=0, lt=1)]
-Metadata = dict[str, Any]
 Labels = dict[str, str]
+
+
+def _nested(depth: int) -> Any:
+    """The type of any JSON value with lists and objects in each other at most `depth` deep."""
+    scalar = value = bool | int | float | str | None
+    for _ in range(depth):
+        value = scalar | list[value] | dict[str, value]  # type: ignore[valid-type]
+    return value
+
+
+if TYPE_CHECKING:
+    Metadata = dict[str, Any]
+else:  # whoever walks through it later, in whatever process, must not run out of stack
+    Metadata = dict[str, _nested(16)]
 
 
 class Request(Struct, forbid_unknown_fields=True):
