@@ -65,7 +65,7 @@ class _Stack:
     def factors(self, linears: tuple[int, ...]) -> tuple[Tensor, list[Tensor]] | None:
         """A [G, I, R] and B times its scale [G, r, P] of each layer, in fp32; None if the adapters have none."""
         if linears not in self._factors:
-            parts = [self._layout.factors(adapter.weights, linears) for adapter in self.places]
+            parts = [self._layout.factors(adapter.compute, linears) for adapter in self.places]
             found = [
                 (adapter.scale, part) for adapter, part in zip(self.places, parts, strict=True) if part is not None
             ]
@@ -73,9 +73,9 @@ class _Stack:
                 None
                 if not found
                 else (
-                    torch.stack([part.stack_a for _, part in found]).mT.contiguous(),
+                    torch.stack([part.stack_a for _, part in found]).float().mT.contiguous(),
                     [
-                        torch.stack([part.matrices_b[index] * scale for scale, part in found]).mT.contiguous()
+                        torch.stack([part.matrices_b[index].float() * scale for scale, part in found]).mT.contiguous()
                         for index in range(len(linears))
                     ],
                 )

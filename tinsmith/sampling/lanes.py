@@ -114,7 +114,7 @@ class LaneGroup:
                 query_NHd.unflatten(1, (key_NGSd.shape[1], -1)),
                 key_NGSd,
                 value_NGSe,
-                attn_mask=self._mask(window)[:, None],
+                attn_mask=self._mask(window).view(count, self._heads, 1, -1),
                 scale=scaling,
             )
             return attended_NGJe.flatten(1, 2)
@@ -187,7 +187,7 @@ class LaneGroup:
         self._masks: dict[int | None, Tensor] = {}
 
     def _mask(self, window: int | None) -> Tensor:
-        """Additive [N, 1, S], or [N · G, 1, S] unless fused: 0 where the row may look, -inf elsewhere."""
+        """Additive [N · G, 1, S]: 0 where the row may look, -inf elsewhere."""
         if window not in self._masks:
             position = torch.arange(self._length, device=self._newest_N.device)
             newest_N1 = self._newest_N[:, None]
@@ -195,5 +195,5 @@ class LaneGroup:
             if window is not None:
                 visible_NS &= position > newest_N1 - window
             mask_NS = self._keys_LNGSd.new_zeros(visible_NS.shape).masked_fill_(~visible_NS, -torch.inf)
-            self._masks[window] = (mask_NS if self._fused else mask_NS.repeat_interleave(self._heads, 0))[:, None]
+            self._masks[window] = mask_NS.repeat_interleave(self._heads, 0)[:, None]
         return self._masks[window]
