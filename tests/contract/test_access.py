@@ -1,11 +1,18 @@
 """A server with API keys: strangers stay out, and one key's objects do not exist for another."""
 
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
 import pytest
 import tinker
 
 from tests.contract.datums import supervised, tokens
 from tests.contract.raw import RawClient
 from tinsmith.demo.local_server import LocalServer
+from tinsmith.store import keys
+from tinsmith.store.database import Database
 
 pytestmark = [pytest.mark.xdist_group("small server"), pytest.mark.timeout(300)]
 
@@ -72,6 +79,61 @@ def test_only_the_served_model_is_served(anna: RawClient) -> None:
         assert 400 <= answer.status_code < 500
         assert "Qwen/Qwen3-8B" in answer.json()["detail"]
         assert "tiny" in answer.json()["detail"]
+
+
+def test_a_key_made_beside_the_running_server_opens_it_until_it_is_revoked(small_server: LocalServer) -> None:
+    def command(*arguments: str) -> str:
+        program = [sys.executable, "-c", "from tinsmith.cli import main; main()", "keys", *arguments]
+        folder = ["--data-dir", str(small_server.data_dir)]
+        return subprocess.run([*program, *folder], capture_output=True, text=True, check=True).stdout.strip()
+
+    def await_status(status: int) -> None:
+        with RawClient(small_server.base_url, key) as client:
+            for _ in range(300):
+                if client.request("GET", "/sessions").status_code == status:
+                    return
+                time.sleep(0.1)
+        pytest.fail(f"the server did not come to answer {status}")
+
+    key = command("create", "carla", "--max-models", "1", "--max-storage", "1")
+    await_status(200)
+    with RawClient(small_server.base_url, key) as carla:
+        model = carla.create_model(carla.create_session())
+        second = carla.post(
+            "/create_model", {"session_id": model.split(":")[0], "model_seq_id": 1, "base_model": "tiny"}
+        )
+        assert second.status_code == 403
+        saved = carla.result(carla.post("/save_weights", {"model_id": model, "seq_id": 1, "path": "mine"}))
+        carla.result(carla.post("/save_weights", {"model_id": model, "seq_id": 2, "path": "more"}))
+        refused = carla.result(carla.post("/save_weights", {"model_id": model, "seq_id": 3, "path": "more"})).json()
+    assert saved.json()["path"] == f"tinker://{model}/weights/mine"
+    assert (refused["category"], "at most 1" in refused["error"]) == ("user", True)
+    command("revoke", "carla")
+    await_status(401)
+
+
+def test_the_sdk_raises_at_once_what_waiting_cannot_help(small_server: LocalServer) -> None:
+    secret, key = keys.new_key("dora")
+    database = Database(f"sqlite:///{small_server.data_dir}/tinsmith.db")
+    database.write(keys.create_key, replace(key, max_models=1, tokens_per_second=1.0))
+    database.close()
+    while tinker_status(small_server, secret) == 401:
+        time.sleep(0.1)
+    with tinker.ServiceClient(base_url=small_server.base_url, api_key=secret) as service:
+        client = service.create_lora_training_client("tiny", rank=4).result()
+        with pytest.raises(tinker.PermissionDeniedError, match="1 open models of at most 1"):
+            service.create_lora_training_client("tiny", rank=4).result()
+        with pytest.raises(tinker.PermissionDeniedError, match="at most 240"):
+            client.forward_backward([supervised(tokens(300))], "cross_entropy").result()
+        # The second call finds the bucket overdrawn by the first, waits as it is told to, and loses nothing.
+        first = client.forward_backward([supervised(tokens(12))], "cross_entropy")
+        second = client.forward_backward([supervised(tokens(12))], "cross_entropy")
+        assert first.result().metrics["loss:sum"] == pytest.approx(second.result().metrics["loss:sum"])
+
+
+def tinker_status(server: LocalServer, key: str) -> int:
+    with RawClient(server.base_url, key) as client:
+        return client.request("GET", "/sessions").status_code
 
 
 def test_a_health_check_needs_no_key(small_server: LocalServer) -> None:

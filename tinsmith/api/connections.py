@@ -42,7 +42,3 @@ class BoundedConnection(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._pending_bytes = 0
         super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        self._pending_bytes = 0
-        super().on_message_complete()

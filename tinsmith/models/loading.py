@@ -260,7 +260,11 @@ def load_base(
     on_progress(f"loading {folder}")
     try:
         module: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="eager", local_files_only=Path(folder).is_dir()
+            folder,
+            dtype=dtype,
+            attn_implementation="eager",
+            local_files_only=Path(folder).is_dir(),
+            use_safetensors=True,  # other formats can run code
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load a causal language model from {str(folder)!r}: {error}") from error
