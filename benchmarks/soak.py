@@ -133,13 +133,16 @@ class Kill:
 class Killer:
     """Kills processes of `server` at seeded moments, in time for every tenant to get on in between."""
 
-    def __init__(self, server: LocalServer, database: Database, tenants: Sequence[Tenant], seed: int) -> None:
+    def __init__(
+        self, server: LocalServer, database: Database, tenants: Sequence[Tenant], seed: int, roles: Sequence[str]
+    ) -> None:
         self.kills: list[Kill] = []
         self.changed: set[int] = set()  # jobs whose result became another one
         self._server = server
         self._database = database
         self._tenants = tenants
         self._random = random.Random(seed)
+        self._roles = roles
         self._results: dict[int, str] = {}
 
     def run(self, count: int) -> None:
@@ -147,7 +150,7 @@ class Killer:
         while len(self.kills) < count and self._progress():
             time.sleep(self._random.uniform(0.0, 3.0))
             self.compare_results()
-            self._kill(ROLES[len(self.kills) % len(ROLES)])
+            self._kill(self._roles[len(self.kills) % len(self._roles)])
             if len(self.kills) < count and self._random.random() < 0.3:
                 self._kill_while_loading()
 
@@ -245,11 +248,15 @@ def soak(
     kills: int,
     seed: int = 0,
     ranks: Sequence[int] = (8, 16, 0),
+    roles: Sequence[str] = ROLES,
     deterministic: bool = False,
     database_url: str = "",
     minutes: float = 60.0,
 ) -> Soak:
-    """One tenant for each of `ranks` (0: all weights), every second an RL-like one. Works in the empty `folder`."""
+    """One tenant for each of `ranks` (0: all weights), every second an RL-like one; `roles` are killed in turn.
+
+    Works in the empty `folder`.
+    """
     arguments = ["--threads", "1", *(["--deterministic"] if deterministic else [])]
     database_url = database_url or f"sqlite:///{folder}/data/tinsmith.db"
     enough = threading.Event()
@@ -258,7 +265,7 @@ def soak(
     with LocalServer(folder / "data", folder / "log.txt", [*arguments, *port]) as server:
         database = Database(database_url)
         threads = run_tenants(tenants, server.base_url)
-        killer = Killer(server, database, tenants, seed)
+        killer = Killer(server, database, tenants, seed, roles)
         killer.run(kills)
         enough.set()
         problems = _wait(threads, tenants, minutes)

@@ -49,6 +49,7 @@ class Settings:
     gradient_checkpointing: str = "auto"  # auto (in passes that memory could not hold otherwise), on, off
     future_hours: float = 24.0  # how long a finished result can be read
     poll_seconds: float = 30.0  # how long retrieve_future holds a request
+    stuck_minutes: float = 15.0  # an engine that has not moved for so long is restarted; 0: never
     log: str = "info"  # debug, info, warning, error
 
     @property
@@ -91,6 +92,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train_micro_batch_size": (0, 2**31 - 1),
     "future_hours": (0.01, 24 * 365),
     "poll_seconds": (0.1, 40.0),  # the client gives up after 45
+    "stuck_minutes": (0.0, 60 * 24 * 7),
 }
 
 

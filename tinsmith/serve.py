@@ -5,6 +5,7 @@ Imports are inside the functions because each process loads only what it runs: t
 engine no web framework.
 """
 
+import faulthandler
 import fcntl
 import logging
 import os
@@ -314,11 +315,12 @@ def _context(settings: Settings, sizes: "ModelSizes", free_bytes: int) -> int:
 def _children(settings: Settings, listener_fd: int, lock_fd: int) -> list[Child]:
     """The API first, so that requests are taken while the model loads; they stop in reverse order."""
     # -P: nothing in the user's current folder may shadow an installed package.
+    from tinsmith.engine.trials import pulse_file
+
     command, line = [sys.executable, "-P", "-m", "tinsmith.serve"], settings.to_json()
-    return [
-        Child("api", [*command, "api", str(listener_fd), str(time.time())], line, (listener_fd, lock_fd), API_GRACE),
-        Child("engine", [*command, "engine"], line, (lock_fd,), ENGINE_GRACE, engine_environment(settings)),
-    ]
+    api = Child("api", [*command, "api", str(listener_fd), str(time.time())], line, (listener_fd, lock_fd), API_GRACE)
+    engine = Child("engine", [*command, "engine"], line, (lock_fd,), ENGINE_GRACE, engine_environment(settings))
+    return [api, replace(engine, pulse=pulse_file(settings.data_dir), patience=60 * settings.stuck_minutes)]
 
 
 def _locked(path: Path, wait_seconds: float) -> IO[str]:
@@ -376,6 +378,7 @@ def _stop_at_end_of_input(stop: threading.Event, grace: float) -> None:
 def _child_main(role: str, *arguments: str) -> int:
     settings = Settings.from_json(_read_first_line())
     configure_logging(settings.log, role)
+    faulthandler.enable()  # a crash, or being ended because it is stuck, shows where each thread stood
     stop = threading.Event()
     grace = API_GRACE if role == "api" else ENGINE_GRACE
     threading.Thread(target=_stop_at_end_of_input, args=(stop, grace), daemon=True).start()

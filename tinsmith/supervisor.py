@@ -1,4 +1,4 @@
-"""Keeps a server's processes running: starts them, restarts those that crash, stops them in order.
+"""Keeps a server's processes running: starts them, restarts those that crash or get stuck, stops them in order.
 
 A child gets one line on its standard input; the end of that input tells it to stop, so that children also stop when
 this process is killed. Knows commands and exit codes, nothing of settings, models or HTTP.
@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ EXIT_CONFIG = 78
 
 MAX_CRASHES = 5
 CRASH_WINDOW = 300.0  # seconds
+STACK_SECONDS = 5.0  # for a stuck process to write where its threads stand
 FIRST_DELAY = 0.25  # seconds; doubles with every crash in the window
 LONGEST_DELAY = 15.0
 
@@ -31,7 +33,8 @@ LONGEST_DELAY = 15.0
 class Child:
     """One process to keep running. `grace` is how many seconds it may take to stop before it is killed.
 
-    `environment` takes the place of this process's own.
+    `environment` takes the place of this process's own. A process that has begun to change its file `pulse` must go
+    on doing so at least every `patience` seconds (0: it is never taken for stuck).
     """
 
     name: str
@@ -40,6 +43,8 @@ class Child:
     pass_fds: tuple[int, ...] = ()
     grace: float = 10.0
     environment: Mapping[str, str] | None = None
+    pulse: Path | None = None
+    patience: float = 0.0
     process: subprocess.Popen[bytes] | None = None
     crashed_at: deque[float] = field(default_factory=deque)
 
@@ -138,14 +143,20 @@ class Supervisor:
             sender.close()
 
     def _start(self, child: Child) -> None:
+        pulse = _last_change(child)
         process = child.start()
+        ended = threading.Event()
         logger.debug("started %s as process %d", child.name, process.pid)
 
         def wait() -> None:
             process.wait()
+            ended.set()
             self._events.put(_Exited(child, process))
 
         threading.Thread(target=wait, name=f"wait-{child.name}", daemon=True).start()
+        if child.pulse is not None and child.patience:
+            watch = (child, process, ended, pulse)
+            threading.Thread(target=_end_if_stuck, args=watch, name=f"watch-{child.name}", daemon=True).start()
 
     def _handle(self, event: _Exited | _RestartDue | _Signalled) -> int | None:
         """What to do about one event; an exit code when the server is to end."""
@@ -200,6 +211,39 @@ class Supervisor:
             process.kill()
             process.wait()
         return patient
+
+
+def _end_if_stuck(child: Child, process: subprocess.Popen[bytes], ended: threading.Event, pulse: int | None) -> None:
+    """Watches one process until it has ended; ends it if it stops moving. `pulse` is from before its start.
+
+    Until its first pulse it is loading, however long that takes.
+    """
+    moved_at: float | None = None
+    while not ended.wait(min(1.0, child.patience / 4)):
+        now, latest = time.monotonic(), _last_change(child)
+        if latest != pulse:
+            pulse, moved_at = latest, now
+        elif moved_at is not None and now - moved_at > child.patience:
+            break
+    else:
+        return
+    logger.error(
+        "%s is alive but has not moved for %g s; ending it, to be started again. Where its threads stand follows, if "
+        "it can still say so",
+        child.name,
+        child.patience,
+    )
+    process.send_signal(signal.SIGABRT)
+    if not ended.wait(STACK_SECONDS):
+        process.kill()
+
+
+def _last_change(child: Child) -> int | None:
+    """When the child's pulse was last seen to beat, in the file system's nanoseconds; None if it never did."""
+    try:
+        return child.pulse.stat().st_mtime_ns if child.pulse is not None else None
+    except FileNotFoundError:
+        return None
 
 
 def _describe(code: int) -> str:

@@ -28,7 +28,8 @@ Futures = list[tinker.APIFuture[object]]
 def own_server(tmp_path_factory: pytest.TempPathFactory, client_environment: None) -> Iterator[LocalServer]:
     """A server that may be hurt."""
     folder = tmp_path_factory.mktemp("hurt")
-    with LocalServer(folder / "data", folder / "log.txt") as server:
+    environment = {"TINSMITH_STUCK_MINUTES": "0.15"}  # longer than any slice of work here
+    with LocalServer(folder / "data", folder / "log.txt", environment=environment) as server:
         yield server
 
 
@@ -84,6 +85,15 @@ def test_samplers_and_samples_under_way_survive_the_engine(own_server: LocalServ
         kill(own_server, "engine")
         assert [sequence.tokens[:30] for sequence in pending.result().sequences] == [expected] * 8
         assert sampler.sample(PROMPT, 1, greedy(30)).result().sequences[0].tokens == expected
+
+
+def test_an_engine_that_stands_still_is_replaced_and_answers_what_it_was_asked(own_server: LocalServer) -> None:
+    with tinker.ServiceClient(base_url=own_server.base_url) as service:
+        client = start(service, 8)
+        expected = score(client, EXAM)
+        own_server.processes()["engine"].send_signal(signal.SIGSTOP)
+        np.testing.assert_allclose(score(client, EXAM), expected, atol=1e-5)
+    assert "engine is alive but has not moved for 9 s" in own_server.log.read_text()
 
 
 def test_a_connection_made_while_the_api_is_away_is_answered_by_the_next_one(own_server: LocalServer) -> None:

@@ -171,3 +171,31 @@ def test_delays_double_up_to_a_limit_and_old_crashes_are_forgotten(monkeypatch: 
     assert [crashing.next_delay(now) for now in range(5)] == [1.0, 2.0, 4.0, 8.0, 15.0]
     assert crashing.next_delay(5.0) is None
     assert crashing.next_delay(5.0 + supervisor.CRASH_WINDOW + 1) == 1.0
+
+
+def test_a_child_that_stops_moving_is_ended_and_started_again_but_never_while_it_loads(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each process loads for longer than the patience, then moves for a while, then stands still."""
+    log, pulse = tmp_path / "log", tmp_path / "pulse"
+    note = f"open({str(log)!r}, 'a').write"
+    code = (
+        "import faulthandler, pathlib, sys, time; faulthandler.enable(); sys.stdin.readline()\n"
+        f"{note}('loads' + chr(10)); time.sleep(1.0); {note}('moves' + chr(10))\n"
+        f"for _ in range(20): pathlib.Path({str(pulse)!r}).write_text('beat'); time.sleep(0.05)\n"
+        f"{note}('stands' + chr(10)); time.sleep(600)\n"
+    )
+    pulse.write_text("of an earlier process")
+    stuck = Child("engine", [sys.executable, "-c", code], "", pulse=pulse, patience=0.5)
+
+    def stop_the_second() -> None:
+        wait_for(log, 5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    in_background(stop_the_second)
+    stuck.grace = 0.1
+    with caplog.at_level("WARNING"):
+        assert Supervisor([stuck]).run() == 0
+    assert [line for line in lines(log) if line != "stands"][:4] == ["loads", "moves", "loads", "moves"]
+    assert "alive but has not moved for 0.5 s" in caplog.text
+    assert "was killed by SIGABRT" in caplog.text

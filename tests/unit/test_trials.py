@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.unit.test_engine import Bench, embedded
-from tinsmith.engine.trials import PULSE, DeadlyRequestError, Trials
+from tinsmith.engine.trials import DeadlyRequestError, Trials, pulse_file
 from tinsmith.wire.packing import SampleCall
 
 CURSED = 1279  # a token whose embedding kills the engine
@@ -176,16 +176,15 @@ def test_an_engine_that_ends_in_order_leaves_no_suspects(tmp_path: Path) -> None
 def test_damaged_notes_accuse_nobody(tmp_path: Path, name: str) -> None:
     trials = Trials(tmp_path)
     with trials.training([1, 2]):
-        (tmp_path / name).write_text("[1, ")
+        (pulse_file(tmp_path).parent / name).write_text("[1, ")
         later = Trials(tmp_path)
-    with (tmp_path / PULSE).open("wb") as now:
-        now.write(b"t")
+    pulse_file(tmp_path).write_bytes(b"t")
     later.take_over(never)
     assert later.suspects == ({} if name == "training" else {1: 1, 2: 1})
 
 
 def test_every_pulse_changes_the_time_of_its_file(tmp_path: Path) -> None:
     trials = Trials(tmp_path)
-    os.utime(tmp_path / PULSE, (0, 0))
+    os.utime(pulse_file(tmp_path), (0, 0))
     trials.pulse()
-    assert (tmp_path / PULSE).stat().st_mtime > 0
+    assert pulse_file(tmp_path).stat().st_mtime > 0

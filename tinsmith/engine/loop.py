@@ -78,7 +78,7 @@ class Engine:
         self._data_dir = data_dir
         self._max_models = max_models
         self._future_seconds = future_seconds
-        self._trials = Trials(data_dir / "engine")
+        self._trials = Trials(data_dir)
         recovery = Recovery(ledger, trainer, data_dir / "recovery", self._trials.pulse)
         self._residency = Residency(
             ledger,

@@ -18,10 +18,16 @@ from tinsmith.errors import TinsmithError
 log = logging.getLogger(__name__)
 
 PULSE = "now"  # the file that changes with every turn of the loop; its one byte says what is going on
+_FOLDER = "engine"  # of the data folder
 LIMIT = 2  # deaths of an engine, the last with nothing beside it: then the request is the cause
 _IDLE, _TRAINING, _SAMPLING = b"-", b"t", b"s"
 _LISTS = {_TRAINING: "training", _SAMPLING: "sampling"}
 _DEATHS = "deaths.json"
+
+
+def pulse_file(data_dir: Path) -> Path:
+    """What an engine changes at least every second, unless one slice of work takes longer; not while it loads."""
+    return data_dir / _FOLDER / PULSE
 
 
 class DeadlyRequestError(TinsmithError):
@@ -29,9 +35,10 @@ class DeadlyRequestError(TinsmithError):
 
 
 class Trials:
-    """One engine's notes in `folder`, and what it makes of those of the engines before it."""
+    """One engine's notes in a server's data folder, and what it makes of those of the engines before it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, data_dir: Path) -> None:
+        folder = data_dir / _FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._files = {name: os.open(folder / name, os.O_RDWR | os.O_CREAT) for name in (PULSE, *_LISTS.values())}
