@@ -95,7 +95,7 @@ def test_a_key_made_beside_the_running_server_opens_it_until_it_is_revoked(small
                 time.sleep(0.1)
         pytest.fail(f"the server did not come to answer {status}")
 
-    key = command("create", "carla", "--max-models", "1", "--max-storage", "1")
+    key = command("create", "carla", "--max-models", "1", "--max-storage", "500000")
     await_status(200)
     with RawClient(small_server.base_url, key) as carla:
         model = carla.create_model(carla.create_session())
@@ -103,11 +103,18 @@ def test_a_key_made_beside_the_running_server_opens_it_until_it_is_revoked(small
             "/create_model", {"session_id": model.split(":")[0], "model_seq_id": 1, "base_model": "tiny"}
         )
         assert second.status_code == 403
-        saved = carla.result(carla.post("/save_weights", {"model_id": model, "seq_id": 1, "path": "mine"}))
-        carla.result(carla.post("/save_weights", {"model_id": model, "seq_id": 2, "path": "more"}))
-        refused = carla.result(carla.post("/save_weights", {"model_id": model, "seq_id": 3, "path": "more"})).json()
-    assert saved.json()["path"] == f"tinker://{model}/weights/mine"
-    assert (refused["category"], "at most 1" in refused["error"]) == ("user", True)
+        names = ["one", "two", "three", "four", "five", "six"]
+        saves = [
+            carla.post("/save_weights", {"model_id": model, "seq_id": 1 + index, "path": name})
+            for index, name in enumerate(names)
+        ]
+        saved = [carla.result(save).json() for save in saves]
+        stored = carla.request("GET", "/checkpoints").json()["checkpoints"]
+    refused = [answer for answer in saved if "error" in answer]
+    assert stored and refused
+    assert all((each["category"], "at most 500000" in each["error"]) == ("user", True) for each in refused)
+    assert len(stored) == len(names) - len(refused)
+    assert sum(each["size_bytes"] for each in stored) <= 500_000
     command("revoke", "carla")
     await_status(401)
 

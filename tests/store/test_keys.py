@@ -105,7 +105,7 @@ def test_a_checkpoint_must_fit_into_what_is_left(conn: sa.Connection) -> None:
     save(conn, "tinker://m/weights/two", 100)
     keys.check_storage(conn, "alice", "m", "training", "tinker://m/weights/two")
     keys.check_storage(conn, "alice", "m", "external", "tinker://m/external_weights/one")
-    with pytest.raises(LimitError, match=r"'a' stores 240 bytes of at most 250.* about 40"):
+    with pytest.raises(LimitError, match=r"'a' stores 240 bytes of at most 250.* needs 40"):
         keys.check_storage(conn, "alice", "m", "sampler", "tinker://m/sampler_weights/two")
     save(conn, "tinker://m/external_weights/one", 10, "external")
     with pytest.raises(LimitError, match="250 bytes"):

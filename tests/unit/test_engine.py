@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 import torch
 from transformers import AutoTokenizer
 
@@ -17,7 +18,7 @@ from tinsmith.demo import tiny_folder
 from tinsmith.engine.loop import Engine
 from tinsmith.models.loading import BaseModel, load_base
 from tinsmith.sampling.sampler import TorchSampler
-from tinsmith.store import keys, queue, records
+from tinsmith.store import keys, queue, records, tables
 from tinsmith.store.database import Database
 from tinsmith.store.doorbell import Doorbell
 from tinsmith.store.ledger import Ledger, NewCheckpoint
@@ -365,6 +366,11 @@ def test_a_save_beyond_what_its_owners_key_may_store_writes_nothing(bench: Bench
         return sorted(path.name.partition("-")[0] for path in bench.folder.glob("checkpoints/*/weights/*"))
 
     model = bench.create("a")
+    key = replace(keys.new_key("tiny")[1], owner="me", max_storage=1000)
+    bench.database.write(keys.create_key, key)
+    assert "at most 1000" in bench.error(save("one"))
+    assert folders() == []
+    bench.database.write(lambda conn: conn.execute(sa.update(tables.keys).values(owner="nobody")) and None)
     bench.result(save("one"))
     size = bench.database.read(records.find_checkpoint, f"tinker://{model}/weights/one").size_bytes
     key = replace(keys.new_key("mine")[1], owner="me", max_storage=2 * size)

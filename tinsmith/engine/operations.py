@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tinsmith.engine.checkpoints import folder_name, remove_folder, write_folder
 from tinsmith.engine.recovery import load_checkpoint, snapshot_of
 from tinsmith.engine.residency import Residency
-from tinsmith.errors import NotFoundError, UserError
+from tinsmith.errors import LimitError, NotFoundError, UserError
 from tinsmith.protocols import AdamParams, ModelSpec, Trainer
 from tinsmith.wire.jobs import Header, Outcome
 
@@ -105,6 +105,11 @@ class Operations:
         self._ledger.check_storage(header, kind, path)
         folder = self._folder / folder_name(model_id) / segment / f"{name}-{secrets.token_hex(4)}"
         size = write_folder(folder, lambda into: self._trainer.save(model_id, into, optimizer=optimizer))
+        try:
+            self._ledger.check_storage(header, kind, path, size)
+        except LimitError:
+            remove_folder(folder)
+            raise
         checkpoint = self._checkpoint(
             path=path,
             kind=kind,

@@ -111,11 +111,13 @@ def touch_key(conn: sa.Connection, digest: str, now: float) -> None:
     conn.execute(sa.update(keys).where(keys.c.digest == digest).values(used_at=now))
 
 
-def check_storage(conn: sa.Connection, owner: str, model_id: str, kind: str, path: str) -> None:
-    """Raises LimitError if a new checkpoint at `path` would take more room than its owner's key has.
+def check_storage(
+    conn: sa.Connection, owner: str, model_id: str, kind: str, path: str, size_bytes: int | None = None
+) -> None:
+    """Raises LimitError if a new checkpoint at `path` takes more room than its owner's key has.
 
-    A checkpoint is taken to be as large as the model's largest of that kind. While there is none its size is not known,
-    and it is refused only if nothing is left.
+    Before its size is known, it is taken to be as large as the model's largest checkpoint of that kind; if there is
+    none, anything may do.
     """
     key = conn.execute(sa.select(keys.c.name, keys.c.max_storage).where(keys.c.owner == owner)).first()
     if key is None or key.max_storage is None:
@@ -124,9 +126,9 @@ def check_storage(conn: sa.Connection, owner: str, model_id: str, kind: str, pat
     size = checkpoints.c.size_bytes
     stored = sa.select(sa.func.sum(size)).where(checkpoints.c.owner == owner, is_other)
     largest = sa.select(sa.func.max(size)).where(checkpoints.c.model_id == model_id, checkpoints.c.kind == kind)
-    used, expected = int(conn.scalar(stored) or 0), int(conn.scalar(largest) or 1)
-    if used + expected > key.max_storage:
+    used, needed = int(conn.scalar(stored) or 0), size_bytes or int(conn.scalar(largest) or 1)
+    if used + needed > key.max_storage:
         raise LimitError(
-            f"key {key.name!r} stores {used} bytes of at most {key.max_storage}, and this checkpoint needs about "
-            f"{expected}; delete checkpoints (tinker checkpoint delete), or give them a lifetime (ttl_seconds)"
+            f"key {key.name!r} stores {used} bytes of at most {key.max_storage}, and this checkpoint needs {needed}; "
+            "delete checkpoints (tinker checkpoint delete), or give them a lifetime (ttl_seconds)"
         )

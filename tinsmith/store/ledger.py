@@ -128,9 +128,9 @@ class Ledger:
     def find_checkpoint(self, path: str) -> records.Checkpoint | None:
         return self._database.read(records.find_checkpoint, path)
 
-    def check_storage(self, header: Header, kind: str, path: str) -> None:
-        """Raises LimitError if the checkpoint that a job is about to write would be more than its owner may store."""
-        self._database.read(keys.check_storage, header.owner, header.subject, kind, path)
+    def check_storage(self, header: Header, kind: str, path: str, size_bytes: int | None = None) -> None:
+        """Raises LimitError if a job's checkpoint is more than its owner may store; its size may not be known yet."""
+        self._database.read(keys.check_storage, header.owner, header.subject, kind, path, size_bytes)
 
     def drop_expired_checkpoints(self, now: float) -> list[Path]:
         """Forgets checkpoints whose time is over; returns their folders, for removal."""
