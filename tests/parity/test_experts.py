@@ -28,7 +28,7 @@ from tests.parity.reference import SPECS, as_call, random_datum
 from tests.parity.sampling_lab import lora, new_sampler, prompt, run, sample
 from tests.parity.training_lab import FULL, add
 from tests.tiny_families import MIXTURES, QWEN3_MOE, SIZES
-from tinsmith.models.attention import PackedAttention
+from tinsmith.models.attention import Heads, PackedAttention
 from tinsmith.models.experts import MultiAdapterExperts
 from tinsmith.models.full import FullModel
 from tinsmith.models.loading import BaseModel
@@ -177,7 +177,7 @@ def test_a_sink_takes_its_share_of_every_rows_attention(window: int | None) -> N
     sinks_H = torch.randn(4, generator=generator, requires_grad=True)
     upstream_THd = torch.randn(14, 4, 8, generator=generator)
     inputs = [*heads_HTd, sinks_H]
-    output_THd = PackedAttention([0, 3, 14])(0, *heads_HTd, 0.3, window, sinks_H)
+    output_THd = PackedAttention([0, 3, 14])(0, Heads(*heads_HTd, 0.3, window, sinks_H))
     gradients = torch.autograd.grad(output_THd, inputs, upstream_THd)
 
     query, key, value = (part if len(part) == 4 else part.repeat_interleave(2, 0) for part in heads_HTd)

@@ -25,7 +25,7 @@ from tests.parity.conftest import Bases, Folders, NewTrainer, load
 from tests.parity.reference import SPECS, as_call, random_datum, warm
 from tests.tiny_families import FAMILIES, SIZES, randomize
 from tinsmith.errors import ConfigError, UserError
-from tinsmith.models.attention import CacheShape, PackedAttention
+from tinsmith.models.attention import CacheShape, Heads, PackedAttention
 from tinsmith.models.lora import Segment
 from tinsmith.protocols import AdamParams, ModelCall, ModelSpec
 from tinsmith.training.trainer import TorchTrainer
@@ -96,7 +96,7 @@ def test_a_window_limits_what_a_packed_row_sees() -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(heads, 14, 8) for heads in (4, 2, 2))
     bounds = [0, 3, 14]
-    output_THd = PackedAttention(bounds)(0, query, key, value, 0.3, 4, None)
+    output_THd = PackedAttention(bounds)(0, Heads(query, key, value, 0.3, 4))
     for start, end in itertools.pairwise(bounds):
         for row in range(start, end):
             seen = slice(max(start, row - 3), row + 1)

@@ -28,6 +28,22 @@ _HARMLESS_KEYWORDS = frozenset(
 )
 
 
+@dataclass(slots=True)
+class Heads:
+    """What one layer asks of attention.
+
+    `scaling` is the scores' factor. A row sees at most `window` rows, its own included; a sink is one more score of
+    every row of its query head, with a value of zero.
+    """
+
+    query_HTd: Tensor
+    key_GTd: Tensor
+    value_GTe: Tensor
+    scaling: float
+    window: int | None = None
+    sinks_H: Tensor | None = None
+
+
 class Attention(Protocol):
     """What a forward pass is given; called once per layer with attention."""
 
@@ -35,20 +51,8 @@ class Attention(Protocol):
     def recurrence(self) -> Recurrence:
         """The same sequences, for layers that have a recurrent state instead."""
 
-    def __call__(
-        self,
-        layer: int,
-        query_HTd: Tensor,
-        key_GTd: Tensor,
-        value_GTe: Tensor,
-        scaling: float,
-        window: int | None,
-        sinks_H: Tensor | None,
-    ) -> Tensor:
-        """Returns [T, H, e]. A row sees itself and what precedes it, at most `window` rows in all.
-
-        A sink is one more score of every row of its head, with a value of zero.
-        """
+    def __call__(self, layer: int, heads: Heads) -> Tensor:
+        """Returns [T, H, e]. A row sees itself and what precedes it in its sequence."""
 
 
 class PackedAttention:
@@ -66,23 +70,15 @@ class PackedAttention:
             self._recurrence = Recurrence([Run(range(*bounds)) for bounds in itertools.pairwise(self._cu_seqlens)])
         return self._recurrence
 
-    def __call__(
-        self,
-        layer: int,
-        query_HTd: Tensor,
-        key_GTd: Tensor,
-        value_GTe: Tensor,
-        scaling: float,
-        window: int | None,
-        sinks_H: Tensor | None,
-    ) -> Tensor:
-        outputs = []
+    def __call__(self, layer: int, heads: Heads) -> Tensor:
+        outputs, window = [], heads.window
         # Split, not sliced: a slice's gradient is as long as the whole, so that n slices would cost n² in backward.
-        wholes = (query_HTd[None], key_GTd[None], value_GTe[None])
+        wholes = (heads.query_HTd[None], heads.key_GTd[None], heads.value_GTe[None])
         for query, key, value in zip(*(whole.split(self.lengths, dim=2) for whole in wholes), strict=True):
             length = query.shape[2]
             mask = None if window is None or length <= window else _band(length, window, query.device)
-            outputs.append(attend(query, key, value, scaling, mask, sinks_H).squeeze(0).transpose(0, 1))
+            attended = attend(query, key, value, heads.scaling, mask, heads.sinks_H)
+            outputs.append(attended.squeeze(0).transpose(0, 1))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
@@ -153,18 +149,9 @@ class ShapeRecorder(PackedAttention):
         super().__init__([0, rows])
         self._seen: dict[int, tuple[int, int, int]] = {}
 
-    def __call__(
-        self,
-        layer: int,
-        query_HTd: Tensor,
-        key_GTd: Tensor,
-        value_GTe: Tensor,
-        scaling: float,
-        window: int | None,
-        sinks_H: Tensor | None,
-    ) -> Tensor:
-        self._seen[layer] = (key_GTd.shape[0], key_GTd.shape[2], value_GTe.shape[2])
-        return super().__call__(layer, query_HTd, key_GTd, value_GTe, scaling, window, sinks_H)
+    def __call__(self, layer: int, heads: Heads) -> Tensor:
+        self._seen[layer] = (heads.key_GTd.shape[0], heads.key_GTd.shape[2], heads.value_GTe.shape[2])
+        return super().__call__(layer, heads)
 
     def cache_shape(self) -> CacheShape:
         """Raises ConfigError unless all layers are alike."""
@@ -198,8 +185,8 @@ def _delegate(
     if unknown or dropout or attention_mask is not None:
         what = ", ".join(unknown) or ("dropout" if dropout else "attention_mask")
         raise ConfigError(f"{type(module).__name__} asks for attention with {what}, which Tinsmith cannot do")
-    heads_HTd = (query.squeeze(0), key.squeeze(0), value.squeeze(0))
-    output_THd = attention(module.layer_idx, *heads_HTd, scaling, sliding_window, s_aux)  # type: ignore[arg-type]
+    heads = Heads(query.squeeze(0), key.squeeze(0), value.squeeze(0), scaling, sliding_window, s_aux)
+    output_THd = attention(module.layer_idx, heads)  # type: ignore[arg-type]
     return output_THd[None], None
 
 

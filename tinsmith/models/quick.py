@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinsmith.models.attention import Attention, PackedAttention
+from tinsmith.models.attention import Attention, Heads, PackedAttention
 from tinsmith.models.lora import AppliedAdapters, CurrentPass, LinearGroup, Segment
 from tinsmith.models.norms import FrozenRMSNorm
 
@@ -96,18 +96,9 @@ class _Observer(PackedAttention):
         super().__init__(cu_seqlens)
         self.calls: dict[int, tuple[float, int | None]] = {}
 
-    def __call__(
-        self,
-        layer: int,
-        query_HTd: Tensor,
-        key_GTd: Tensor,
-        value_GTe: Tensor,
-        scaling: float,
-        window: int | None,
-        sinks_H: Tensor | None,
-    ) -> Tensor:
-        self.calls[layer] = (scaling, window)
-        return super().__call__(layer, query_HTd, key_GTd, value_GTe, scaling, window, sinks_H)
+    def __call__(self, layer: int, heads: Heads) -> Tensor:
+        self.calls[layer] = (heads.scaling, heads.window)
+        return super().__call__(layer, heads)
 
 
 class _Layer:
@@ -133,8 +124,8 @@ class _Layer:
         turned, value_TGd = heads_TO.unflatten(1, (-1, self._width)).split([query + key, value], 1)
         turned = rotation.turn(turned if self._head_norm is None else self._head_norm(turned))
         query_HTd, key_GTd = turned.transpose(0, 1).split([query, key])
-        value_GTd = value_TGd.transpose(0, 1)
-        attended_THd = attention(self._index, query_HTd, key_GTd, value_GTd, self._scaling, self._window, None)
+        heads = Heads(query_HTd, key_GTd, value_TGd.transpose(0, 1), self._scaling, self._window)
+        attended_THd = attention(self._index, heads)
         hidden_TD.add_(self._out(attended_THd.flatten(1), adapters))
         gate_TP, up_TP = self._gate_up(self._mlp_norm(hidden_TD), adapters).chunk(2, 1)
         return hidden_TD.add_(self._down(self._activation(gate_TP).mul_(up_TP), adapters))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tinsmith.models.attention import attend
+from tinsmith.models.attention import Heads, attend
 from tinsmith.models.recurrence import Recurrence
 from tinsmith.sampling.kv_cache import KVCache
 from tinsmith.sampling.lanes import Lanes, Span
@@ -42,31 +42,21 @@ class PagedAttention:
             self._recurrence = Recurrence(self._states.runs(self._spans))
         return self._recurrence
 
-    def __call__(
-        self,
-        layer: int,
-        query_HTd: Tensor,
-        key_GTd: Tensor,
-        value_GTe: Tensor,
-        scaling: float,
-        window: int | None,
-        sinks_H: Tensor | None,
-    ) -> Tensor:
+    def __call__(self, layer: int, heads: Heads) -> Tensor:
         """Returns [T, H, e]."""
         place = self._cache.places[layer]
         keys, values = self._cache.slots(place)
-        keys.index_copy_(0, self._slots_T, key_GTd.transpose(0, 1))
-        values.index_copy_(0, self._slots_T, value_GTe.transpose(0, 1))
+        keys.index_copy_(0, self._slots_T, heads.key_GTd.transpose(0, 1))
+        values.index_copy_(0, self._slots_T, heads.value_GTe.transpose(0, 1))
         if self._decoding and self._decoding[0].in_order:
-            return self._decoding[0].attend(place, query_HTd, key_GTd, value_GTe, scaling, window, sinks_H)
-        heads, rows, _ = query_HTd.shape
-        output_THe = value_GTe.new_zeros(rows, heads, value_GTe.shape[2])
+            return self._decoding[0].attend(place, heads)
+        count, rows, _ = heads.query_HTd.shape
+        output_THe = heads.value_GTe.new_zeros(rows, count, heads.value_GTe.shape[2])
         for group in self._decoding:
-            attended_NHe = group.attend(place, query_HTd, key_GTd, value_GTe, scaling, window, sinks_H)
-            output_THe.index_copy_(0, group.rows_N, attended_NHe)
+            output_THe.index_copy_(0, group.rows_N, group.attend(place, heads))
         blocks = self._cache.blocks(place)
         for chunk in self._chunks:
-            chunk.attend(blocks, query_HTd, output_THe, scaling, window, sinks_H)
+            chunk.attend(blocks, heads, output_THe)
         return output_THe
 
 
@@ -91,24 +81,17 @@ class _Chunk:
         self._blocks_B = torch.tensor(span.blocks, device=device)
         self._masks: dict[int | None, Tensor] = {}
 
-    def attend(
-        self,
-        blocks: tuple[Tensor, Tensor],
-        query_HTd: Tensor,
-        output_THe: Tensor,
-        scaling: float,
-        window: int | None,
-        sinks_H: Tensor | None,
-    ) -> None:
+    def attend(self, blocks: tuple[Tensor, Tensor], heads: Heads, output_THe: Tensor) -> None:
         key_KGd, value_KGe = (part.index_select(0, self._blocks_B).flatten(0, 1)[: self._total] for part in blocks)
+        window = heads.window
         causal = self._span.past == 0 and (window is None or window >= self._total)
         attended = attend(
-            query_HTd[None, :, self._rows],
+            heads.query_HTd[None, :, self._rows],
             key_KGd.transpose(0, 1)[None],
             value_KGe.transpose(0, 1)[None],
-            scaling,
+            heads.scaling,
             None if causal else self._mask(window),
-            sinks_H,
+            heads.sinks_H,
         )
         output_THe[self._rows] = attended[0].transpose(0, 1)
 

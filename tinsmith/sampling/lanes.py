@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinsmith.models.attention import Heads
 from tinsmith.sampling.kv_cache import KVCache
 
 
@@ -92,40 +93,31 @@ class LaneGroup:
         self._load([span for span in spans if span.owner not in present])
         self._prepare([wanted[owner] for owner in self._owners], batch)
 
-    def attend(
-        self,
-        place: int,
-        query_HTd: Tensor,
-        key_GTd: Tensor,
-        value_GTe: Tensor,
-        scaling: float,
-        window: int | None,
-        sinks_H: Tensor | None,
-    ) -> Tensor:
+    def attend(self, place: int, heads: Heads) -> Tensor:
         """Adds the new row of each sequence; returns [N, H, e], in the order of `rows_N`."""
         count = len(self._owners)
         key_NGSd, value_NGSe = self._keys_LNGSd[place, :count], self._values_LNGSe[place, :count]
         cells = (self._lanes_N, slice(None), self._newest_N)
-        key_NGSd[cells] = self._rows(key_GTd).to(key_NGSd.dtype)
-        value_NGSe[cells] = self._rows(value_GTe).to(value_NGSe.dtype)
-        query_NHd = self._rows(query_HTd)
-        if self._fused and sinks_H is None:
+        key_NGSd[cells] = self._rows(heads.key_GTd).to(key_NGSd.dtype)
+        value_NGSe[cells] = self._rows(heads.value_GTe).to(value_NGSe.dtype)
+        query_NHd, mask = self._rows(heads.query_HTd), self._mask(heads.window)
+        if self._fused and heads.sinks_H is None:
             attended_NGJe = F.scaled_dot_product_attention(
                 query_NHd.unflatten(1, (key_NGSd.shape[1], -1)),
                 key_NGSd,
                 value_NGSe,
-                attn_mask=self._mask(window).view(count, self._heads, 1, -1),
-                scale=scaling,
+                attn_mask=mask.view(count, self._heads, 1, -1),
+                scale=heads.scaling,
             )
             return attended_NGJe.flatten(1, 2)
         query, key, value = (part.flatten(0, 1) for part in (query_NHd, key_NGSd.transpose(2, 3), value_NGSe))
         query = query.view(key.shape[0], -1, key.shape[1]).to(key.dtype)
-        scores = torch.baddbmm(self._mask(window), query, key, alpha=scaling)
-        if sinks_H is not None:
-            sinks = sinks_H.to(scores.dtype).view(-1, scores.shape[1], 1).repeat(count, 1, 1)
+        scores = torch.baddbmm(mask, query, key, alpha=heads.scaling)
+        if heads.sinks_H is not None:
+            sinks = heads.sinks_H.to(scores.dtype).view(-1, scores.shape[1], 1).repeat(count, 1, 1)
             scores = torch.cat([scores, sinks], -1)
         weights = scores.softmax(-1)[..., : self._length]
-        return torch.bmm(weights, value).view(*query_NHd.shape[:2], -1).to(query_HTd.dtype)
+        return torch.bmm(weights, value).view(*query_NHd.shape[:2], -1).to(query_NHd.dtype)
 
     def _rows(self, part_HTd: Tensor) -> Tensor:
         """[N, H, d]: the sequences' rows of the batch, by lane."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tinsmith.models.attention import attend
+from tinsmith.models.attention import Heads, attend
 from tinsmith.sampling.kv_cache import KVCache
 from tinsmith.sampling.lanes import Span
 
@@ -49,21 +49,12 @@ class RowGroup:
         self.rows_N = torch.tensor(rows, device=device)
         self.in_order = rows == list(range(batch))
 
-    def attend(
-        self,
-        place: int,
-        query_HTd: Tensor,
-        key_GTd: Tensor,
-        value_GTe: Tensor,
-        scaling: float,
-        window: int | None,
-        sinks_H: Tensor | None,
-    ) -> Tensor:
+    def attend(self, place: int, heads: Heads) -> Tensor:
         """[N, H, e]; the new rows' keys and values are in the cache already."""
         keys, values = (part[self._tables_NB].flatten(1, 2).transpose(1, 2) for part in self._cache.blocks(place))
-        query_NH1d = query_HTd.index_select(1, self.rows_N).transpose(0, 1)[:, :, None]
-        mask_N11S = self._visible(keys.shape[2], window)[:, None, None]
-        return attend(query_NH1d, keys, values, scaling, mask_N11S, sinks_H)[:, :, 0]
+        query_NH1d = heads.query_HTd.index_select(1, self.rows_N).transpose(0, 1)[:, :, None]
+        mask_N11S = self._visible(keys.shape[2], heads.window)[:, None, None]
+        return attend(query_NH1d, keys, values, heads.scaling, mask_N11S, heads.sinks_H)[:, :, 0]
 
     def _visible(self, length: int, window: int | None) -> Tensor:
         """Boolean [N, S]: True where the row may look."""
