@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 import sqlalchemy as sa
 
 from tinsmith.errors import LimitError, NotFoundError, UserError
+from tinsmith.store.prepared import Prepared
 from tinsmith.store.tables import checkpoints, insert, keys
 
 KEY_START = "tml-"
@@ -22,6 +23,7 @@ KEY_START = "tml-"
 
 USER, ADMIN = "user", "admin"
 
+_ALL = Prepared(any=sa.select(keys).order_by(keys.c.created_at, keys.c.digest))  # columns are in the order of fields
 _PREFIX_LENGTH = len(KEY_START) + 8
 _LONGEST_NAME = 100
 
@@ -82,8 +84,7 @@ def create_key(conn: sa.Connection, key: Key) -> None:
 
 def list_keys(conn: sa.Connection) -> list[Key]:
     """All keys, also expired and revoked ones, oldest first."""
-    rows = conn.execute(sa.select(keys).order_by(keys.c.created_at, keys.c.digest)).mappings()
-    return [Key(**row) for row in rows]
+    return [Key(*row) for row in _ALL(conn, {})]
 
 
 def revoke_key(conn: sa.Connection, name_or_prefix: str) -> Key:
