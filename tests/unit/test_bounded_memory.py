@@ -1,14 +1,17 @@
 """What an engine holds in memory does not grow with the tenants it once had, nor with what is queued."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 
 from tests.unit.test_engine import Bench, lesson
 from tinsmith.engine import loop
 from tinsmith.store import records
+from tinsmith.store.tables import sessions
 from tinsmith.wire.packing import SampleCall
 
 
@@ -58,6 +61,40 @@ def test_models_and_snapshots_of_silent_sessions_leave_the_device_for_newer_ones
         bench.result(bench.submit(model, "save_weights_for_sampler", request))
     assert held(bench)["models"] == held(bench)["trained"] == bench.max_models
     assert held(bench)["snapshots"] == held(bench)["published"] == 2 * bench.max_models
+
+
+def test_what_a_silent_client_has_on_the_device_waits_on_disk_until_it_comes_back(bench: Bench) -> None:
+    model = bench.create("m")
+    lesson(bench, model, range(2))
+    sampler = bench.sampler("0", "s:sample:0", model)
+    request = {"name": None, "path": None, "sampler_id": sampler, "kind": "snapshot"}
+    bench.result(bench.submit(model, "save_weights_for_sampler", request))
+    drawn, expected = bench.greedy(sampler), bench.logprobs(model)
+    bench.engine.rest_silent_models()
+    assert held(bench)["models"] == 1, "its client beats"
+    bench.engine._began_at = 0.0
+    bench.database.write(fall_silent, loop.PATIENCE_SECONDS + 1)
+    bench.engine.rest_silent_models()
+    bench.engine.close_models()
+    assert held(bench) | {"lanes": 0, "shares": 0} == dict.fromkeys(held(bench), 0)
+    np.testing.assert_allclose(bench.logprobs(model), expected, atol=1e-6)
+    assert bench.greedy(sampler) == drawn
+
+
+def test_a_session_that_is_silent_for_a_day_ends_unless_the_server_was_away_itself(bench: Bench) -> None:
+    model = bench.create("m")
+    bench.run()
+    bench.database.write(fall_silent, loop.SILENT_SECONDS + 1)
+    bench.engine.close_models()
+    assert held(bench)["models"] == 1
+    bench.engine._began_at = 0.0
+    bench.engine.close_models()
+    assert not any(held(bench).values()), held(bench)
+    assert "session is over" in bench.error(bench.train(model, [1, 2, 3]))
+
+
+def fall_silent(conn: sa.Connection, seconds: float) -> None:
+    conn.execute(sa.update(sessions).values(seen_at=time.time() - seconds))
 
 
 def test_queued_sampling_stays_in_the_database_beyond_the_samplers_share(

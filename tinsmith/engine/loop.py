@@ -7,7 +7,7 @@ tenants), gives sampling the same share of time, and keeps house. Knows no tenso
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,8 +40,8 @@ IDLE_SECONDS = 1.0  # how long to sleep when nobody rings
 BEAT_SECONDS = 5.0
 KEEP_HOUSE_SECONDS = 10.0
 POINT_SECONDS = 60.0  # how often a training model gets a recovery point
-SILENT_SECONDS = 24 * 3600.0  # a session without heartbeats (a paused notebook, a dead client) is kept this long
-PATIENCE_SECONDS = 900.0  # how long samples of a client run on that neither beats nor finishes its session
+SILENT_SECONDS = 24 * 3600.0  # a session without heartbeats (a sleeping laptop, a dead client) is kept this long
+PATIENCE_SECONDS = 900.0  # after so long without them, its samples are given up and its models leave the device
 PRUNE_LIMIT = 1_000  # rows of old results deleted at a time
 GAP_SECONDS = 330.0  # clients give up on a submission after 300 s; then what waits behind it goes on
 
@@ -103,6 +103,7 @@ class Engine:
         self._pruning = False
         self._kept_house_at = time.monotonic()
         self._pointed_at = time.monotonic()
+        self._began_at = time.time()
 
     # The loop
 
@@ -182,7 +183,7 @@ class Engine:
 
     def _close(self) -> None:
         for model_id in self._residency.models:
-            self._write_point(model_id)
+            self._to_disk(self._residency.write_point, model_id)
         self._ledger.release()
         self._trials.close()
         self._ledger.announce("stopped", "")
@@ -329,7 +330,7 @@ class Engine:
         try:
             with self._trials.training([header.number for header in headers]):
                 results = self._trainer.forward_backward(calls, self._let_others_in)
-        except UnavailableError:  # from letting others in
+        except UnavailableError:  # the store failed, from letting others in
             raise
         except Exception as error:  # the trainer itself broke: nobody's gradient can be trusted
             log.exception("a batch of %d requests failed", len(calls))
@@ -442,6 +443,7 @@ class Engine:
         if now - self._kept_house_at > KEEP_HOUSE_SECONDS:
             self._kept_house_at = now
             self.close_models()
+            self.rest_silent_models()
             self.drop_abandoned_samples()
             for folder in self._ledger.drop_expired_checkpoints(time.time()):
                 remove_folder(folder)
@@ -449,15 +451,20 @@ class Engine:
         if self._pruning:  # a little every turn, so that nobody waits for it
             self._pruning = self._ledger.prune(time.time() - self._future_seconds, PRUNE_LIMIT) >= PRUNE_LIMIT
 
+    def _silent_since(self, seconds: float) -> float:
+        """Clients not heard since then have been silent for `seconds`; nobody has before they could find the server."""
+        now = time.time()
+        return now - seconds if now - self._began_at > PATIENCE_SECONDS else 0.0
+
     def write_points(self) -> None:
         """Gives every model that has stepped since its last recovery point a new one."""
         for model_id, lane in self._lanes.items():
             if lane.stepped and model_id in self._residency.models:
-                lane.stepped = not self._write_point(model_id)
+                lane.stepped = not self._to_disk(self._residency.write_point, model_id)
 
     def close_models(self) -> None:
         """Frees the models of sessions that are over, once nothing of theirs waits."""
-        for model_id in self._ledger.closing_models(time.time() - SILENT_SECONDS):
+        for model_id in self._ledger.closing_models(self._silent_since(SILENT_SECONDS)):
             lane = self._lanes.get(model_id)
             if lane is not None and lane.waiting:
                 continue
@@ -466,21 +473,25 @@ class Engine:
             self._lanes.pop(model_id, None)
             self._served.pop(model_id, None)
 
+    def rest_silent_models(self) -> None:
+        """Moves what silent clients have on the device to disk; it comes back with their next request."""
+        for model_id in self._ledger.silent_models(self._silent_since(PATIENCE_SECONDS)):
+            lane = self._lanes.get(model_id)
+            if not (lane and lane.waiting):
+                self._to_disk(self._residency.rest, model_id)
+
     def drop_abandoned_samples(self) -> None:
         """Drops the samples of silent clients, and those given up by a client whose ring was lost."""
         if self._sampling:
             numbers = {header.number: request_id for request_id, header in self._sampling.items()}
-            gone = self._ledger.abandoned(list(numbers), time.time() - PATIENCE_SECONDS)
+            gone = self._ledger.abandoned(list(numbers), self._silent_since(PATIENCE_SECONDS))
             self._give_up(numbers[number] for number in gone)
 
-    def _write_point(self, model_id: str) -> bool:
-        """Whether it was written. If not, the log still holds everything: only a recovery would take longer."""
+    def _to_disk(self, write: Callable[[str], None], model_id: str) -> bool:
+        """Whether a model could be written. If not, it stays, and the log still holds everything behind its points."""
         try:
-            self._residency.write_point(model_id)
-        except TinsmithError as error:  # a full disk, say
-            log.error("no recovery point for %s: %s", model_id, error)
-            return False
-        except Exception:
-            log.exception("no recovery point for %s", model_id)
+            write(model_id)
+        except Exception as error:  # a full disk, say
+            log.error("no recovery point for %s: %s", model_id, error, exc_info=not isinstance(error, TinsmithError))
             return False
         return True

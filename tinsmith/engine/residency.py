@@ -95,6 +95,13 @@ class Residency:
         self.write_point(model_id)
         self._forget_model(model_id)
 
+    def rest(self, model_id: str) -> None:
+        """Moves a model, if it is on the device, and its unnamed snapshots to disk."""
+        if model_id in self._models:
+            self.page_out(model_id)
+        for snapshot_id in [s for s, origin in self._snapshots.items() if origin == model_id]:
+            self._page_out_snapshot(snapshot_id)
+
     def close_model(self, model_id: str) -> None:
         """Frees everything that a model of a finished session holds, its recovery points included."""
         self._forget_model(model_id)

@@ -122,6 +122,10 @@ class Ledger:
         """Returns once all that was written will outlive a power cut, too."""
         self._database.sync()
 
+    def silent_models(self, unseen_since: float) -> list[str]:
+        """Models that may be trained still, but whose client has been silent since that time."""
+        return self._database.read(records.silent_models, self.base, unseen_since)
+
     def find_sampler(self, sampler_id: str) -> records.SamplerRecord | None:
         return self._database.read(records.find_sampler, sampler_id)
 

@@ -163,10 +163,19 @@ def list_models(conn: sa.Connection, owner: str, limit: int, offset: int) -> tup
 def closing_models(conn: sa.Connection, base: str, unseen_since: float) -> list[str]:
     """Models that are not closed yet although their session is finished, or was not heard of since that time."""
     is_over = (sessions.c.state == "finished") | (sessions.c.seen_at < unseen_since)
+    return _living_models(conn, base, is_over)
+
+
+def silent_models(conn: sa.Connection, base: str, unseen_since: float) -> list[str]:
+    """Models that are not closed yet, and whose session was not heard of since that time."""
+    return _living_models(conn, base, sessions.c.seen_at < unseen_since)
+
+
+def _living_models(conn: sa.Connection, base: str, which: sa.ColumnElement[bool]) -> list[str]:
     statement = (
         sa.select(models.c.id)
         .join(sessions, sessions.c.id == models.c.session_id)
-        .where(models.c.base == base, models.c.state != "closed", is_over)
+        .where(models.c.base == base, models.c.state != "closed", which)
     )
     return list(conn.scalars(statement))
 
