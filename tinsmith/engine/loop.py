@@ -42,6 +42,7 @@ KEEP_HOUSE_SECONDS = 10.0
 POINT_SECONDS = 60.0  # how often a training model gets a recovery point
 SILENT_SECONDS = 24 * 3600.0  # a session without heartbeats (a sleeping laptop, a dead client) is kept this long
 PATIENCE_SECONDS = 900.0  # after so long without them, its samples are given up and its models leave the device
+SNAPSHOTS_PER_MODEL = 8  # on the device at most, of as many models as may be there; the sampler bounds their bytes
 PRUNE_LIMIT = 1_000  # rows of old results deleted at a time
 GAP_SECONDS = 330.0  # clients give up on a submission after 300 s; then what waits behind it goes on
 
@@ -87,7 +88,7 @@ class Engine:
             recovery,
             data_dir / "snapshots",
             max_models=max_models,
-            max_snapshots=2 * max_models,
+            max_snapshots=SNAPSHOTS_PER_MODEL * max_models,
         )
         self._operations = Operations(ledger, trainer, self._residency, data_dir / "checkpoints", new_checkpoint)
         self._lanes: dict[str, Lane] = {}
