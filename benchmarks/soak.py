@@ -35,6 +35,7 @@ from benchmarks.recording import Row, record
 from tinsmith.demo.local_server import LocalServer
 from tinsmith.store.database import Database
 from tinsmith.store.tables import jobs, results
+from tinsmith.supervisor import MAX_CRASHES
 
 ROLES = ("engine", "api", "tree", "engine", "server")
 """What is killed in turn: one process (`server` is the supervisor), or all three at once (`tree`)."""
@@ -42,6 +43,8 @@ ROLES = ("engine", "api", "tree", "engine", "server")
 ADAM = types.AdamParams(learning_rate=1e-3, eps=1e-8)
 STATE_EVERY = 4  # steps
 ANSWERS = 4  # between two blows, for every tenant
+HANGING = 180.0  # seconds without an answer
+THINKING = 0.2  # seconds between two steps of a script; the run without blows does not need them
 
 
 @dataclass
@@ -67,6 +70,8 @@ class Tenant:
                     if self.done % STATE_EVERY == 0:
                         client.save_state(f"state-{self.done}").result()
                     self.done += 1
+                    if self.steps is None:
+                        time.sleep(THINKING)
                 self.final = client.save_state("final").result().path
         except BaseException as error:
             self.error = error
@@ -148,7 +153,7 @@ class Killer:
     def run(self, count: int) -> None:
         """`count` blows. Ends early when a script has failed."""
         while len(self.kills) < count and self._progress():
-            time.sleep(self._random.uniform(0.0, 3.0))
+            time.sleep(self._random.uniform(0.0, 2.0))
             self.compare_results()
             self._kill(self._roles[len(self.kills) % len(self._roles)])
             if len(self.kills) < count and self._random.random() < 0.3:
@@ -161,15 +166,17 @@ class Killer:
         self._results |= now
 
     def _progress(self) -> bool:
-        """Waits until every tenant has got some answers, behind the last blow; false if a script is over."""
+        """Waits until every tenant has got some answers, behind the last blow; false if a script is over or hangs."""
+        deadline = time.monotonic() + HANGING
         since = self.kills[-1].at if self.kills else 0.0
         while any(sum(at > since for at, _ in tenant.answers) < ANSWERS for tenant in self._tenants):
-            if any(tenant.error or tenant.final for tenant in self._tenants):
+            if time.monotonic() > deadline or any(tenant.error or tenant.final for tenant in self._tenants):
                 return False
             time.sleep(0.05)
         return True
 
     def _kill(self, role: str) -> None:
+        role = self._bearable(role)
         processes = self._server.processes()
         hit = list(processes.values()) if role == "tree" else [processes[role]] if role in processes else []
         if not hit:
@@ -182,6 +189,15 @@ class Killer:
         if role in ("tree", "server"):
             self._server.stop()  # takes note of its end
             self._server.start()
+
+    def _bearable(self, role: str) -> str:
+        """`role`, or everything where the supervisor would take one more crash of it for a reason to give up."""
+        crashes = 0
+        for kill in reversed(self.kills):
+            if kill.role in ("tree", "server"):
+                break
+            crashes += kill.role == role
+        return "tree" if crashes >= MAX_CRASHES else role
 
     def _kill_while_loading(self) -> None:
         """The engine once more, before it has taken anything up."""
