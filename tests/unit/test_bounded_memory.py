@@ -54,6 +54,7 @@ def test_nothing_is_left_of_models_whose_session_is_over(bench: Bench) -> None:
 
 
 def test_models_and_snapshots_of_silent_sessions_leave_the_device_for_newer_ones(bench: Bench) -> None:
+    bench.engine._residency._max_snapshots = 2 * bench.max_models
     for number in range(3 * bench.max_models):
         model = bench.create(f"m{number}")
         sampler = bench.sampler(str(number), f"s:sample:{number}", model)
