@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from tests.unit.test_engine import Bench, lesson
-from tinsmith.engine import loop
+from tinsmith.engine import loop, sampling_turns
 from tinsmith.store import records
 from tinsmith.store.tables import sessions
 from tinsmith.wire.packing import SampleCall
@@ -28,12 +28,12 @@ def held(bench: Bench) -> dict[str, int]:
     return {
         "lanes": len(engine._lanes),
         "shares": len(engine._served),
-        "sampling": len(engine._sampling),
+        "sampling": len(engine._sampling._inside),
         "models": len(residency._models),
         "points": len(residency._points),
         "snapshots": len(residency._snapshots),
         "trained": len(engine._trainer._models),  # type: ignore[attr-defined]
-        "published": len(engine._sampler._snapshots) - 1,  # type: ignore[attr-defined]
+        "published": len(engine._sampling._sampler._snapshots) - 1,  # type: ignore[attr-defined]
     }
 
 
@@ -102,12 +102,12 @@ def test_queued_sampling_stays_in_the_database_beyond_the_samplers_share(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "CLAIM_LIMIT", 2)
-    monkeypatch.setattr(loop, "MAX_SAMPLING_TOKENS", 16)  # of 8 each, says the bench
+    monkeypatch.setattr(sampling_turns, "MAX_SAMPLING_TOKENS", 16)  # of 8 each, says the bench
     sampler = bench.sampler("base", "base", None)
     call = SampleCall(np.array([40, 41, 42], np.int32), seed=1, max_tokens=5, stop_at_eos=False)
     asked = [bench.submit(sampler, "sample", call.to_bytes()) for _ in range(9)]
     most = 0
     while bench.engine.turn():
-        most = max(most, len(bench.engine._sampling))
+        most = max(most, len(bench.engine._sampling._inside))
     assert most == 2
     assert all(bench.find(request).state == "done" for request in asked)

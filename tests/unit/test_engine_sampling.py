@@ -49,7 +49,7 @@ def test_training_passes_the_samples_that_a_full_sampler_leaves_in_the_queue(
     limit: dict[str, int], bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in limit.items():
-        monkeypatch.setattr(f"tinsmith.engine.loop.{name}", value)
+        monkeypatch.setattr(f"tinsmith.engine.sampling_turns.{name}", value)
     monkeypatch.setattr("tinsmith.engine.loop.CLAIM_LIMIT", 2)
     model, sampler = bench.create("a"), bench.sampler("base", "base", None)
     bench.run()
@@ -74,7 +74,7 @@ def test_a_sampler_that_breaks_ends_its_own_requests_and_no_training(during: str
     engine: Any = bench.engine
     samples = [ask(bench, sampler, seq) for seq in range(3)]
     bench.engine.turn()
-    backend, step = engine._sampler, engine._sampler.step
+    backend, step = engine._sampling._sampler, engine._sampling._sampler.step
 
     def break_once() -> None:
         backend.step = step
@@ -107,7 +107,7 @@ def test_a_sampler_that_breaks_ends_its_own_requests_and_no_training(during: str
 def test_a_sample_that_its_client_gives_up_leaves_the_sampler_and_the_queue(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinsmith.engine.loop.MAX_SAMPLING", 2)
+    monkeypatch.setattr("tinsmith.engine.sampling_turns.MAX_SAMPLING", 2)
     engine: Any = bench.engine
     engine._bell = engine._ledger.listen()
     sampler = bench.sampler("base", "base", None)
@@ -115,10 +115,10 @@ def test_a_sample_that_its_client_gives_up_leaves_the_sampler_and_the_queue(
     engine.turn()
     for seq in (1, 2):
         bench.doorbell.ring("jobs", bench.database.write(queue.give_up, sampler, seq))
-    assert engine._sampler.load == 2
+    assert engine._sampling._sampler.load == 2
     assert engine._hear(5.0)
-    assert engine._sampler.load == 1
-    engine._sampler.check()
+    assert engine._sampling._sampler.load == 1
+    engine._sampling._sampler.check()
     bench.run()
     assert states(bench, [kept, running, queued]) == ["done", "expired", "expired"]
     engine._bell.close()
@@ -127,7 +127,7 @@ def test_a_sample_that_its_client_gives_up_leaves_the_sampler_and_the_queue(
 def test_samples_of_a_silent_client_are_dropped_and_those_of_others_go_on(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinsmith.engine.loop.MAX_SAMPLING", 4)
+    monkeypatch.setattr("tinsmith.engine.sampling_turns.MAX_SAMPLING", 4)
     long_ago = time.time() - 3600
     alive = records.Session("alive", "me", "open", [], {}, "0", None, None, None, long_ago, time.time())
     bench.database.write(records.create_session, alive)
@@ -140,10 +140,10 @@ def test_samples_of_a_silent_client_are_dropped_and_those_of_others_go_on(
     bench.engine.turn()
     bench.database.write(make_old, long_ago, [*silent, *others])
     bench.engine.drop_abandoned_samples()
-    assert bench.engine._sampler.load == 4, "the server has not been there for long enough to be found by its clients"
+    assert bench.engine._sampling._sampler.load == 4, "the server has not been there for long enough to be found"
     bench.engine._began_at = long_ago
     bench.engine.drop_abandoned_samples()
-    assert bench.engine._sampler.load == 1
+    assert bench.engine._sampling._sampler.load == 1
     bench.run()
     assert states(bench, silent) == ["expired"] * 3
     assert states(bench, [fresh, *others]) == ["done"] * 3
@@ -164,7 +164,7 @@ def test_a_sample_given_up_by_a_ring_that_was_lost_is_found_by_house_keeping(ben
     bench.engine.turn()
     bench.database.write(queue.give_up, sampler)
     bench.engine.drop_abandoned_samples()
-    assert bench.engine._sampler.load == 0
+    assert bench.engine._sampling._sampler.load == 0
 
 
 # Snapshots
@@ -193,13 +193,13 @@ def test_snapshots_beyond_the_bound_wait_on_disk_and_come_back_as_they_were(boun
     if bound == "number":
         engine._residency._max_snapshots = 3
     else:
-        engine._sampler._snapshot_bytes = 3 * engine._trainer.snapshot(model).nbytes
+        engine._sampling._sampler._snapshot_bytes = 3 * engine._trainer.snapshot(model).nbytes
     samplers, first = [], []
     for turn in range(10):
         lesson(bench, model, range(10 * turn, 10 * turn + 4))
         samplers.append(publish(bench, model, str(turn)))
         first.append(bench.greedy(samplers[-1]))
-        assert len(engine._sampler._snapshots) <= 3 + 1  # and the base
+        assert len(engine._sampling._sampler._snapshots) <= 3 + 1  # and the base
     assert len({tuple(tokens) for tokens in first}) > 5
     for _ in range(2):
         assert [bench.greedy(sampler) for sampler in samplers] == first
@@ -210,7 +210,7 @@ def test_snapshots_beyond_the_bound_wait_on_disk_and_come_back_as_they_were(boun
 def test_one_snapshot_larger_than_all_room_is_sampled_still(bench: Bench) -> None:
     model = bench.create("a")
     bench.run()
-    bench.engine._sampler._snapshot_bytes = 1  # type: ignore[attr-defined]
+    bench.engine._sampling._sampler._snapshot_bytes = 1  # type: ignore[attr-defined]
     samplers = [publish(bench, model, str(turn)) for turn in range(3)]
     assert len({tuple(bench.greedy(sampler)) for sampler in samplers}) == 1
 
@@ -224,7 +224,7 @@ def test_a_finished_session_leaves_no_snapshot_behind_wherever_it_is(bench: Benc
     bench.database.write(records.finish_session, SESSION, "me", "success")
     engine.close_models()
     assert not list((bench.folder / "snapshots").iterdir())
-    assert list(engine._sampler._snapshots) == ["base"]
+    assert list(engine._sampling._sampler._snapshots) == ["base"]
     call = SampleCall(np.array([4], np.int32), seed=1, max_tokens=1)
     assert "session is over" in bench.error(bench.submit(samplers[0], "sample", call.to_bytes()))
 

@@ -7,7 +7,7 @@ tenants), gives sampling the same share of time, and keeps house. Knows no tenso
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,12 @@ from tinsmith.engine.outcomes import attempt, category_of, failed, outcome_of
 from tinsmith.engine.planning import BATCHED, Plan, apart, gaps, plan, rejoin
 from tinsmith.engine.recovery import Recovery
 from tinsmith.engine.residency import Residency
+from tinsmith.engine.sampling_turns import SamplingTurns
 from tinsmith.engine.trials import Trials
 from tinsmith.errors import TinsmithError, UnavailableError, UserError
-from tinsmith.protocols import Finished, ModelCall, Sampler, SnapshotCall, Trainer
+from tinsmith.protocols import ModelCall, Sampler, Trainer
 from tinsmith.wire.jobs import Header, Outcome
-from tinsmith.wire.packing import SampleCall, TrainCall
+from tinsmith.wire.packing import TrainCall
 
 if TYPE_CHECKING:
     from tinsmith.engine.operations import MakeCheckpoint
@@ -34,8 +35,6 @@ log = logging.getLogger(__name__)
 
 BATCH_TOKENS = 16_384  # of one training batch: what a neighbour's request waits for at most
 CLAIM_LIMIT = 256
-MAX_SAMPLING = 4_096  # requests inside the sampler; further ones stay in the queue
-MAX_SAMPLING_TOKENS = 2**26  # of their prompts and what they may generate, at about 40 bytes each
 IDLE_SECONDS = 1.0  # how long to sleep when nobody rings
 BEAT_SECONDS = 5.0
 KEEP_HOUSE_SECONDS = 10.0
@@ -75,7 +74,6 @@ class Engine:
     ) -> None:
         self._ledger = ledger
         self._trainer = trainer
-        self._sampler = sampler
         self._data_dir = data_dir
         self._max_models = max_models
         self._future_seconds = future_seconds
@@ -93,8 +91,7 @@ class Engine:
         self._operations = Operations(ledger, trainer, self._residency, data_dir / "checkpoints", new_checkpoint)
         self._lanes: dict[str, Lane] = {}
         self._served: dict[str, float] = {}
-        self._sampling: dict[str, Header] = {}
-        self._held: list[Header] = []  # samples that wait until the sampler is free for them
+        self._sampling = SamplingTurns(ledger, sampler, self._residency, self._trials)
         self._astray = False  # the store failed in the middle of something: memory may differ from the log
         self._bell: Bell | None = None
         self._shared_at = time.monotonic()
@@ -160,18 +157,15 @@ class Engine:
 
     def _go_back(self) -> None:
         """Drops what is in memory, as a crash would, but for the base model; then takes up the unfinished jobs."""
-        for request_id in self._sampling:
-            self._sampler.cancel(request_id)
+        self._sampling.clear()
         for model_id in self._residency.models:
             self._residency.discard_model(model_id)
-        self._sampling.clear()
-        self._held.clear()
         self._lanes.clear()
         self._ledger.release()
         self._astray, self._more_queued = False, True
 
     def _turn(self, claim: bool) -> bool:
-        left = self._more_queued or (self._samples_queued and self._sampling_room() > 0)
+        left = self._more_queued or (self._samples_queued and self._sampling.room() > 0)
         if claim or left or time.monotonic() - self._claimed_at > IDLE_SECONDS:
             self._claim()
         self._close_gaps()
@@ -180,7 +174,7 @@ class Engine:
         self._sample()
         self._keep_house()
         queued = self._more_queued or self._samples_queued
-        return bool(queued or self._pruning or trained or self._held or self._sampler.load)
+        return bool(queued or self._pruning or trained or self._sampling.busy)
 
     def _close(self) -> None:
         for model_id in self._residency.models:
@@ -194,28 +188,21 @@ class Engine:
     def _hear(self, seconds: float) -> bool:
         """Waits for a ring that work was submitted; drops the samples that the ring says were given up."""
         messages = self._bell.wait(seconds) if self._bell is not None else []
-        self._give_up(messages)
+        self._sampling.give_up(messages)
         return bool(messages)
-
-    def _sampling_room(self) -> int:
-        """How many further requests may enter the sampler."""
-        if sum(header.tokens for header in self._sampling.values()) >= MAX_SAMPLING_TOKENS:
-            return 0
-        return max(0, MAX_SAMPLING - self._sampler.load - len(self._held))
 
     def _claim(self) -> None:
         """Takes in what is queued. While the sampler is full, samples stay in the queue, and training passes them."""
-        room = self._sampling_room()
+        room = self._sampling.room()
         limit = min(CLAIM_LIMIT, room) if room else CLAIM_LIMIT
         headers = self._ledger.claim(limit, but="" if room else "sample")
         self._claimed_at = time.monotonic()
         self._more_queued = len(headers) == limit
         self._samples_queued = not room
-        sampling = [header for header in headers if header.kind == "sample"]
         for header in headers:
             if header.kind != "sample":
                 self._enqueue(header)
-        self._held += sampling
+        self._sampling.hold(header for header in headers if header.kind == "sample")
 
     def _enqueue(self, header: Header) -> None:
         lane = self._lanes.get(header.subject)
@@ -359,41 +346,6 @@ class Engine:
 
     # Sampling
 
-    def _admit_samples(self) -> None:
-        """Hands the held samples to the sampler; suspects of an engine's death go apart, once it has become empty."""
-        if not any(header.number in self._trials.suspects for header in self._held):
-            self._start_sampling(self._held)
-            self._held = []
-        elif not self._sampler.load:
-            admitted = apart(self._held, self._trials.suspects)
-            self._held = [header for header in self._held if header not in admitted]
-            self._start_sampling(admitted)
-
-    def _start_sampling(self, headers: Sequence[Header]) -> None:
-        if not headers:
-            return
-        bodies = self._ledger.payloads(headers)
-        failures = []
-        for header in headers:
-            error = attempt(self._trials, header, partial(self._submit, header, bodies[header.number]))
-            if error is not None:
-                failures.append(failed(header, error))
-        self._end_samples(failures)
-
-    def _end_samples(self, outcomes: list[Outcome]) -> None:
-        self._ledger.complete(outcomes)
-        for outcome in outcomes:
-            self._trials.end(outcome.number)
-
-    def _submit(self, header: Header, body: bytes) -> None:
-        record = self._ledger.find_sampler(header.subject)
-        if record is None:
-            raise UserError(f"no sampling session {header.subject}")
-        snapshot_id = self._residency.require_snapshot(record.snapshot, record.model_id)
-        call = SnapshotCall(header.request_id, snapshot_id, record.session_id, SampleCall.from_bytes(body))
-        self._sampler.submit(call)
-        self._sampling[header.request_id] = header
-
     def _let_others_in(self) -> None:
         """Between two micro-batches: what has been asked for meanwhile is taken in, and sampling has its turn."""
         if self._hear(0.0):
@@ -401,38 +353,9 @@ class Engine:
         self._sample()
 
     def _sample(self) -> None:
-        """Steps the sampler at least once, and for as long as training has just had the device.
-
-        So either has half of the time while both have work, and a token waits for one micro-batch at most.
-        """
         self._trials.pulse()
-        self._admit_samples()
-        until = 2 * time.monotonic() - self._shared_at
-        while self._sampler.load:
-            with self._trials.sampling([header.number for header in self._sampling.values()]):
-                finished = self._step_sampler()
-            self._end_samples([outcome_of(self._sampling.pop(end.request_id), end.output) for end in finished])
-            if time.monotonic() >= until:
-                break
+        self._sampling.take_turn(self._shared_at)
         self._shared_at = time.monotonic()
-
-    def _step_sampler(self) -> list[Finished]:
-        try:
-            return self._sampler.step()
-        except Exception as error:  # the sampler itself broke: nothing that it holds can be trusted, training can
-            log.exception("the sampler broke; its %d requests end", len(self._sampling))
-            failure = TinsmithError(f"failed on the server: {type(error).__name__}: {error}")
-            for request_id in self._sampling:
-                self._sampler.cancel(request_id)
-            return [Finished(request_id, failure) for request_id in self._sampling]
-
-    def _give_up(self, request_ids: Iterable[str]) -> None:
-        """Drops those samples under way that nobody waits for any more; their jobs have ended already."""
-        gone = set(request_ids)
-        self._held = [header for header in self._held if header.request_id not in gone]
-        for request_id in gone:
-            if self._sampling.pop(request_id, None) is not None:
-                self._sampler.cancel(request_id)
 
     # House-keeping
 
@@ -483,10 +406,9 @@ class Engine:
 
     def drop_abandoned_samples(self) -> None:
         """Drops the samples of silent clients, and those given up by a client whose ring was lost."""
-        if self._sampling:
-            numbers = {header.number: request_id for request_id, header in self._sampling.items()}
+        if numbers := self._sampling.under_way():
             gone = self._ledger.abandoned(list(numbers), self._silent_since(PATIENCE_SECONDS))
-            self._give_up(numbers[number] for number in gone)
+            self._sampling.give_up(numbers[number] for number in gone)
 
     def _to_disk(self, write: Callable[[str], None], model_id: str) -> bool:
         """Whether a model could be written. If not, it stays, and the log still holds everything behind its points."""

@@ -1,0 +1,133 @@
+"""Sampling's turns of the device: which samples are inside the sampler, and how they get in and out of it.
+
+The loop hands over the samples that it has claimed and gives a turn after every slice of training; their jobs end here.
+Knows neither training nor the sampler's own scheduling.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from tinsmith.engine.outcomes import attempt, failed, outcome_of
+from tinsmith.engine.planning import apart
+from tinsmith.engine.residency import Residency
+from tinsmith.engine.trials import Trials
+from tinsmith.errors import TinsmithError, UserError
+from tinsmith.protocols import Finished, Sampler, SnapshotCall
+from tinsmith.wire.jobs import Header, Outcome
+from tinsmith.wire.packing import SampleCall
+
+if TYPE_CHECKING:
+    from tinsmith.store.ledger import Ledger
+
+log = logging.getLogger(__name__)
+
+MAX_SAMPLING = 4_096  # requests inside the sampler; further ones stay in the queue
+MAX_SAMPLING_TOKENS = 2**26  # of their prompts and what they may generate, at about 40 bytes each
+
+
+class SamplingTurns:
+    """The samples that an engine has taken from the queue, from `hold` to the end of their jobs."""
+
+    def __init__(self, ledger: "Ledger", sampler: Sampler, residency: Residency, trials: Trials) -> None:
+        self._ledger = ledger
+        self._sampler = sampler
+        self._residency = residency
+        self._trials = trials
+        self._inside: dict[str, Header] = {}  # by request id
+        self._held: list[Header] = []  # wait until the sampler is free for them
+
+    @property
+    def busy(self) -> bool:
+        """Whether a turn would have anything to do."""
+        return bool(self._held or self._sampler.load)
+
+    def room(self) -> int:
+        """How many further requests may enter the sampler."""
+        if sum(header.tokens for header in self._inside.values()) >= MAX_SAMPLING_TOKENS:
+            return 0
+        return max(0, MAX_SAMPLING - self._sampler.load - len(self._held))
+
+    def under_way(self) -> dict[int, str]:
+        """Job number → request id of what is inside the sampler."""
+        return {header.number: request_id for request_id, header in self._inside.items()}
+
+    def hold(self, headers: Iterable[Header]) -> None:
+        """Takes over samples that were claimed; they enter the sampler with the next turn."""
+        self._held.extend(headers)
+
+    def take_turn(self, since: float) -> None:
+        """Steps the sampler at least once, and for as long as training has just had the device: from `since` to now.
+
+        So either has half of the time while both have work, and a token waits for one micro-batch at most.
+        """
+        self._admit()
+        until = 2 * time.monotonic() - since
+        while self._sampler.load:
+            with self._trials.sampling([header.number for header in self._inside.values()]):
+                finished = self._step()
+            self._end([outcome_of(self._inside.pop(end.request_id), end.output) for end in finished])
+            if time.monotonic() >= until:
+                break
+
+    def give_up(self, request_ids: Iterable[str]) -> None:
+        """Drops those samples under way that nobody waits for any more; their jobs have ended already."""
+        gone = set(request_ids)
+        self._held = [header for header in self._held if header.request_id not in gone]
+        for request_id in gone:
+            if self._inside.pop(request_id, None) is not None:
+                self._sampler.cancel(request_id)
+
+    def clear(self) -> None:
+        """Drops everything, as a crash would; the jobs have not ended."""
+        for request_id in self._inside:
+            self._sampler.cancel(request_id)
+        self._inside.clear()
+        self._held.clear()
+
+    def _admit(self) -> None:
+        """Hands the held samples to the sampler; suspects of an engine's death go apart, once it has become empty."""
+        if not any(header.number in self._trials.suspects for header in self._held):
+            self._start(self._held)
+            self._held = []
+        elif not self._sampler.load:
+            admitted = apart(self._held, self._trials.suspects)
+            self._held = [header for header in self._held if header not in admitted]
+            self._start(admitted)
+
+    def _start(self, headers: Sequence[Header]) -> None:
+        if not headers:
+            return
+        bodies = self._ledger.payloads(headers)
+        failures = []
+        for header in headers:
+            error = attempt(self._trials, header, partial(self._submit, header, bodies[header.number]))
+            if error is not None:
+                failures.append(failed(header, error))
+        self._end(failures)
+
+    def _submit(self, header: Header, body: bytes) -> None:
+        record = self._ledger.find_sampler(header.subject)
+        if record is None:
+            raise UserError(f"no sampling session {header.subject}")
+        snapshot_id = self._residency.require_snapshot(record.snapshot, record.model_id)
+        call = SnapshotCall(header.request_id, snapshot_id, record.session_id, SampleCall.from_bytes(body))
+        self._sampler.submit(call)
+        self._inside[header.request_id] = header
+
+    def _step(self) -> list[Finished]:
+        try:
+            return self._sampler.step()
+        except Exception as error:  # the sampler itself broke: nothing that it holds can be trusted, training can
+            log.exception("the sampler broke; its %d requests end", len(self._inside))
+            failure = TinsmithError(f"failed on the server: {type(error).__name__}: {error}")
+            for request_id in self._inside:
+                self._sampler.cancel(request_id)
+            return [Finished(request_id, failure) for request_id in self._inside]
+
+    def _end(self, outcomes: list[Outcome]) -> None:
+        self._ledger.complete(outcomes)
+        for outcome in outcomes:
+            self._trials.end(outcome.number)
