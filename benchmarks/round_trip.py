@@ -109,7 +109,7 @@ def client_actions(service: tinker.ServiceClient) -> dict[str, Callable[[], obje
 
 def backend_actions(model: str) -> dict[str, Callable[[], object]]:
     """The same work without server and client, by case."""
-    from tinsmith.serve import load_backend
+    from tinsmith.backend import load_backend
 
     trainer, sampler = load_backend(Settings(model=model), lambda progress: None)
     trainer.add("model", ModelSpec(rank=RANK, seed=1))

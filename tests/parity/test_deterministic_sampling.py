@@ -12,11 +12,11 @@ from tests.parity.reference import SPECS, Datum, as_call
 from tests.parity.sampling_lab import drain, lora, new_sampler, prompt, run, sample, sequences
 from tests.parity.training_lab import FULL, add, data_of, outputs
 from tests.tiny_families import FAMILIES, RECURRENT
+from tinsmith.backend import load_backend
 from tinsmith.config import Settings
 from tinsmith.models.loading import BaseModel
 from tinsmith.protocols import AdamParams, ModelCall
 from tinsmith.sampling.sampler import TorchSampler
-from tinsmith.serve import load_backend
 from tinsmith.training.trainer import TorchTrainer
 from tinsmith.wire.packing import SampleOutput
 
