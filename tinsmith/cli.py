@@ -69,6 +69,7 @@ def serve(
         str | None, typer.Option(help="Less memory, a third more time in training: auto, on or off.")
     ] = None,
     log: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    log_format: Annotated[str | None, typer.Option(help="text or json: one JSON object per line.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of the settings.")] = None,
     show_settings: Annotated[bool, typer.Option("--show-settings", help="Print all settings and end.")] = False,
 ) -> None:

@@ -51,6 +51,7 @@ class Settings:
     poll_seconds: float = 30.0  # how long retrieve_future holds a request
     stuck_minutes: float = 15.0  # an engine that has not moved for so long is restarted; 0: never
     log: str = "info"  # debug, info, warning, error
+    log_format: str = "text"  # text for people, json: one JSON object per line
 
     @property
     def effective_database_url(self) -> str:
@@ -78,6 +79,7 @@ CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "gradient_checkpointing": ("auto", "on", "off"),
     "log": ("debug", "info", "warning", "error"),
+    "log_format": ("text", "json"),
 }
 
 RANGES: dict[str, tuple[float, float]] = {

@@ -42,7 +42,7 @@ KEEP_ALIVE = 120  # seconds; longer than clients keep idle connections, so that 
 
 def supervise(settings: Settings) -> int:
     """Runs a server until it is told to stop; the exit code. Raises ConfigError before anything is started."""
-    configure_logging(settings.log, "server")
+    configure_logging(settings.log, "server", settings.log_format)
     settings = replace(settings, data_dir=settings.data_dir.absolute())
     with (
         locked(settings.data_dir / "server.lock", 0),
@@ -187,7 +187,7 @@ def _children(settings: Settings, listener_fd: int, lock_fd: int) -> list[Child]
 
 def _child_main(role: str, *arguments: str) -> int:
     settings = Settings.from_json(read_first_line())
-    configure_logging(settings.log, role)
+    configure_logging(settings.log, role, settings.log_format)
     faulthandler.enable()  # a crash, or being ended because it is stuck, shows where each thread stood
     stop = threading.Event()
     grace = API_GRACE if role == "api" else ENGINE_GRACE
