@@ -164,18 +164,13 @@ def test_an_adapters_files_have_the_names_and_shapes_that_exporters_read(
     assert shapes[f"{prefix}layers.1.self_attn.q_proj.lora_A.weight"] == [8, 32]
     assert shapes[f"{prefix}layers.1.self_attn.q_proj.lora_B.weight"] == [64, 8]
     assert shapes[f"{prefix}layers.0.mlp.down_proj.lora_A.weight"] == [8, 64]
-    assert shapes[f"{prefix}unembed_tokens.lora_B.weight"] == [97, 8]
+    assert shapes["base_model.model.lm_head.lora_B.weight"] == [97, 8]
     assert len(shapes) == 2 * (2 * 7 + 1)
 
 
-OF_PEFT = [("qwen3-tied", ModelSpec(rank=8, seed=1, train_unembed=False))]
-OF_PEFT += [
-    (family, replace(spec, train_unembed=False)) for family in MIXTURES for spec in (SPECS["all"], SPECS["mlp"])
-]
-OF_PEFT += [
-    (family, ModelSpec(rank=4, seed=1, train_unembed=False))
-    for family in ("gemma3", "qwen3.5", "qwen3-next-moe", "qwen3.5-moe")
-]
+OF_PEFT = [("qwen3-tied", SPECS["all"]), ("qwen3-untied", SPECS["unembedding"])]
+OF_PEFT += [(family, spec) for family in MIXTURES for spec in (SPECS["all"], SPECS["mlp"])]
+OF_PEFT += [(family, SPECS["all"]) for family in ("gemma3", "qwen3.5", "qwen3-next-moe", "qwen3.5-moe")]
 
 
 @pytest.mark.parametrize(("family", "spec"), OF_PEFT)

@@ -20,7 +20,7 @@ _HARMLESS = frozenset(
 _INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Those that leave the base weights alone; the others store an adapter of a changed base."""
 
-_HEADS = {"base_model.model.lm_head.": "base_model.model.model.unembed_tokens."}
+_OUR_HEAD, _THEIR_HEAD = "base_model.model.model.unembed_tokens.", "base_model.model.lm_head."
 _FROZEN_COPIES = (".lm_head.base_layer.weight", ".embed_tokens.weight", ".lm_head.weight")
 
 
@@ -58,10 +58,12 @@ def our_name(name: str) -> str | None:
     """
     if name.endswith(_FROZEN_COPIES):
         return None
-    for theirs, ours in _HEADS.items():
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    return name
+    return _OUR_HEAD + name.removeprefix(_THEIR_HEAD) if name.startswith(_THEIR_HEAD) else name
+
+
+def peft_name(name: str) -> str:
+    """The name under which PEFT finds a tensor of our layouts: PEFT passes over what it does not find, silently."""
+    return _THEIR_HEAD + name.removeprefix(_OUR_HEAD) if name.startswith(_OUR_HEAD) else name
 
 
 def module_of(name: str) -> str:

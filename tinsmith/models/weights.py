@@ -19,7 +19,7 @@ from tinsmith.models.families import EXPERT_PARAMETERS
 from tinsmith.models.flat import Layout
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import Adapter
-from tinsmith.models.peft_format import check_adapter_config, module_of, our_name, trained_modules
+from tinsmith.models.peft_format import check_adapter_config, module_of, our_name, peft_name, trained_modules
 from tinsmith.protocols import ModelSpec
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -79,14 +79,15 @@ def load_weights(model: BaseModel, folder: Path) -> LoraWeights | FullWeights:
 
 def save_adapter(adapter: Adapter, base: str, folder: Path) -> None:
     """Writes adapter_model.safetensors (fp32) and adapter_config.json."""
-    write_tensors(adapter.layout.named_views(adapter.weights), folder / ADAPTER_FILE)
-    modules, parameters = _peft_targets(adapter.layout.names)
+    tensors = {peft_name(name): view for name, view in adapter.layout.named_views(adapter.weights).items()}
+    write_tensors(tensors, folder / ADAPTER_FILE)
+    modules, parameters = _peft_targets(list(tensors))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": adapter.spec.rank,
-        "lora_alpha": adapter.spec.alpha,
+        "lora_alpha": int(adapter.spec.alpha) if adapter.spec.alpha.is_integer() else adapter.spec.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": modules,
@@ -97,7 +98,7 @@ def save_adapter(adapter: Adapter, base: str, folder: Path) -> None:
 
 
 def _peft_targets(names: Sequence[str]) -> tuple[list[str], list[str] | None]:
-    """PEFT's target_modules and target_parameters of a layout's names.
+    """PEFT's target_modules and target_parameters of the names in an adapter file.
 
     Beside experts, an MLP's linear layers are named as parameters: as modules, PEFT takes them for the experts'.
     """
