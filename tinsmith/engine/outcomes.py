@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from tinsmith.engine.trials import Trials
 from tinsmith.errors import TinsmithError, UnavailableError
-from tinsmith.wire.jobs import Header, Outcome
+from tinsmith.wire.jobs import Header, Outcome, Usage
 from tinsmith.wire.packing import SampleOutput, TrainOutput
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,15 @@ def outcome_of(header: Header, result: TrainOutput | SampleOutput | TinsmithErro
     """What the ledger is told about a job that trainer or sampler have run."""
     if isinstance(result, TinsmithError):
         return failed(header, result)
-    return Outcome(header.number, result.to_bytes())
+    return Outcome(header.number, result.to_bytes(), used=_usage(header, result))
+
+
+def _usage(header: Header, result: TrainOutput | SampleOutput) -> Usage:
+    if isinstance(result, TrainOutput):
+        return Usage(header.owner, header.request_id, {"train": header.tokens})
+    cached = result.cache_hit_tokens
+    tokens = {"prefill": result.prompt_tokens - cached, "cached_prefill": cached, "sample": len(result.tokens_S)}
+    return Usage(header.owner, header.request_id, tokens)
 
 
 def failed(header: Header, error: Exception) -> Outcome:

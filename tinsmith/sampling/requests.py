@@ -71,6 +71,7 @@ class Request:
             stopped=np.array([sample.stopped for sample in self.samples], np.int8),
             cache_hit_tokens=self.cache_hit_tokens or 0,
             extras=extras,
+            prompt_tokens=len(self.prompt),
         )
 
 

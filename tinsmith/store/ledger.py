@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from tinsmith.store import keys, queue, records
+from tinsmith.store import keys, queue, records, usage
 from tinsmith.store.database import Database
 from tinsmith.store.doorbell import Bell, Doorbell
 from tinsmith.wire.jobs import Header, Job, Outcome, Past
@@ -68,7 +68,7 @@ class Ledger:
 
     def complete(self, outcomes: Sequence[Outcome]) -> None:
         if outcomes:
-            self._ring_done(self._database.write(queue.complete, outcomes))
+            self._ring_done(self._database.write(_complete, outcomes, self.base))
 
     def complete_with(
         self,
@@ -147,6 +147,13 @@ class Ledger:
         )
         self._database.write(records.put_engine, record)
         self._doorbell.ring("engine")
+
+
+def _complete(conn: sa.Connection, outcomes: Sequence[Outcome], base: str) -> list[str]:
+    ended = queue.complete(conn, outcomes)
+    counted = set(ended)  # without those that had ended before
+    usage.add(conn, base, [one.used for one in outcomes if one.used and one.used.request_id in counted], time.time())
+    return ended
 
 
 def _complete_with(

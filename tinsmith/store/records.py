@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import sqlalchemy as sa
 
 from tinsmith.errors import GoneError, NotFoundError, UserError
+from tinsmith.store import audit, usage
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.tables import checkpoints, engines, insert, models, samplers, sessions
 
@@ -231,6 +232,11 @@ def create_checkpoint(conn: sa.Connection, checkpoint: Checkpoint, *, overwrite:
     upsert = statement.on_conflict_do_update(index_elements=["path"], set_=row, where=replaceable)
     if conn.execute(upsert.returning(checkpoints.c.path)).first() is None:
         raise UserError(f"checkpoint {checkpoint.path!r} exists; choose another name, or pass overwrite=True")
+    now, session_id = time.time(), checkpoint.model_id.partition(":")[0]
+    account = usage.Account(checkpoint.owner, session_id, checkpoint.base)
+    usage.begin_storage(conn, checkpoint.path, account, checkpoint.size_bytes, now)
+    about = {"tinker_path": checkpoint.path, "model_id": checkpoint.model_id}
+    audit.note(conn, checkpoint.owner, "checkpoint_create", **about, size_bytes=checkpoint.size_bytes)
 
 
 def find_checkpoint(conn: sa.Connection, path: str) -> Checkpoint | None:
@@ -266,7 +272,12 @@ def delete_checkpoint(conn: sa.Connection, path: str) -> Checkpoint:
     )
     if row is None:
         raise NotFoundError(f"there is no checkpoint {path!r}")
-    return Checkpoint(**row)
+    checkpoint, now = Checkpoint(**row), time.time()
+    has_expired = checkpoint.expires_at is not None and checkpoint.expires_at <= now
+    usage.end_storage(conn, path, now)
+    event = "checkpoint_expire" if has_expired else "checkpoint_delete"
+    audit.note(conn, checkpoint.owner, event, tinker_path=path, model_id=checkpoint.model_id)
+    return checkpoint
 
 
 def update_checkpoint(conn: sa.Connection, /, path: str, **changes: Any) -> None:

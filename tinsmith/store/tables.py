@@ -170,3 +170,64 @@ engines = sa.Table(
     sa.Column("capabilities", sa.JSON),
     sa.Column("beat_at", sa.Float, nullable=False),
 )
+
+audit = sa.Table(
+    "audit",
+    metadata,
+    sa.Column("number", Serial, primary_key=True, autoincrement=True),
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Column("owner", sa.Text, nullable=False),  # whose object it was
+    sa.Column("event", sa.Text, nullable=False),  # {resource}_{action}
+    sa.Column("details", sa.JSON, nullable=False),
+    sa.Index(None, "at"),
+)
+
+usage = sa.Table(
+    "usage",
+    metadata,
+    sa.Column("hour", sa.Integer, primary_key=True, autoincrement=False),  # since the epoch
+    sa.Column("owner", sa.Text, primary_key=True),
+    sa.Column("session_id", sa.Text, primary_key=True),
+    sa.Column("base", sa.Text, primary_key=True),
+    sa.Column("kind", sa.Text, primary_key=True),  # train, prefill, cached_prefill, sample
+    sa.Column("tokens", sa.BigInteger, nullable=False),
+)
+
+storage = sa.Table(  # how long each checkpoint took how much room; its row outlives it
+    "storage",
+    metadata,
+    sa.Column("number", Serial, primary_key=True, autoincrement=True),
+    sa.Column("path", sa.Text, nullable=False),
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("session_id", sa.Text, nullable=False),
+    sa.Column("base", sa.Text, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    sa.Column("since", sa.Float, nullable=False),
+    sa.Column("until", sa.Float),
+    sa.Index(None, "until"),
+    _partial_index("ix_storage_path", "until IS NULL", "path", unique=True),
+)
+
+server_secrets = sa.Table(
+    "server_secrets",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("value", sa.LargeBinary, nullable=False),
+)
+
+sampler_clients = sa.Table(
+    "sampler_clients",
+    metadata,
+    sa.Column("sampler_id", sa.Text, sa.ForeignKey("samplers.id"), primary_key=True),
+    sa.Column("joined", sa.Integer, nullable=False),  # clients beside the first one
+)
+
+custom_losses = sa.Table(
+    "custom_losses",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),  # "{session}:loss:{custom_loss_seq_id}"
+    sa.Column("session_id", sa.Text, sa.ForeignKey("sessions.id"), nullable=False),
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("program", sa.JSON, nullable=False),  # wire.custom_loss, already checked
+    sa.Column("created_at", sa.Float, nullable=False),
+)

@@ -58,6 +58,20 @@ class Past:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """The tokens that one job used, by kind: train, prefill, cached_prefill, sample."""
+
+    owner: str
+    request_id: str
+    tokens: dict[str, int]
+
+    @property
+    def session_id(self) -> str:
+        """The ids of models and samplers begin with their session's."""
+        return self.request_id.partition(":")[0]
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """How a job ended: a result, or an error with whose fault it was (`user` or `server`)."""
 
@@ -65,6 +79,7 @@ class Outcome:
     body: bytes | None = None
     error: str | None = None
     category: str | None = None
+    used: Usage | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -201,6 +201,7 @@ class SampleOutput:
     """Only what was asked for: prompt_logprobs [P]; topk_prompt_ids, topk_prompt_logprobs [P, k];
     topk_sample_ids, topk_sample_logprobs [S, k]; target_prompt_logprobs (shape asked for);
     alt_tokens int64 and alt_logprobs, shaped as the SDK's PromptAltTokens says."""
+    prompt_tokens: int = 0
 
     def to_bytes(self) -> bytes:
         arrays: dict[str, NDArray[Any]] = {
@@ -210,7 +211,7 @@ class SampleOutput:
             "stopped": self.stopped,
         }
         arrays |= {f"extra.{name}": array for name, array in self.extras.items()}
-        return pack({"cache_hit_tokens": self.cache_hit_tokens}, arrays)
+        return pack({"cache_hit_tokens": self.cache_hit_tokens, "prompt_tokens": self.prompt_tokens}, arrays)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "SampleOutput":
@@ -223,4 +224,5 @@ class SampleOutput:
             arrays["stopped"],
             meta["cache_hit_tokens"],
             extras,
+            meta.get("prompt_tokens", 0),  # results of an older version do not say
         )
