@@ -22,14 +22,13 @@ from tinsmith.models.attention import (
     IMPLEMENTATION,
     Attention,
     CacheShape,
-    PackedAttention,
     ShapeRecorder,
 )
 from tinsmith.models.delta_nets import activation_bytes, is_delta_net, run_by_sequence
 from tinsmith.models.experts import MultiAdapterExperts
 from tinsmith.models.families import Target, find_targets
 from tinsmith.models.grouped import GroupedAdapters, can_group
-from tinsmith.models.head import SpareColumns, target_logprobs
+from tinsmith.models.head import SpareColumns
 from tinsmith.models.invariant import RowInvariance
 from tinsmith.models.lora import (
     Adapter,
@@ -41,6 +40,7 @@ from tinsmith.models.lora import (
     initial_weights,
 )
 from tinsmith.models.norms import FrozenRMSNorm, freeze_norm
+from tinsmith.models.probes import packed_logprobs, plain_logprobs, probe_prompts
 from tinsmith.models.quick import quick_layers
 from tinsmith.models.stacks import AdapterStacks
 from tinsmith.protocols import ModelSpec
@@ -48,7 +48,6 @@ from tinsmith.protocols import ModelSpec
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linear layers of one parent that are applied to the same input, and so can be one product."""
 
-_PROBE_LENGTHS = (11, 6)
 _PROBE_TOLERANCE = 2e-3  # of every logprob, in fp32
 _PROBE_TOLERANCE_LOW_PRECISION = 0.15  # on average: a router's choice between equals turns on the last bit
 
@@ -78,7 +77,7 @@ class BaseModel:
         self.state_bytes = sum(run_by_sequence(layer, self._current) for layer in delta_nets)
         """Of one sequence that is being sampled, beside its keys and values."""
         self.is_recurrent = bool(delta_nets)
-        self._groups = _groups(module, targets[:-1])
+        self._groups = input_groups(module, targets)
         for path, indices in _expert_layers(targets).items():
             experts = MultiAdapterExperts(module.get_submodule(path), indices, self._current)
             module.set_submodule(path, experts)
@@ -137,7 +136,7 @@ class BaseModel:
         """The flat layout of an adapter with this rank and these targets."""
         key = (spec.rank, spec.train_attn, spec.train_mlp, spec.train_unembed)
         if key not in self._layouts:
-            self._layouts[key] = _adapter_layout(self.targets, [*self._groups, (self.head_linear,)], spec)
+            self._layouts[key] = adapter_layout(self.targets, self._groups, spec)
         return self._layouts[key]
 
     def new_adapter(self, spec: ModelSpec) -> Adapter:
@@ -197,11 +196,11 @@ def _checkpointing(current: CurrentPass) -> Callable[..., Any]:
     return run
 
 
-def _groups(module: Any, targets: Sequence[Target]) -> list[tuple[int, ...]]:
-    """Indices of the targets, those together that read the same input."""
+def input_groups(module: Any, targets: Sequence[Target]) -> list[tuple[int, ...]]:
+    """Indices of the targets but for the last, the head: those together that read the same input."""
     groups: list[list[int]] = []
     kinds: list[tuple[object, ...]] = []
-    for index, target in enumerate(targets):
+    for index, target in enumerate(targets[:-1]):
         if target.experts:
             groups.append([index])
             kinds.append((target.path,))
@@ -217,13 +216,14 @@ def _groups(module: Any, targets: Sequence[Target]) -> list[tuple[int, ...]]:
     return [tuple(group) for group in groups]
 
 
-def _adapter_layout(targets: Sequence[Target], groups: Sequence[tuple[int, ...]], spec: ModelSpec) -> AdapterLayout:
+def adapter_layout(targets: Sequence[Target], groups: Sequence[tuple[int, ...]], spec: ModelSpec) -> AdapterLayout:
+    """The flat layout of an adapter of this rank, for these targets and their `input_groups`."""
     trained = {"attn": spec.train_attn, "mlp": spec.train_mlp, "unembed": spec.train_unembed}
     names: list[str] = []
     shapes: list[tuple[int, ...]] = []
     linears: list[int] = []
     transposed: list[int] = []
-    for group in groups:
+    for group in [*groups, (len(targets) - 1,)]:
         if not trained[targets[group[0]].group]:
             continue
         for part in "AB":
@@ -254,9 +254,17 @@ def _expert_layers(targets: Sequence[Target]) -> dict[str, tuple[int, ...]]:
 
 
 def load_base(
-    folder: str | Path, *, dtype: torch.dtype, device: torch.device, on_progress: Callable[[str], None]
+    folder: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_progress: Callable[[str], None],
+    trust_remote_code: bool = False,
 ) -> BaseModel:
-    """Loads a local folder or a hub name. Raises ConfigError, with the reason, for a model that cannot be served."""
+    """Loads a local folder or a hub name. Raises ConfigError, with the reason, for a model that cannot be served.
+
+    Code that comes with the model runs only if `trust_remote_code` is true.
+    """
     on_progress(f"loading {folder}")
     try:
         module: Any = AutoModelForCausalLM.from_pretrained(
@@ -265,24 +273,25 @@ def load_base(
             attn_implementation="eager",
             local_files_only=Path(folder).is_dir(),
             use_safetensors=True,  # other formats can run code
+            trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load a causal language model from {str(folder)!r}: {error}") from error
-    module = _text_part(module).to(device).eval().requires_grad_(False)
+    module = text_part(module).to(device).eval().requires_grad_(False)
     if not isinstance(getattr(getattr(module, "model", None), "layers", None), nn.ModuleList):
         raise ConfigError(f"{type(module).__name__} has no list of decoder layers at model.layers")
     targets = find_targets(module)
     on_progress("comparing with the original computation")
-    prompts = _probe_prompts(module.config.get_text_config().vocab_size, device)
-    expected = [_original_logprobs(module, prompt) for prompt in prompts]
+    prompts = probe_prompts(module.config.get_text_config().vocab_size, device)
+    expected_M = plain_logprobs(module, prompts)
     module.set_attn_implementation(IMPLEMENTATION)
     model = BaseModel(str(folder), module, targets, device)
-    _check_same_results(model, prompts, torch.cat(expected))
+    _check_same_results(model, prompts, expected_M)
     on_progress(f"loaded {model.architecture}, {model.parameters / 1e6:,.1f} M parameters")
     return model
 
 
-def _text_part(module: Any) -> Any:
+def text_part(module: Any) -> Any:
     """The causal language model inside one that also sees pictures; any other module as it is."""
     inner = getattr(getattr(module, "model", None), "language_model", None)
     if inner is None:
@@ -294,29 +303,9 @@ def _text_part(module: Any) -> Any:
     return text
 
 
-def _probe_prompts(vocab_size: int, device: torch.device) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(vocab_size, (length,), generator=generator).to(device) for length in _PROBE_LENGTHS]
-
-
-@torch.no_grad()
-def _original_logprobs(module: Any, prompt_T: Tensor) -> Tensor:
-    logits_TV = module(input_ids=prompt_T[None], use_cache=False).logits[0].float()
-    return logits_TV[:-1].log_softmax(-1).gather(1, prompt_T[1:, None])[:, 0]
-
-
-@torch.no_grad()
 def _check_same_results(model: BaseModel, prompts: Sequence[Tensor], expected_M: Tensor) -> None:
     """Our packed computation against the module's own, run before it was changed."""
-    ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0).tolist()
-    tokens_T = torch.cat(list(prompts))
-    positions_T = torch.cat([torch.arange(len(prompt), device=model.device) for prompt in prompts])
-    rows_M = [row for end, prompt in zip(ends, prompts, strict=True) for row in range(end - len(prompt), end - 1)]
-    segments = [Segment(None, 0, len(tokens_T))]
-    hidden_TD = model.hidden(tokens_T, positions_T, segments, PackedAttention([0, *ends]))
-    rows = torch.tensor(rows_M, device=model.device)
-    ours_M = target_logprobs(model, hidden_TD, segments, rows, tokens_T[rows + 1])
-    differences_M = (ours_M - expected_M).abs()
+    differences_M = (packed_logprobs(model, prompts) - expected_M).abs()
     exact = model.dtype == torch.float32
     difference = (differences_M.max() if exact else differences_M.mean()).item()
     allowed = _PROBE_TOLERANCE if exact else _PROBE_TOLERANCE_LOW_PRECISION
