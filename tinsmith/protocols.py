@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from tinsmith.errors import TinsmithError
 from tinsmith.wire.packing import SampleCall, SampleOutput, TrainCall, TrainOutput
+from tinsmith.wire.progress import Progress
 
 BASE_SNAPSHOT = "base"
 """The snapshot id under which the untouched base model can be sampled."""
@@ -180,6 +181,9 @@ class Sampler(Protocol):
 
     def step(self) -> list[Finished]:
         """Advances every running request by about one token; returns those that ended, also by their own error."""
+
+    def progress(self) -> list[Progress]:
+        """What requests with `stream` have got since the last call; of one that has ended, nothing more."""
 
     @property
     def load(self) -> int:

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 MAX_SAMPLING = 4_096  # requests inside the sampler; further ones stay in the queue
 MAX_SAMPLING_TOKENS = 2**26  # of their prompts and what they may generate, at about 40 bytes each
+TELL_SECONDS = 0.03  # how often clients that read along hear of new tokens, at most
 
 
 class SamplingTurns:
@@ -38,6 +39,7 @@ class SamplingTurns:
         self._trials = trials
         self._inside: dict[str, Header] = {}  # by request id
         self._held: list[Header] = []  # wait until the sampler is free for them
+        self._told_at = 0.0
 
     @property
     def busy(self) -> bool:
@@ -69,6 +71,7 @@ class SamplingTurns:
             with self._trials.sampling([header.number for header in self._inside.values()]):
                 finished = self._step()
             self._end([outcome_of(self._inside.pop(end.request_id), end.output) for end in finished])
+            self._tell()
             if time.monotonic() >= until:
                 break
 
@@ -126,6 +129,13 @@ class SamplingTurns:
             for request_id in self._inside:
                 self._sampler.cancel(request_id)
             return [Finished(request_id, failure) for request_id in self._inside]
+
+    def _tell(self) -> None:
+        """Tells those who read along what they have got."""
+        now = time.monotonic()
+        if now - self._told_at >= TELL_SECONDS:
+            self._told_at = now
+            self._ledger.tell(self._sampler.progress())
 
     def _end(self, outcomes: list[Outcome]) -> None:
         self._ledger.complete(outcomes)

@@ -17,6 +17,7 @@ from tinsmith.models.lora import Adapter
 from tinsmith.protocols import SnapshotCall, Weights
 from tinsmith.sampling.scoring import PromptScores
 from tinsmith.wire.packing import SampleCall, SampleOutput
+from tinsmith.wire.progress import Progress
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,6 +75,10 @@ class Request:
             prompt_tokens=len(self.prompt),
         )
 
+    def news(self) -> list[Progress]:
+        """What its samples have got since the last call."""
+        return [sample.news() for sample in self.samples if len(sample.tokens) > sample.told]
+
 
 def _stack(parts: Sequence[list[Sequence[Any]]], k: int, dtype: type) -> NDArray[Any]:
     rows = [row for part in parts for row in part]
@@ -97,6 +102,7 @@ class Sample:
     blocks: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     computed: int = 0
+    told: int = 0  # tokens that `news` has given
     stopped: bool = False
 
     @property
@@ -124,6 +130,19 @@ class Sample:
         if new.top_ids:
             self.top_ids.append(new.top_ids)
             self.top_logprobs.append(new.top_logprobs)
+
+    def news(self) -> Progress:
+        """The tokens since the last call."""
+        start, self.told = self.told, len(self.tokens)
+        return Progress(
+            self.request.request_id,
+            self.index,
+            start,
+            self.tokens[start:],
+            self.logprobs[start:],
+            [list(ids) for ids in self.top_ids[start:]],
+            [list(logprobs) for logprobs in self.top_logprobs[start:]],
+        )
 
     @property
     def adapter(self) -> Adapter | None:

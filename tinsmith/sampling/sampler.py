@@ -32,6 +32,7 @@ from tinsmith.sampling.recurrent import StateStore
 from tinsmith.sampling.requests import NextToken, Request, Sample, Snapshot, check
 from tinsmith.sampling.scoring import PromptScores
 from tinsmith.sampling.stopping import StopStrings, end_of_sequence_tokens
+from tinsmith.wire.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class TorchSampler:
         self._arrivals = count()
         self._snapshots = {BASE_SNAPSHOT: Snapshot(BASE_SNAPSHOT, next(self._versions))}
         self._requests: dict[str, Request] = {}
+        self._streams: dict[str, Request] = {}  # those whose callers read along
         self._running: dict[int, Sample] = {}
         self._waiting: dict[int, Sample] = {}
         self._queues: dict[str, list[int]] = defaultdict(list)  # by tenant, the keys of `_waiting` in order
@@ -168,6 +170,8 @@ class TorchSampler:
         )
         request.samples = [Sample(request, index, next(self._arrivals)) for index in range(asked.num_samples)]
         self._requests[call.request_id] = request
+        if asked.stream:
+            self._streams[call.request_id] = request
         self._enqueue(request.samples[0])  # the others follow once it has run the prompt
 
     def cancel(self, request_id: str) -> None:
@@ -185,6 +189,10 @@ class TorchSampler:
         for version, works in batches.items():
             finished += self._attempt(version, works)
         return finished
+
+    def progress(self) -> list[Progress]:
+        self._streams = {name: request for name, request in self._streams.items() if name in self._requests}
+        return [part for request in self._streams.values() for part in request.news()]
 
     def check(self) -> None:
         """Raises AssertionError unless cache and sequences agree; for tests, after each step."""

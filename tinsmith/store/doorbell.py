@@ -12,12 +12,12 @@ from tinsmith.store.sockets import SocketRinger
 
 __all__ = ["TOPICS", "Bell", "Doorbell"]
 
-TOPICS = ("jobs", "done", "engine")
+TOPICS = ("jobs", "done", "engine", "tokens")
 
 
 class Doorbell:
     """Topics: `jobs` (work was submitted; messages are request ids that were given up), `done` (messages are request
-    ids), `engine` (its state changed)."""
+    ids), `engine` (its state changed), `tokens` (messages are those of `wire.progress`)."""
 
     def __init__(self, database_url: str) -> None:
         """Everybody with the same database hears everybody. Raises ConfigError if there is no private place for it."""

@@ -14,6 +14,7 @@ from tinsmith.store import keys, queue, records, usage
 from tinsmith.store.database import Database
 from tinsmith.store.doorbell import Bell, Doorbell
 from tinsmith.wire.jobs import Header, Job, Outcome, Past
+from tinsmith.wire.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,11 @@ class Ledger:
         inflight snapshot, `checkpoint` is a folder to be recorded.
         """
         self._ring_done(self._database.write(_complete_with, outcome, model_id, model, sampler, checkpoint))
+
+    def tell(self, news: Sequence[Progress]) -> None:
+        """Tells clients that read along what their samples have got. Nothing is written: it may get lost."""
+        if news:
+            self._doorbell.ring("tokens", [message for part in news for message in part.to_messages()])
 
     def history(self, model_id: str, after: int) -> list[Past]:
         """The ended jobs of a model behind seq `after`, in order, up to the first that has not ended."""

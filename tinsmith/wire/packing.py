@@ -153,6 +153,7 @@ class SampleCall:
     topk_sample_logprobs: int = 0
     prompt_alt_tokens_k: int = 0
     target_prompt_tokens: Int64 | None = None  # [P] or [P, K]; -1 where nothing is asked
+    stream: bool = False  # whether the caller wants to hear of tokens before all samples have ended
 
     _SCALARS = (
         "seed",
@@ -169,6 +170,7 @@ class SampleCall:
         "topk_prompt_logprobs",
         "topk_sample_logprobs",
         "prompt_alt_tokens_k",
+        "stream",
     )
 
     def to_bytes(self) -> bytes:
