@@ -173,7 +173,21 @@ def test_a_published_checkpoint_is_anybodys_to_read(conn: sa.Connection) -> None
 def test_an_engines_record_is_its_latest(conn: sa.Connection) -> None:
     assert records.find_engine(conn, "tiny") is None
     loading = records.EngineRecord("tiny", "1", 42, "loading", "reading weights", None, 1.0)
-    ready = records.EngineRecord("tiny", "2", 43, "ready", "", {"vocab_size": 256}, 2.0)
+    ready = records.EngineRecord("tiny", "1", 42, "ready", "", {"vocab_size": 256}, 2.0, {"tokens": {"sampled": 1}})
     for record in (loading, ready):
         records.put_engine(conn, record)
         assert records.find_engine(conn, "tiny") == record
+
+
+def test_starts_of_engines_are_counted_and_those_after_a_death_apart(conn: sa.Connection) -> None:
+    def counts(engine_id: str, state: str) -> tuple[int, int]:
+        records.put_engine(conn, records.EngineRecord("tiny", engine_id, 42, state, "", None, 1.0))
+        found = records.find_engine(conn, "tiny")
+        assert found is not None
+        return found.starts, found.recoveries
+
+    assert [counts("a", state) for state in ("loading", "ready", "stopped")] == [(1, 0)] * 3
+    assert [counts("b", state) for state in ("loading", "ready")] == [(2, 0)] * 2
+    assert counts("c", "loading") == (3, 1)
+    assert counts("d", "failed") == (4, 2)
+    assert counts("e", "ready") == (5, 2)

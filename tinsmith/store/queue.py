@@ -35,7 +35,7 @@ _FINISHED = sa.text("jobs.state IN ('done', 'failed')")
 _EXPIRED = sa.text("jobs.state = 'expired'")
 _IS_OVER = models.c.id.is_(None) | models.c.state.in_(["closed", "failed"])  # the subject is no living model
 
-_HEADER = (jobs.c.number, jobs.c.subject, jobs.c.seq, jobs.c.kind, jobs.c.owner, jobs.c.tokens, jobs.c.created_at)
+_HEADER = tuple(jobs.c[name] for name in ("number", "subject", "seq", "kind", "owner", "tokens", "created_at", "trace"))
 _SUBJECT = sa.bindparam("of_subject", type_=sa.Text)
 _SEQ = sa.bindparam("at_seq", type_=sa.BigInteger)
 _NOW = sa.bindparam("now", type_=sa.Float)
@@ -52,7 +52,10 @@ def _for_numbers(statement: sa.Select[Any] | sa.Update | sa.Delete, table: sa.Ta
     )
 
 
-_ROW = ("subject", "seq", "kind", "owner", "base", "tokens", "state", "error", "category", "created_at", "finished_at")
+_ROW = (
+    *("subject", "seq", "kind", "owner", "base", "tokens", "trace"),
+    *("state", "error", "category", "created_at", "finished_at"),
+)
 _VALUES = {name: sa.bindparam(name, type_=jobs.c[name].type) for name in _ROW}
 _PLACE = ["subject", "seq"]
 _NEW_JOB = {
@@ -98,7 +101,7 @@ _FAIL = Prepared(
     .returning(jobs.c.number, jobs.c.subject, jobs.c.seq)
 )
 _FIND = Prepared(
-    any=sa.select(jobs.c.kind, jobs.c.owner, jobs.c.state, results.c.body, jobs.c.error, jobs.c.category)
+    any=sa.select(jobs.c.kind, jobs.c.owner, jobs.c.state, results.c.body, jobs.c.error, jobs.c.category, jobs.c.trace)
     .select_from(jobs.outerjoin(results, results.c.number == jobs.c.number))
     .where(jobs.c.subject == _SUBJECT, jobs.c.seq == _SEQ)
 )
@@ -266,6 +269,7 @@ def _row(job: Job, state: str) -> dict[str, object]:
         "owner": job.owner,
         "base": job.base,
         "tokens": job.tokens,
+        "trace": job.trace,
         "state": state,
         "error": None,
         "category": None,

@@ -98,6 +98,9 @@ class EngineRecord:
     progress: str
     capabilities: dict[str, Any] | None
     beat_at: float
+    statistics: dict[str, Any] | None = None
+    starts: int = 1
+    recoveries: int = 0
 
 
 def create_session(conn: sa.Connection, session: Session) -> None:
@@ -292,9 +295,26 @@ def expired_checkpoints(conn: sa.Connection, now: float) -> list[Checkpoint]:
 
 
 def put_engine(conn: sa.Connection, engine: EngineRecord) -> None:
-    """Writes the engine's whole record (an upsert by base)."""
+    """Writes the engine's record (an upsert by base), but for its counts, which are kept here.
+
+    A new id is a start; one after an engine that had not stopped in order is a recovery, too.
+    """
     row = asdict(engine)
-    conn.execute(insert(conn, engines).values(row).on_conflict_do_update(index_elements=["base"], set_=row))
+    del row["starts"], row["recoveries"]
+    is_new = engines.c.id != engine.id
+    is_recovery = is_new & engines.c.state.not_in(["stopped", "failed"])
+    counts = {
+        "starts": engines.c.starts + sa.case((is_new, 1), else_=0),
+        "recoveries": engines.c.recoveries + sa.case((is_recovery, 1), else_=0),
+    }
+    statement = insert(conn, engines).values(row)
+    conn.execute(statement.on_conflict_do_update(index_elements=["base"], set_=row | counts))
+
+
+def retire_engines(conn: sa.Connection, before: float) -> None:
+    """Engines that were killed with an earlier server left word that they are ready; that is no longer so."""
+    stale = (engines.c.beat_at < before) & engines.c.state.in_(["loading", "ready"])
+    conn.execute(sa.update(engines).where(stale).values(state="stopped", progress=""))
 
 
 def find_engine(conn: sa.Connection, base: str) -> EngineRecord | None:

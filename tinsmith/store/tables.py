@@ -135,6 +135,7 @@ jobs = sa.Table(
     sa.Column("engine", sa.Text),  # who runs it
     sa.Column("error", sa.Text),
     sa.Column("category", sa.Text),  # user, server
+    sa.Column("trace", sa.Text),  # the id that log lines about it name
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("finished_at", sa.Float),
     sa.UniqueConstraint("subject", "seq"),
@@ -165,10 +166,13 @@ engines = sa.Table(
     sa.Column("base", sa.Text, primary_key=True),
     sa.Column("id", sa.Text, nullable=False),  # new at every start
     sa.Column("pid", sa.Integer, nullable=False),
-    sa.Column("state", sa.Text, nullable=False),  # loading, ready, stopped, failed
+    sa.Column("state", sa.Text, nullable=False),  # loading, ready, stopped, failed, lost
     sa.Column("progress", sa.Text, nullable=False),
     sa.Column("capabilities", sa.JSON),
     sa.Column("beat_at", sa.Float, nullable=False),
+    sa.Column("statistics", sa.JSON),  # wire.statistics, as of the last beat
+    sa.Column("starts", sa.Integer, nullable=False, server_default="1"),
+    sa.Column("recoveries", sa.Integer, nullable=False, server_default="0"),  # starts after one that did not stop
 )
 
 audit = sa.Table(

@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass
 
+BATCHED = frozenset({"forward", "forward_backward"})
+"""The kinds of a model's jobs that share batches with other models'; every other is a barrier of its own model."""
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """What a client submits. `tokens` is its cost; `body` is the packed request (see `packing`) or JSON.
 
-    `seq` orders the jobs of one subject (a model, or a sampler); (subject, seq) makes a retry the same job.
+    `seq` orders the jobs of one subject (a model, or a sampler); (subject, seq) makes a retry the same job. `trace`
+    is the id that log lines about it name.
     """
 
     subject: str
@@ -17,6 +21,7 @@ class Job:
     base: str
     body: bytes
     tokens: int = 0
+    trace: str | None = None
 
     @property
     def request_id(self) -> str:
@@ -34,10 +39,15 @@ class Header:
     owner: str
     tokens: int
     created_at: float
+    trace: str | None = None
 
     @property
     def request_id(self) -> str:
         return f"{self.subject}:{self.seq}"
+
+    @property
+    def is_barrier(self) -> bool:
+        return self.kind not in BATCHED
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,3 +103,4 @@ class Future:
     body: bytes | None
     error: str | None
     category: str | None
+    trace: str | None = None
