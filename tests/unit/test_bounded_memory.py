@@ -27,7 +27,7 @@ def held(bench: Bench) -> dict[str, int]:
     engine, residency = bench.engine, bench.engine._residency
     return {
         "lanes": len(engine._lanes),
-        "shares": len(engine._served),
+        "shares": engine._shares.kept,
         "sampling": len(engine._sampling._inside),
         "models": len(residency._models),
         "points": len(residency._points),

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 from tinsmith.engine.checkpoints import remove_folder, sweep
 from tinsmith.engine.operations import Operations
 from tinsmith.engine.outcomes import attempt, category_of, failed, outcome_of
-from tinsmith.engine.planning import BATCHED, Plan, apart, gaps, plan, rejoin
+from tinsmith.engine.planning import Plan, apart, gaps, plan
 from tinsmith.engine.recovery import Recovery
 from tinsmith.engine.residency import Residency
 from tinsmith.engine.sampling_turns import SamplingTurns
+from tinsmith.engine.shares import Shares
 from tinsmith.engine.trials import Trials
 from tinsmith.errors import TinsmithError, UnavailableError, UserError
 from tinsmith.protocols import ModelCall, Sampler, Trainer
@@ -90,7 +91,7 @@ class Engine:
         )
         self._operations = Operations(ledger, trainer, self._residency, data_dir / "checkpoints", new_checkpoint)
         self._lanes: dict[str, Lane] = {}
-        self._served: dict[str, float] = {}
+        self._shares = Shares()
         self._sampling = SamplingTurns(ledger, sampler, self._residency, self._trials)
         self._astray = False  # the store failed in the middle of something: memory may differ from the log
         self._bell: Bell | None = None
@@ -208,8 +209,6 @@ class Engine:
         lane = self._lanes.get(header.subject)
         if lane is None:
             lane = self._lanes[header.subject] = self._open_lane(header.subject)
-        if not lane.waiting:
-            self._served[header.subject] = rejoin(header.subject, self._served, self._waiting())
         lane.waiting[header.seq] = header
 
     def _open_lane(self, model_id: str) -> Lane:
@@ -247,7 +246,7 @@ class Engine:
     # Training
 
     def _plan(self) -> Plan:
-        return plan(self._waiting(), self._next_seqs(), self._served, budget=BATCH_TOKENS, max_models=self._max_models)
+        return plan(self._waiting(), self._next_seqs(), self._shares, budget=BATCH_TOKENS, max_models=self._max_models)
 
     def _train(self) -> bool:
         """Runs what is due, and says whether anything was.
@@ -273,6 +272,7 @@ class Engine:
 
     def _perform(self, header: Header, lane: Lane) -> None:
         body = self._ledger.payloads([header])[header.number]
+        self._shares.charge([header])
         if header.seq > 0:
             self._residency.require_model(header.subject)
         if header.kind == "optim_step" and lane.lost_chunk is not None:
@@ -309,9 +309,9 @@ class Engine:
         outcomes |= self._forward_backward(ready, calls)
         self._ledger.complete([outcomes[header.number] for header in batch])
         for header in batch:
-            self._served[header.subject] += header.tokens
             self._end(header, outcomes[header.number].category)
 
+        self._shares.charge(batch)
     def _forward_backward(self, headers: list[Header], calls: list[ModelCall]) -> dict[int, Outcome]:
         if not calls:
             return {}
@@ -333,7 +333,7 @@ class Engine:
         lane.next_seq = header.seq + 1
         lane.used_at = time.monotonic()
         self._residency.advance(header.subject, header.seq)
-        chunked = category is not None and header.kind in BATCHED and self._ledger.was_chunked(header)
+        chunked = category is not None and not header.is_barrier and self._ledger.was_chunked(header)
         self._note_end(lane, header, category, chunked=chunked)
 
     def _note_end(self, lane: Lane, header: Header, category: str | None, *, chunked: bool) -> None:
@@ -395,7 +395,7 @@ class Engine:
             self._residency.close_model(model_id)
             self._ledger.update_model(model_id, state="closed", recovery_seq=None, recovery_folder=None)
             self._lanes.pop(model_id, None)
-            self._served.pop(model_id, None)
+            self._shares.forget(model_id)
 
     def rest_silent_models(self) -> None:
         """Moves what silent clients have on the device to disk; it comes back with their next request."""

@@ -5,13 +5,16 @@ adapters, ranks and losses, share a batch; every other operation is a barrier of
 """
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from tinsmith.engine.shares import Shares, cost
 from tinsmith.wire.jobs import Header
 
 TRIALS = 8  # runs at most, in which the suspects of an engine's death are tried again
-BATCHED = frozenset({"forward", "forward_backward"})
+
+Lane = tuple[float, int, Header, Iterator[Header]]
+"""What a model has had, its next job's number, that job, and the jobs behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,49 +35,59 @@ def runnable(waiting: Mapping[int, Header], next_seq: int) -> Iterator[Header]:
 def plan(
     waiting: Mapping[str, Mapping[int, Header]],
     next_seq: Mapping[str, int],
-    served: Mapping[str, float],
+    shares: Shares,
     *,
     budget: int,
     max_models: int,
 ) -> Plan:
     """The next slice of training work.
 
-    `waiting` maps model → seq → job, `next_seq` says where each model stands, and `served` how many tokens each has
-    had: whoever had least comes first (start-time fair queueing), so that a small tenant waits at most one batch
-    behind a large one. The batch holds at least one request, and further ones while they fit `budget` tokens and
-    belong to at most `max_models` models.
+    `waiting` maps model → seq → job, and `next_seq` says where each model stands. The owner that has had least of its
+    share comes first, and of its models the one that has had least: so a small tenant waits at most one slice behind a
+    large one, however many models or requests that has. Barriers and batch cost at most `budget` tokens each, but hold
+    at least one job if there is any; a batch belongs to at most `max_models` models.
     """
-    barriers: list[Header] = []
-    lanes: list[tuple[float, int, Header, Iterator[Header]]] = []
+    barriers: dict[str, list[Lane]] = {}
+    batched: dict[str, list[Lane]] = {}
     for model_id, jobs in waiting.items():
         lane = runnable(jobs, next_seq[model_id])
         head = next(lane, None)
-        if head is None:
-            continue
-        if head.kind in BATCHED:
-            lanes.append((served.get(model_id, 0.0), head.number, head, lane))
-        else:
-            barriers.append(head)
-    barriers.sort(key=lambda header: header.number)
-    return Plan(tuple(barriers), tuple(_fill(lanes, budget, max_models)))
+        if head is not None:
+            lanes = barriers if head.is_barrier else batched
+            entry = (shares.of_model(head.owner, model_id), head.number, head, lane)
+            lanes.setdefault(head.owner, []).append(entry)
+    return Plan(
+        tuple(_fill(barriers, shares, budget, len(waiting), one_each=True)),
+        tuple(_fill(batched, shares, budget, max_models)),
+    )
 
 
-def _fill(lanes: list[tuple[float, int, Header, Iterator[Header]]], budget: int, max_models: int) -> list[Header]:
-    heapq.heapify(lanes)
+def _fill(
+    lanes: dict[str, list[Lane]], shares: Shares, budget: int, max_models: int, *, one_each: bool = False
+) -> list[Header]:
+    """Always the next job of the owner, and of its model, that has had least; what does not fit ends its lane."""
+    for own in lanes.values():
+        heapq.heapify(own)
+    owners = [(shares.of_owner(owner), own[0][1], owner) for owner, own in lanes.items()]
+    heapq.heapify(owners)
     batch: list[Header] = []
     models: set[str] = set()
     used = 0
-    while lanes:
-        had, _, head, lane = heapq.heappop(lanes)
+    while owners:
+        owner_had, _, owner = heapq.heappop(owners)
+        own = lanes[owner]
+        had, _, head, lane = heapq.heappop(own)
         crowded = head.subject not in models and len(models) == max_models
-        if batch and (crowded or used + head.tokens > budget):
-            continue
-        batch.append(head)
-        models.add(head.subject)
-        used += head.tokens
-        following = next(lane, None)
-        if following is not None and following.kind in BATCHED:
-            heapq.heappush(lanes, (had + head.tokens, following.number, following, lane))
+        if not (batch and (crowded or used + cost(head) > budget)):
+            batch.append(head)
+            models.add(head.subject)
+            used += cost(head)
+            owner_had += cost(head) / shares.weight(owner)
+            following = None if one_each else next(lane, None)
+            if following is not None and not following.is_barrier:
+                heapq.heappush(own, (had + cost(head), following.number, following, lane))
+        if own:
+            heapq.heappush(owners, (owner_had, own[0][1], owner))
     return batch
 
 
@@ -104,12 +117,3 @@ def apart(batch: Sequence[Header], suspects: Mapping[int, int]) -> tuple[Header,
 def gaps(waiting: Mapping[str, Mapping[int, Header]], next_seq: Mapping[str, int]) -> list[str]:
     """Models whose next operation has not arrived although later ones have."""
     return [model_id for model_id, jobs in waiting.items() if jobs and next_seq[model_id] not in jobs]
-
-
-def rejoin(model_id: str, served: Mapping[str, float], active: Iterable[str]) -> float:
-    """What a model that comes (back) is taken to have had: its own count, or as little as anybody active if more.
-
-    Otherwise it would be owed everything that others were served while it was away.
-    """
-    least = min((served[other] for other in active if other != model_id), default=0.0)
-    return max(served.get(model_id, 0.0), least)
