@@ -8,6 +8,7 @@ engine no web framework.
 import faulthandler
 import gc
 import logging
+import os
 import socket
 import sys
 import threading
@@ -23,6 +24,7 @@ from tinsmith.backend import load_backend
 from tinsmith.config import Settings, engine_environment, is_loopback
 from tinsmith.errors import ConfigError, TinsmithError
 from tinsmith.exclusive import listen, locked
+from tinsmith.lost_device import DeviceLostError
 from tinsmith.observe import configure_logging
 from tinsmith.supervised import read_first_line, stop_at_end_of_input
 from tinsmith.supervisor import EXIT_CONFIG, Child, Supervisor
@@ -200,6 +202,10 @@ def _child_main(role: str, *arguments: str) -> int:
     except ConfigError as error:
         logger.error("%s", error)
         return EXIT_CONFIG
+    except DeviceLostError as error:
+        logger.critical("%s", error)
+        logging.shutdown()
+        os._exit(1)  # libraries that tidy up would wait for the device
     return 0
 
 

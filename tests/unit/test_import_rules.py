@@ -15,6 +15,7 @@ ROOT = Path(tinsmith.__file__).parent
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "lost_device": set(),
     "observe": set(),
     "supervisor": set(),
     "sizing": set(),
@@ -27,17 +28,17 @@ ALLOWED: dict[str, set[str]] = {
     "wire": {"errors"},
     "store": {"errors", "wire"},
     "api": {"errors", "config", "protocols", "wire", "store", "demo"},
-    "engine": {"errors", "protocols", "wire"},
+    "engine": {"errors", "lost_device", "protocols", "wire"},
     "models": {"errors", "protocols"},
-    "training": {"errors", "protocols", "models", "wire.packing", "wire.losses"},
-    "sampling": {"errors", "protocols", "models", "wire.packing", "wire.losses", "wire.progress"},
+    "training": {"errors", "lost_device", "protocols", "models", "wire.packing", "wire.losses"},
+    "sampling": {"errors", "lost_device", "protocols", "models", "wire.packing", "wire.losses", "wire.progress"},
     "demo": set(),
     "cli": {"errors", "config", "store", "serve", "demo"},
     "exclusive": {"errors"},
     "supervised": set(),
     "backend": {"errors", "config", "sizing", "demo", "protocols", "models", "training", "sampling"},
     "serve": {
-        *("errors", "config", "observe", "announce", "supervisor", "supervised", "exclusive", "backend"),
+        *("errors", "config", "observe", "announce", "supervisor", "supervised", "exclusive", "backend", "lost_device"),
         *("api", "store", "engine"),
     },
 }

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.test_engine import Bench, embedded
-from tinsmith.engine.trials import DeadlyRequestError, Trials, pulse_file
+from tests.unit.test_engine import SESSION, Bench, embedded
+from tinsmith.engine.trials import MOST_RESTORING, PULSE, BrokenModelError, DeadlyRequestError, Trials, pulse_file
+from tinsmith.store import records
 from tinsmith.wire.packing import SampleCall
 
 CURSED = 1279  # a token whose embedding kills the engine
@@ -129,6 +130,83 @@ def test_a_death_is_forgotten_once_its_request_was_answered(bench: Bench, monkey
     assert bench.engine._trials.suspects == {}
     bench.new_engine()
     assert bench.engine._trials.suspects == {}
+
+
+def with_a_cursed_past(bench: Bench) -> str:
+    """A model with a recovery point and, behind that, an operation that kills who executes it again."""
+    model = bench.create("haunted")
+    bench.train(model, [5, 6, 7])
+    bench.result(bench.step(model))
+    bench.engine.write_points()
+    bench.train(model, [5, CURSED, 7])
+    bench.result(bench.step(model))
+    return model
+
+
+def recovery_points(bench: Bench) -> list[Path]:
+    return sorted((bench.folder / "recovery").glob("*/[0-9]*"))
+
+
+def test_a_model_whose_past_kills_the_engine_is_left_alone_and_others_go_on(
+    bench: Bench, request: pytest.FixtureRequest
+) -> None:
+    model, other = with_a_cursed_past(bench), bench.create("other")
+    bench.run()
+    request.getfixturevalue("curse")
+    bench.new_engine()
+    asked, fine = bench.train(model, [5, 6, 7]), bench.train(other, [5, 6, 7])
+    assert run_to_the_end(bench) == 2
+    why = failure(bench, asked)
+    assert f"died 2 times while bringing it back, the last time while running {model}:3 (forward_backward) again" in why
+    assert bench.find(fine).state == "done"
+    bench.new_engine()
+    assert "is broken" in failure(bench, run(bench, bench.train(model, [5, 6, 7])))
+    assert len(recovery_points(bench)) == 1
+    bench.database.write(records.finish_session, SESSION, "me", "success")
+    bench.engine.close_models()
+    bench.new_engine()
+    bench.engine._trials.check_model(model)
+
+
+def run(bench: Bench, request_id: str) -> str:
+    bench.run()
+    return request_id
+
+
+def test_one_death_while_a_model_comes_back_is_forgotten_once_it_has(
+    bench: Bench, request: pytest.FixtureRequest
+) -> None:
+    model = with_a_cursed_past(bench)
+    expected = bench.logprobs(model)
+    request.getfixturevalue("curse")
+    for _ in range(3):
+        bench.new_engine()
+        with pytest.raises(EngineDied):
+            bench.logprobs(model)
+        with pytest.MonkeyPatch.context() as patch:
+            module: Any = embedded()[0].module
+            patch.setattr(module.get_input_embeddings(), "_forward_pre_hooks", {})
+            bench.new_engine()
+            np.testing.assert_allclose(bench.logprobs(model), expected, atol=2e-6)
+
+
+def test_a_model_that_kills_engines_at_one_place_after_another_is_left_alone_in_the_end(tmp_path: Path) -> None:
+    for number in range(MOST_RESTORING):
+        trials = Trials(tmp_path)
+        trials.take_over(never)
+        trials.check_model("a")
+        with trials.restoring("a", f"running a:{number} again"):
+            pass
+        trials._write(PULSE, b"r")
+    last = Trials(tmp_path)
+    last.take_over(never)
+    with pytest.raises(BrokenModelError, match=f"died {MOST_RESTORING} times"):
+        last.check_model("a")
+    last.check_model("b")
+    last.release_model("a")
+    after = Trials(tmp_path)
+    after.take_over(never)
+    after.check_model("a")
 
 
 def never(_: object) -> list[int]:

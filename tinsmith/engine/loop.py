@@ -23,6 +23,7 @@ from tinsmith.engine.sampling_turns import SamplingTurns
 from tinsmith.engine.shares import Shares
 from tinsmith.engine.trials import Trials
 from tinsmith.errors import TinsmithError, UnavailableError, UserError
+from tinsmith.lost_device import raise_if_lost
 from tinsmith.protocols import ModelCall, Sampler, Trainer
 from tinsmith.wire.jobs import Header, Outcome
 from tinsmith.wire.packing import TrainCall
@@ -79,7 +80,7 @@ class Engine:
         self._max_models = max_models
         self._future_seconds = future_seconds
         self._trials = Trials(data_dir)
-        recovery = Recovery(ledger, trainer, data_dir / "recovery", self._trials.pulse)
+        recovery = Recovery(ledger, trainer, data_dir / "recovery", self._trials)
         self._residency = Residency(
             ledger,
             trainer,
@@ -107,7 +108,10 @@ class Engine:
     # The loop
 
     def run(self, stop: threading.Event) -> None:
-        """Serves until `stop` is set; then leaves every model's state on disk."""
+        """Serves until `stop` is set; then leaves every model's state on disk.
+
+        An error that ends it earlier leaves that to the engine after it: memory may hold the half of something.
+        """
         bell = self._bell = self._ledger.listen()
         self.take_over()
         capabilities = self._trainer.capabilities().to_dict()
@@ -123,7 +127,7 @@ class Engine:
             bell.close()
             stop.set()
             beating.join()
-            self._close()
+        self._close()
 
     def take_over(self) -> None:
         """Begins where an engine before this one stopped, however it stopped."""
@@ -321,6 +325,7 @@ class Engine:
         except UnavailableError:  # the store failed, from letting others in
             raise
         except Exception as error:  # the trainer itself broke: nobody's gradient can be trusted
+            raise_if_lost(error)
             log.exception("a batch of %d requests failed", len(calls))
             results = [TinsmithError(f"failed on the server: {type(error).__name__}: {error}") for _ in headers]
         return {header.number: outcome_of(header, result) for header, result in zip(headers, results, strict=True)}
@@ -415,6 +420,7 @@ class Engine:
         try:
             write(model_id)
         except Exception as error:  # a full disk, say
+            raise_if_lost(error)
             log.error("no recovery point for %s: %s", model_id, error, exc_info=not isinstance(error, TinsmithError))
             return False
         return True

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from tinsmith.engine.trials import Trials
 from tinsmith.errors import TinsmithError, UnavailableError
+from tinsmith.lost_device import raise_if_lost
 from tinsmith.wire.jobs import Header, Outcome, Usage
 from tinsmith.wire.packing import SampleOutput, TrainOutput
 
@@ -12,9 +13,9 @@ log = logging.getLogger(__name__)
 
 
 def attempt(trials: Trials, header: Header, action: Callable[[], None]) -> Exception | None:
-    """Runs one job's action; its error is the job's alone, and returned. Raises UnavailableError: the store has failed.
+    """Runs one job's action; its error is the job's alone, and returned. A job that engines have died of is not run.
 
-    A job that engines have died of is not run.
+    Raises UnavailableError (the store has failed) and DeviceLostError.
     """
     try:
         trials.check(header.number)
@@ -24,6 +25,7 @@ def attempt(trials: Trials, header: Header, action: Callable[[], None]) -> Excep
     except TinsmithError as error:
         return error
     except Exception as error:
+        raise_if_lost(error)
         log.exception("job %s (%s) failed", header.request_id, header.kind)
         return error
     return None

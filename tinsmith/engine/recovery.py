@@ -20,6 +20,7 @@ from tinsmith.engine.checkpoints import (
     verify_folder,
     write_folder,
 )
+from tinsmith.engine.trials import Trials
 from tinsmith.errors import TinsmithError
 from tinsmith.protocols import AdamParams, ModelCall, ModelSpec, Trainer, Weights
 from tinsmith.wire.jobs import Past
@@ -44,12 +45,11 @@ class Recovery:
     The newest KEPT_POINTS of a model stay, and the log behind the oldest of them: a damaged one is passed over.
     """
 
-    def __init__(self, ledger: "Ledger", trainer: Trainer, folder: Path, pulse: Callable[[], None]) -> None:
-        """`pulse` is called between operations that are executed again, which may be many."""
+    def __init__(self, ledger: "Ledger", trainer: Trainer, folder: Path, trials: Trials) -> None:
         self._ledger = ledger
         self._trainer = trainer
         self._folder = folder
-        self._pulse = pulse
+        self._trials = trials
 
     def write_point(self, model_id: str, seq: int) -> None:
         """Makes the model as it is now, after `seq`, the state that a recovery starts from."""
@@ -68,25 +68,30 @@ class Recovery:
     def forget(self, model_id: str) -> None:
         """Removes the recovery points of a model that will not come back."""
         remove_folder(self._folder / folder_name(model_id))
+        self._trials.release_model(model_id)
 
     def restore(self, record: "Model", publish: Publish) -> tuple[int, int]:
         """Puts a model on the device as it was after the last operation that ended.
 
         Returns that operation's seq, and the seq of the recovery point that it came from (-1: none). `publish` receives
-        the unnamed snapshots that the replayed operations made. Raises DamagedCheckpointError.
+        the unnamed snapshots that the replayed operations made. Raises DamagedCheckpointError, and BrokenModelError
+        for a model that engines have died of.
         """
+        self._trials.check_model(record.id)
         kept_after = -1 if record.recovery_seq is None else record.recovery_seq
         past = self._ledger.history(record.id, kept_after)
         ended = past[-1].header.seq if past else kept_after
         self._remove_from(record.id, ended + 1)  # of an operation that must run again
-        self._trainer.add(record.id, ModelSpec(**record.spec))
         try:
-            point = self._load_newest(record, kept_after)
+            with self._trials.restoring(record.id, "loading its recovery point"):
+                self._trainer.add(record.id, ModelSpec(**record.spec))
+                point = self._load_newest(record, kept_after)
             behind = [entry for entry in past if entry.header.seq > point]
             self._replay_all(record, behind, publish)
-        except BaseException:
+        except Exception:
             self._trainer.drop(record.id)
             raise
+        self._trials.release_model(record.id)
         if behind:
             log.info("restored %s: %d operations after seq %d", record.id, len(behind), point)
         return ended, point
@@ -122,10 +127,13 @@ class Recovery:
 
     def _replay_all(self, record: "Model", past: list[Past], publish: Publish) -> None:
         for entry in (entry for entry in past if entry.header.kind in _REPLAYED):
-            self._pulse()
+            self._trials.pulse()
             if entry.state == "done":
                 body = self._ledger.payloads([entry.header])[entry.header.number]  # all at once may not fit memory
-                self._replay(record, entry, body, publish)
+                with self._trials.restoring(
+                    record.id, f"running {entry.header.request_id} ({entry.header.kind}) again"
+                ):
+                    self._replay(record, entry, body, publish)
             elif entry.header.kind == "optim_step" and entry.ran:
                 self._trainer.discard_gradient(record.id)
 

@@ -15,6 +15,7 @@ from tinsmith.engine.planning import apart
 from tinsmith.engine.residency import Residency
 from tinsmith.engine.trials import Trials
 from tinsmith.errors import TinsmithError, UserError
+from tinsmith.lost_device import raise_if_lost
 from tinsmith.protocols import Finished, Sampler, SnapshotCall
 from tinsmith.wire.jobs import Header, Outcome
 from tinsmith.wire.packing import SampleCall
@@ -124,6 +125,7 @@ class SamplingTurns:
         try:
             return self._sampler.step()
         except Exception as error:  # the sampler itself broke: nothing that it holds can be trusted, training can
+            raise_if_lost(error)
             log.exception("the sampler broke; its %d requests end", len(self._inside))
             failure = TinsmithError(f"failed on the server: {type(error).__name__}: {error}")
             for request_id in self._inside:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from tinsmith.errors import NotFoundError, TinsmithError, UserError
+from tinsmith.lost_device import raise_if_lost
 from tinsmith.models.invariant import RowInvariance
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.weights import FullWeights, LoraWeights, load_weights, save_weights
@@ -333,6 +334,7 @@ class TorchSampler:
         try:
             return self._run(works, self._lanes[version])
         except Exception as error:  # whatever it was, it must not reach the neighbours
+            raise_if_lost(error)
             requests = list(dict.fromkeys(work.sample.request for work in works))
             log.exception("a sampling pass of %d requests broke", len(requests))
             del self._lanes[version]

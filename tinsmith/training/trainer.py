@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tinsmith.errors import NotFoundError, TinsmithError, UserError
+from tinsmith.lost_device import raise_if_lost
 from tinsmith.models.attention import PackedAttention
 from tinsmith.models.full import FullModel
 from tinsmith.models.head import target_logprobs
@@ -181,6 +182,7 @@ class TorchTrainer:
                 with _deterministic(self._model.device) if self._deterministic else nullcontext():
                     self._pass(group, pack(calls, cuts))
             except Exception as error:  # whatever it was, it must not reach the neighbours
+                raise_if_lost(error)
                 log.exception("a pass of %d requests broke", len(group))
                 for backup in backups:
                     backup.restore()
