@@ -1,0 +1,85 @@
+"""Every kernel against plain torch in float64: on a CUDA device, or in Triton's interpreter (TRITON_INTERPRET=1)."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not (torch.cuda.is_available() or INTERPRETED):
+    pytest.skip("neither a CUDA device nor Triton's interpreter", allow_module_level=True)
+
+from tinsmith.models import kernels  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cpu" if INTERPRETED else "cuda"
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
+EPS = 1e-6
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+HEADS = pytest.mark.parametrize(("heads", "kv_heads", "d"), [(4, 2, 16), (6, 3, 24), (8, 8, 32), (14, 2, 64)])
+NORMS = pytest.mark.parametrize("norm", [True, False], ids=["normalised", "plain"])
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE, dtype)
+
+
+def check(ours: Tensor, expected: Tensor) -> None:
+    assert (ours.double() - expected).norm() <= TOLERANCE[ours.dtype] * expected.norm()
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    x = x.double()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight.double()
+
+
+def angles(rows: int, d: int) -> tuple[Tensor, Tensor]:
+    angle = random(rows, d // 2).repeat(1, 2)
+    return angle.cos(), angle.sin()
+
+
+def turned(heads_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
+    low, high = heads_THd.chunk(2, -1)
+    return heads_THd * cos_Td.double()[:, None] + torch.cat([-high, low], -1) * sin_Td.double()[:, None]
+
+
+@DTYPES
+def test_a_norm_adds_first(dtype: torch.dtype) -> None:
+    x, residual, weight = (
+        random(5, 96, dtype=dtype),
+        random(96, 5, dtype=dtype).t().contiguous(),
+        random(96, dtype=dtype),
+    )
+    normed, total = kernels.add_rms_norm(x, residual, weight, EPS)
+    check(total, x.double() + residual.double())
+    check(normed, rms_norm(total, weight))
+    normed, total = kernels.add_rms_norm(x, None, weight, EPS)
+    assert total is x
+    check(normed, rms_norm(x, weight))
+
+
+@DTYPES
+def test_swiglu(dtype: torch.dtype) -> None:
+    gate_up = random(3, 2 * 1100, dtype=dtype)
+    gate, up = gate_up.double().chunk(2, 1)
+    check(kernels.swiglu(gate_up), torch.nn.functional.silu(gate) * up)
+
+
+@DTYPES
+@HEADS
+@NORMS
+def test_heads_are_normalised_and_turned(heads: int, kv_heads: int, d: int, norm: bool, dtype: torch.dtype) -> None:
+    qkv = random(7, (heads + 2 * kv_heads) * d, dtype=dtype)
+    weights = (random(d, dtype=dtype), 1 + random(d, dtype=dtype)) if norm else (None, None)
+    cos, sin = angles(7, d)
+    expected = qkv.double().view(7, -1, d).clone()
+    for part, weight in zip((slice(heads), slice(heads, heads + kv_heads)), weights, strict=True):
+        normed = expected[:, part] if weight is None else rms_norm(qkv.view(7, -1, d)[:, part], weight)
+        expected[:, part] = turned(normed, cos, sin)
+    aside = torch.zeros_like(qkv)
+    kernels.norm_rope(qkv, cos, sin, *weights, EPS, heads, kv_heads, d, aside)
+    assert not aside[:, (heads + kv_heads) * d :].any()
+    check(kernels.norm_rope(qkv, cos, sin, *weights, EPS, heads, kv_heads, d), expected.view(7, -1))
+    assert torch.equal(aside[:, : (heads + kv_heads) * d], qkv[:, : (heads + kv_heads) * d])

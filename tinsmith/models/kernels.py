@@ -1,0 +1,184 @@
+"""Elementwise work of decoder layers as few kernels, for CUDA devices: norms, rotary positions, gated activations.
+
+Written in Triton, which CPU installations of torch lack: only CUDA code imports this module. Numbers are read and
+written in the dtype of the tensors and computed in fp32. Knows no adapters and no attention.
+
+Shapes: `T` rows of a packed batch, `D` hidden size, `P` width of the feed-forward network, `d` head dimension, `O` all
+heads of queries, keys and values side by side; queries have `heads` of them, keys and values `kv_heads` each.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TILE = 16  # heads that one program turns, of one or several rows
+_COLUMNS = 1024  # of the feed-forward network that one program computes
+
+
+def add_rms_norm(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(the normalised sum, the sum) of x and the residual, in the dtype of x; without a residual the sum is x."""
+    rows, width = x_TD.shape
+    normed_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+    sum_TD = x_TD if residual_TD is None else torch.empty_like(normed_TD)
+    block = triton.next_power_of_2(width)
+    _add_rms_norm[(rows,)](
+        *(x_TD, x_TD if residual_TD is None else residual_TD, weight_D, normed_TD, sum_TD),
+        *(x_TD.stride(0), 0 if residual_TD is None else residual_TD.stride(0), width, eps),
+        ADD=residual_TD is not None,
+        BLOCK=block,
+        num_warps=_warps(block),
+    )
+    return normed_TD, sum_TD
+
+
+def swiglu(gate_up_TP: Tensor) -> Tensor:
+    """silu(gate) · up [T, P], of [T, 2 P] with the gates first."""
+    rows, width = gate_up_TP.shape[0], gate_up_TP.shape[1] // 2
+    out_TP = gate_up_TP.new_empty(rows, width)
+    _swiglu[(rows, triton.cdiv(width, _COLUMNS))](
+        gate_up_TP, out_TP, gate_up_TP.stride(0), width, BLOCK=_COLUMNS, num_warps=4
+    )
+    return out_TP
+
+
+def norm_rope(
+    qkv_TO: Tensor,
+    cos_Td: Tensor,
+    sin_Td: Tensor,
+    q_weight_d: Tensor | None,
+    k_weight_d: Tensor | None,
+    eps: float,
+    heads: int,
+    kv_heads: int,
+    d: int,
+    out_TO: Tensor | None = None,
+) -> Tensor:
+    """Normalises (if there are weights) and rotates the queries and keys of `qkv_TO`; values stay as they are.
+
+    In place, or into the columns of `out_TO` that belong to queries and keys.
+    """
+    out_TO = qkv_TO if out_TO is None else out_TO
+    rows, share = len(qkv_TO), _heads_at_once(heads, kv_heads)
+    _norm_rope[(triton.cdiv(rows, _TILE // share), (heads + kv_heads) // share)](
+        *(qkv_TO, out_TO, cos_Td, sin_Td),
+        *(qkv_TO if q_weight_d is None else q_weight_d, qkv_TO if k_weight_d is None else k_weight_d),
+        *(qkv_TO.stride(0), out_TO.stride(0), cos_Td.stride(0), sin_Td.stride(0), rows, heads, eps),
+        NORM=q_weight_d is not None,
+        SHARE=share,
+        TILE=_TILE,
+        HALF=d // 2,
+        BLOCK=triton.next_power_of_2(d // 2),
+        num_warps=4,
+    )
+    return out_TO
+
+
+def _warps(block: int) -> int:
+    return min(max(block // 256, 1), 16)
+
+
+def _heads_at_once(heads: int, kv_heads: int) -> int:
+    """The largest power of two of heads, up to a tile, that are of one kind wherever they begin at a multiple."""
+    both = heads | kv_heads | _TILE
+    return both & -both
+
+
+@triton.jit
+def _add_rms_norm(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    normed_ptr,
+    sum_ptr,
+    x_stride,
+    residual_stride,
+    width,
+    eps,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    x = tl.load(x_ptr + row * x_stride + columns, inside, other=0.0)
+    if ADD:
+        residual = tl.load(residual_ptr + row * residual_stride + columns, inside, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
+        tl.store(sum_ptr + row * width + columns, x, inside)
+    x = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x) / width + eps)
+    weight = tl.load(weight_ptr + columns, inside, other=0.0).to(tl.float32)
+    tl.store(normed_ptr + row * width + columns, x * scale * weight, inside)
+
+
+@triton.jit
+def _swiglu(gate_up_ptr, out_ptr, stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    gate = tl.load(gate_up_ptr + row * stride + columns, inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * stride + width + columns, inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * width + columns, gate * tl.sigmoid(gate) * up, inside)
+
+
+@triton.jit
+def head_halves(ptr, first, HALF: tl.constexpr, BLOCK: tl.constexpr, inside):
+    """fp32 [N, BLOCK] twice: both halves of the heads that begin at the offsets `first` [N, 1] from `ptr`."""
+    columns = tl.arange(0, BLOCK)[None, :]
+    mask = inside & (columns < HALF)
+    low = tl.load(ptr + first + columns, mask, other=0.0).to(tl.float32)
+    return low, tl.load(ptr + first + HALF + columns, mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def rotated_head(low, high, cos, sin, low_weight, high_weight, eps, NORM: tl.constexpr, HALF: tl.constexpr):
+    """Both halves [N, BLOCK] of N heads in fp32, normalised if `NORM`, and turned by `cos` and `sin` of their rows."""
+    if NORM:
+        squares = tl.sum(low * low + high * high, 1)
+        scale = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
+        low = low * scale * low_weight
+        high = high * scale * high_weight
+    return low * cos - high * sin, high * cos + low * sin
+
+
+@triton.jit
+def _norm_rope(
+    in_ptr,
+    out_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    in_stride,
+    out_stride,
+    cos_stride,
+    sin_stride,
+    rows,
+    heads,
+    eps,
+    NORM: tl.constexpr,
+    SHARE: tl.constexpr,
+    TILE: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    index = tl.arange(0, TILE)
+    row = (tl.program_id(0) * (TILE // SHARE) + index // SHARE).to(tl.int64)[:, None]
+    head = tl.program_id(1) * SHARE
+    first = (head + index % SHARE)[:, None] * (2 * HALF)
+    inside = row < rows
+    low, high = head_halves(in_ptr + row * in_stride, first, HALF, BLOCK, inside)
+    columns = tl.arange(0, BLOCK)[None, :]
+    mask = inside & (columns < HALF)
+    cos = tl.load(cos_ptr + row * cos_stride + columns, mask, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + row * sin_stride + columns, mask, other=0.0).to(tl.float32)
+    low_weight, high_weight = low, high
+    if NORM:
+        if head < heads:
+            low_weight, high_weight = head_halves(q_weight_ptr, tl.zeros_like(first), HALF, BLOCK, inside)
+        else:
+            low_weight, high_weight = head_halves(k_weight_ptr, tl.zeros_like(first), HALF, BLOCK, inside)
+    low, high = rotated_head(low, high, cos, sin, low_weight, high_weight, eps, NORM, HALF)
+    tl.store(out_ptr + row * out_stride + first + columns, low, mask)
+    tl.store(out_ptr + row * out_stride + first + HALF + columns, high, mask)
