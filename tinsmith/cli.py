@@ -127,6 +127,9 @@ def keys_create(
     ] = None,
     max_models: Annotated[int | None, typer.Option(min=1, max=2**31 - 1, help="Models open at once.")] = None,
     max_storage: Annotated[int | None, typer.Option(min=1, max=2**63 - 1, help="Bytes of checkpoints.")] = None,
+    weight: Annotated[
+        float, typer.Option(min=0.01, max=1000.0, help="Its share while others want theirs: 2 is twice the usual.")
+    ] = 1.0,
     data_dir: DataDir = None,
     database_url: DatabaseUrl = None,
     config: Config = None,
@@ -141,6 +144,7 @@ def keys_create(
         tokens_per_second=tokens_per_second,
         max_models=max_models,
         max_storage=max_storage,
+        weight=weight,
     )
     with _server_database(config, data_dir, database_url, create=True) as (database, where):
         database.write(keys.create_key, key)
@@ -163,7 +167,7 @@ def keys_list(
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
-    titles = ("name", "key", "owner", "role", "state", "created", "last used", "expires", "limits")
+    titles = ("name", "key", "owner", "role", "state", "created", "last used", "expires", "limits", "weight")
     table = [titles, *(_shown(row) for row in rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(titles))]
     for row in table:
@@ -216,6 +220,7 @@ def _described(key: "Key") -> dict[str, Any]:
         "state": key.state(time.time()),
         **{name: _timestamp(getattr(key, name)) for name in times},
         **{name: getattr(key, name) for name in limits},
+        "weight": key.weight,
     }
 
 
@@ -226,6 +231,7 @@ def _shown(row: dict[str, Any]) -> tuple[str, ...]:
         *(row["name"], f"{row['prefix']}…", row["owner"], row["role"], row["state"]),
         *((row[time] or "-")[:16].replace("T", " ") for time in ("created_at", "used_at", "expires_at")),
         ", ".join(f"{limit:,.10g} {unit}" for unit, limit in limits.items() if limit is not None) or "-",
+        f"{row['weight']:g}",
     )
 
 

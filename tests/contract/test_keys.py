@@ -112,7 +112,7 @@ def test_the_sdk_takes_a_created_key(api: Api) -> None:
 
 
 def test_a_list_shows_everything_but_the_secret(api: Api) -> None:
-    limits = ("--tokens-per-second", "500", "--max-models", "2", "--max-storage", "1000000")
+    limits = ("--tokens-per-second", "500", "--max-models", "2", "--max-storage", "1000000", "--weight", "2.5")
     key = create(api, "listed", "--admin", "--expires", "3", *limits)
     text = tinsmith("list", folder=api.settings.data_dir).stdout
     row = listed(api.settings.data_dir)["listed"]
@@ -120,6 +120,7 @@ def test_a_list_shows_everything_but_the_secret(api: Api) -> None:
     (line,) = [line for line in text.splitlines() if line.startswith("listed ")]
     assert key[:12] in line and row["owner"] in line
     assert "admin" in line and "500 tokens/s, 2 models, 1,000,000 bytes" in line
+    assert row["weight"] == 2.5 and line.endswith(" 2.5")
     assert (row["role"], row["state"], row["used_at"], row["max_models"]) == ("admin", "active", None, 2)
     assert row["expires_at"] > row["created_at"]
 

@@ -40,6 +40,12 @@ def test_a_key_comes_back_as_it_was(conn: sa.Connection) -> None:
     assert keys.list_keys(conn) == [replace(key, used_at=5.0)]
 
 
+def test_only_owners_with_another_weight_than_the_usual_are_told(conn: sa.Connection) -> None:
+    add(conn, "anna")
+    heavy = add(conn, "ben", weight=2.5)
+    assert keys.weights(conn) == {heavy.owner: 2.5}
+
+
 def test_a_secret_is_random_and_nowhere_in_the_database(migrated_sqlite_url: str) -> None:
     database = Database(migrated_sqlite_url)
     secret, key = keys.new_key("anna")

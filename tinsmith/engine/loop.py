@@ -132,6 +132,7 @@ class Engine:
     def take_over(self) -> None:
         """Begins where an engine before this one stopped, however it stopped."""
         sweep(self._data_dir)
+        self._shares.weights = self._ledger.weights()
         self._trials.take_over(self._ledger.ended)
         released = self._ledger.release()
         if released:
@@ -272,11 +273,11 @@ class Engine:
         if error is not None:
             self._ledger.complete([failed(header, error)])
             self._undo(header)
+        self._shares.charge([header])
         self._end(header, None if error is None else category_of(error))
 
     def _perform(self, header: Header, lane: Lane) -> None:
         body = self._ledger.payloads([header])[header.number]
-        self._shares.charge([header])
         if header.seq > 0:
             self._residency.require_model(header.subject)
         if header.kind == "optim_step" and lane.lost_chunk is not None:
@@ -312,10 +313,10 @@ class Engine:
         calls = [ModelCall(header.subject, TrainCall.from_bytes(bodies[header.number])) for header in ready]
         outcomes |= self._forward_backward(ready, calls)
         self._ledger.complete([outcomes[header.number] for header in batch])
+        self._shares.charge(batch)
         for header in batch:
             self._end(header, outcomes[header.number].category)
 
-        self._shares.charge(batch)
     def _forward_backward(self, headers: list[Header], calls: list[ModelCall]) -> dict[int, Outcome]:
         if not calls:
             return {}
@@ -371,6 +372,7 @@ class Engine:
             self.write_points()
         if now - self._kept_house_at > KEEP_HOUSE_SECONDS:
             self._kept_house_at = now
+            self._shares.weights = self._ledger.weights()
             self.close_models()
             self.rest_silent_models()
             self.drop_abandoned_samples()

@@ -44,6 +44,7 @@ class Key:
     tokens_per_second: float | None = None
     max_models: int | None = None
     max_storage: int | None = None
+    weight: float = 1.0
 
     def state(self, now: float) -> str:
         """`active`, `expired` or `revoked`."""
@@ -85,6 +86,12 @@ def create_key(conn: sa.Connection, key: Key) -> None:
 def list_keys(conn: sa.Connection) -> list[Key]:
     """All keys, also expired and revoked ones, oldest first."""
     return [Key(*row) for row in _ALL(conn, {})]
+
+
+def weights(conn: sa.Connection) -> dict[str, float]:
+    """How many times the usual share an owner's key gives it; of those who get another than that."""
+    newest_last = conn.execute(sa.select(keys.c.owner, keys.c.weight).order_by(keys.c.created_at))
+    return {owner: weight for owner, weight in {row.owner: row.weight for row in newest_last}.items() if weight != 1.0}
 
 
 def revoke_key(conn: sa.Connection, name_or_prefix: str) -> Key:

@@ -142,6 +142,10 @@ class Ledger:
         """Raises LimitError if a job's checkpoint is more than its owner may store; its size may not be known yet."""
         self._database.read(keys.check_storage, header.owner, header.subject, kind, path, size_bytes)
 
+    def weights(self) -> dict[str, float]:
+        """How many times the usual share an owner gets; of those who get another than that."""
+        return self._database.read(keys.weights)
+
     def drop_expired_checkpoints(self, now: float) -> list[Path]:
         """Forgets checkpoints whose time is over; returns their folders, for removal."""
         return self._database.write(_drop_expired, now)

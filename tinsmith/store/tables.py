@@ -45,6 +45,7 @@ keys = sa.Table(
     sa.Column("tokens_per_second", sa.Float),  # limits: NULL is none
     sa.Column("max_models", sa.Integer),  # open at once
     sa.Column("max_storage", sa.BigInteger),  # bytes of checkpoints
+    sa.Column("weight", sa.Float, nullable=False, server_default="1"),  # its share, while others want theirs
     sa.Index(None, "owner"),
     _partial_index("ix_keys_name", "revoked_at IS NULL", "name", unique=True),
 )
