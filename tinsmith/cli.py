@@ -189,6 +189,26 @@ def keys_revoke(
     typer.echo(f"revoked {key.prefix}… ({key.name})")
 
 
+@keys_app.command("rotate")
+def keys_rotate(
+    name_or_prefix: Annotated[str, typer.Argument(help="Its name, or its beginning (tml-…).")],
+    overlap: Annotated[
+        int, typer.Option(metavar="HOURS", min=0, max=24 * 365, help="Hours that the old one stays good.")
+    ] = 0,
+    data_dir: DataDir = None,
+    database_url: DatabaseUrl = None,
+    config: Config = None,
+) -> None:
+    """Replace a key by a new one of the same owner, name, role and limits, and print that, this once."""
+    from tinsmith.store import keys
+
+    with _server_database(config, data_dir, database_url) as (database, where):
+        secret, key = database.write(keys.rotate_key, name_or_prefix, overlap * 3600.0)
+    typer.echo(secret)
+    ends = f"in {overlap} hours" if overlap else "now"
+    typer.echo(f"This is the new key {key.name!r} of the server with {where}; the old one ends {ends}.", err=True)
+
+
 @contextmanager
 def _server_database(
     config: Path | None, data_dir: Path | None, database_url: str | None, *, create: bool = False

@@ -50,6 +50,13 @@ class Settings:
     future_hours: float = 24.0  # how long a finished result can be read
     poll_seconds: float = 30.0  # how long retrieve_future holds a request
     stuck_minutes: float = 15.0  # an engine that has not moved for so long is restarted; 0: never
+    token_minutes: float = 60.0  # how long the tokens last that clients exchange keys for; 0: clients send their keys
+    batched_polling: bool = False  # clients ask for the ends of all samples of a sampler at once
+    price_train: float = 0.0  # USD per million tokens, as the next three; 0: no price
+    price_prefill: float = 0.0
+    price_cached_prefill: float = 0.0
+    price_sample: float = 0.0
+    price_storage: float = 0.0  # USD per GB (10^9 bytes) and month of 720 hours
     log: str = "info"  # debug, info, warning, error
     log_format: str = "text"  # text for people, json: one JSON object per line
 
@@ -95,6 +102,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "future_hours": (0.01, 24 * 365),
     "poll_seconds": (0.1, 40.0),  # the client gives up after 45
     "stuck_minutes": (0.0, 60 * 24 * 7),
+    "token_minutes": (0.0, 60 * 24),
+    **{f"price_{kind}": (0.0, 1e6) for kind in ("train", "prefill", "cached_prefill", "sample", "storage")},
 }
 
 

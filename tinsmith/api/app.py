@@ -10,11 +10,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tinsmith.api import downloads, futures, runs, sampling, service, sessions, training, weights
+from tinsmith.api import downloads, futures, identity, runs, sampling, service, sessions, training, weights
 from tinsmith.api.auth import Access
 from tinsmith.api.calls import Handler, Services, answer, endpoint
 from tinsmith.api.catalog import Catalog
 from tinsmith.api.pacing import Pacing
+from tinsmith.api.tokens import InvalidTokenError
 from tinsmith.api.waiting import Waiters
 from tinsmith.config import Settings
 from tinsmith.errors import BusyError, TinsmithError
@@ -33,6 +34,9 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/optim_step", training.optim_step),
     ("POST", "/client/config", service.client_config),
     ("POST", "/client/dynamic_config", service.client_dynamic_config),
+    ("POST", "/auth/token", identity.issue_token),
+    ("GET", "/auth/apikey/me", identity.describe_key),
+    ("DELETE", "/auth/apikey/me", identity.revoke_own_key),
     ("GET", "/get_server_capabilities", service.server_capabilities),
     ("POST", "/telemetry", service.telemetry),
     ("POST", "/create_session", sessions.create_session),
@@ -112,6 +116,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
     response = answer({"detail": str(error)}, status)
     if status in (429, 503):
         response.headers["x-should-retry"] = "true"
+    if isinstance(error, InvalidTokenError):  # who has the key gets a new token and asks again
+        response.headers["WWW-Authenticate"] = 'Bearer error="invalid_token"'
     if isinstance(error, BusyError):
         response.headers["retry-after"] = f"{error.retry_seconds:.0f}"
     return response

@@ -1,4 +1,4 @@
-"""Who is asking: an API key becomes a caller, with an owner's name for what is theirs, a role and limits.
+"""Who is asking: an API key, or a token that stands for one, becomes a caller: an owner's name, a role and limits.
 
 Keys come from the settings and from the database, which other processes change while the server runs. Its keys are read
 all at once and at most once in `FRESH_SECONDS`, however many requests come with keys that nobody knows.
@@ -7,10 +7,11 @@ all at once and at most once in `FRESH_SECONDS`, however many requests come with
 import asyncio
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.requests import Request
 
+from tinsmith.api.tokens import START, InvalidTokenError, Tokens
 from tinsmith.config import Settings, is_loopback
 from tinsmith.errors import UnauthorizedError
 from tinsmith.store import keys
@@ -30,6 +31,9 @@ class Caller:
     is_admin: bool = False
     tokens_per_second: float | None = None
     max_models: int | None = None
+    digest: str = ""  # of the key; empty where none is needed
+    name: str = ""  # of the key
+    until: float | None = None  # when the token ends that was shown instead of the key
 
 
 _LOCAL = Caller(LOCAL_OWNER)
@@ -42,25 +46,43 @@ class Access:
         self._database = database
         self._open = settings.no_auth
         self._open_without_keys = is_loopback(settings.host)
-        self._given = {digest: Caller(keys.owner_of(digest)) for digest in map(keys.digest_of, settings.api_keys)}
+        self._given = {
+            digest: Caller(keys.owner_of(digest), digest=digest, name="--api-key")
+            for digest in map(keys.digest_of, settings.api_keys)
+        }
+        self.tokens = Tokens(database, 60 * settings.token_minutes)
         self._stored: dict[str, Key] = {}
         self._read_at = -math.inf
         self._reading: asyncio.Task[None] | None = None
         self._noted: dict[str, float] = {}  # when the last use of a stored key was written
 
     async def caller(self, request: Request) -> Caller:
-        """The holder of the key that the request carries, as X-API-Key or Authorization: Bearer.
+        """The holder of the key or token that the request carries, as X-API-Key or Authorization: Bearer.
 
         A server that was told so, or has never had a key and is reachable from its own machine only, takes any key or
         none. Raises UnauthorizedError.
         """
-        if self._open:
+        if self._open or not await self._needs_keys():
             return _LOCAL
+        return await self.holder(_secret(request))
+
+    async def holder(self, secret: str) -> Caller:
+        """Whose key, or token, it is. Raises UnauthorizedError."""
         stored = await self._current()
-        if self._open_without_keys and not (self._given or stored):
-            return _LOCAL
-        digest = keys.digest_of(_secret(request))
+        digest = keys.digest_of(secret)
         # Timing tells nothing here: who tries keys does not choose their digests.
+        if digest in self._given or digest in stored or not secret.startswith(START):
+            return await self._key_holder(digest, stored)
+        token = await self.tokens.read(secret)
+        try:
+            return replace(await self._key_holder(token.digest, stored), until=token.expires_at)
+        except UnauthorizedError as error:
+            raise InvalidTokenError(f"the token's key is not good any more: {error}") from None
+
+    async def _needs_keys(self) -> bool:
+        return bool(not self._open_without_keys or self._given or await self._current())
+
+    async def _key_holder(self, digest: str, stored: dict[str, Key]) -> Caller:
         if caller := self._given.get(digest):
             return caller
         if (key := stored.get(digest)) is None:
@@ -69,7 +91,8 @@ class Access:
         if (state := key.state(now)) != "active":
             raise UnauthorizedError(f"API key {key.prefix}… ({key.name}) is {state}; ask for a new one")
         await self._note_use(key, now)
-        return Caller(key.owner, key.role == keys.ADMIN, key.tokens_per_second, key.max_models)
+        is_admin = key.role == keys.ADMIN
+        return Caller(key.owner, is_admin, key.tokens_per_second, key.max_models, digest, key.name)
 
     async def _current(self) -> dict[str, Key]:
         """The stored keys by digest; requests that find them old wait for the same look at the database."""

@@ -15,7 +15,12 @@ def health(services: Services) -> Response:
 async def client_config(call: Call) -> Response:
     """POST /client/config."""
     await call.json(types.ClientConfigRequest)
-    return answer(types.ClientConfigResponse())
+    settings = call.services.settings
+    return answer(
+        types.ClientConfigResponse(
+            pjwt_auth_enabled=settings.token_minutes > 0, sample_use_retrieve_futures=settings.batched_polling
+        )
+    )
 
 
 async def client_dynamic_config(call: Call) -> Response:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 import sqlalchemy as sa
 
 from tinsmith.errors import LimitError, NotFoundError, UserError
+from tinsmith.store import audit
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.tables import checkpoints, insert, keys
 
@@ -81,6 +82,7 @@ def create_key(conn: sa.Connection, key: Key) -> None:
     statement = insert(conn, keys).values(asdict(key)).on_conflict_do_nothing().returning(keys.c.digest)
     if conn.execute(statement).first() is None:
         raise UserError(f"there is a key called {key.name!r} already; choose another name, or revoke that one first")
+    audit.note(conn, key.owner, "key_create", name=key.name, key=key.prefix, role=key.role)
 
 
 def list_keys(conn: sa.Connection) -> list[Key]:
@@ -96,16 +98,48 @@ def weights(conn: sa.Connection) -> dict[str, float]:
 
 def revoke_key(conn: sa.Connection, name_or_prefix: str) -> Key:
     """Ends a key, called by its name or by its beginning. Raises NotFoundError, or UserError if several begin so."""
+    key = _require_one(conn, name_or_prefix)
+    revoke_digest(conn, key.digest)
+    return replace(key, revoked_at=time.time())
+
+
+def revoke_digest(conn: sa.Connection, digest: str) -> bool:
+    """Ends a key; whether there was one to end."""
+    is_good = (keys.c.digest == digest) & keys.c.revoked_at.is_(None)
+    ended = sa.update(keys).where(is_good).values(revoked_at=time.time())
+    row = conn.execute(ended.returning(keys.c.owner, keys.c.name, keys.c.prefix)).first()
+    if row is not None:
+        audit.note(conn, row.owner, "key_revoke", name=row.name, key=row.prefix)
+    return row is not None
+
+
+def rotate_key(conn: sa.Connection, name_or_prefix: str, overlap: float) -> tuple[str, Key]:
+    """A new secret, and its key with the name, owner, role, expiry and limits of an old one.
+
+    The old one ends, at once or `overlap` seconds from now under another name. Raises as `revoke_key` does.
+    """
+    old, now = _require_one(conn, name_or_prefix), time.time()
+    secret, made = new_key(old.name)
+    new = replace(old, digest=made.digest, prefix=made.prefix, created_at=now, used_at=None)
+    changes: dict[str, object] = {"revoked_at": now}
+    if overlap:
+        ends = now + overlap if old.expires_at is None else min(now + overlap, old.expires_at)
+        changes = {"expires_at": ends, "name": f"{old.name} ({old.prefix})"}
+    conn.execute(sa.update(keys).where(keys.c.digest == old.digest).values(changes))
+    create_key(conn, new)
+    audit.note(conn, old.owner, "key_rotate", name=old.name, key=new.prefix, instead_of=old.prefix)
+    return secret, new
+
+
+def _require_one(conn: sa.Connection, name_or_prefix: str) -> Key:
     found = [key for key in list_keys(conn) if key.revoked_at is None and _is_called(key, name_or_prefix)]
     shown = name_or_prefix[:_PREFIX_LENGTH] if name_or_prefix.startswith(KEY_START) else name_or_prefix
     if not found:
-        raise NotFoundError(f"there is no key {shown!r} that could be revoked (tinsmith keys list)")
+        raise NotFoundError(f"there is no key {shown!r} that is still good (tinsmith keys list)")
     if len(found) > 1:
         names = ", ".join(repr(key.name) for key in found)
         raise UserError(f"{len(found)} keys begin with {shown!r} ({names}); give more of it, or a name")
-    revoked = replace(found[0], revoked_at=time.time())
-    conn.execute(sa.update(keys).where(keys.c.digest == revoked.digest).values(revoked_at=revoked.revoked_at))
-    return revoked
+    return found[0]
 
 
 def _is_called(key: Key, text: str) -> bool:
@@ -127,7 +161,8 @@ def check_storage(
     Before its size is known, it is taken to be as large as the model's largest checkpoint of that kind; if there is
     none, anything may do.
     """
-    key = conn.execute(sa.select(keys.c.name, keys.c.max_storage).where(keys.c.owner == owner)).first()
+    newest = sa.select(keys.c.name, keys.c.max_storage).where(keys.c.owner == owner).order_by(keys.c.created_at.desc())
+    key = conn.execute(newest.limit(1)).first()  # an owner has several after a rotation
     if key is None or key.max_storage is None:
         return
     is_other = checkpoints.c.path != path  # what is overwritten makes room

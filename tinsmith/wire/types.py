@@ -57,8 +57,37 @@ class ClientConfigRequest(Request):
 class ClientConfigResponse(Response):
     """Switches that the SDK asks for once; those not named keep the SDK's own defaults."""
 
+    pjwt_auth_enabled: bool
+    sample_use_retrieve_futures: bool
+    sample_join_sampling_session: bool = True
     parallel_fwdbwd_chunks: bool = True
     proto_compress_fwdbwd: bool = True
+
+
+class AuthTokenResponse(Response):
+    jwt: str
+
+
+class NamedOrganization(Response):
+    name: str
+
+
+class KeyUser(Response):
+    email: str
+
+
+class KeyDetails(Response):
+    org_details: NamedOrganization
+    user_details: KeyUser
+
+
+class KeyInfo(Response):
+    """A key without its secret, as its holder sees it."""
+
+    key_id: int
+    name: str
+    note: str
+    details: KeyDetails
 
 
 class ClientDynamicConfigResponse(Response):
