@@ -110,8 +110,9 @@ def client_actions(service: tinker.ServiceClient) -> dict[str, Callable[[], obje
 def backend_actions(model: str) -> dict[str, Callable[[], object]]:
     """The same work without server and client, by case."""
     from tinsmith.backend import load_backend
+    from tinsmith.served import Served, base_of
 
-    trainer, sampler = load_backend(Settings(model=model), lambda progress: None)
+    trainer, sampler = load_backend(Settings(), Served(model, base_of(model)), lambda progress: None)
     trainer.add("model", ModelSpec(rank=RANK, seed=1))
     short, long = calls(1, SHORT), calls(LONG_DATUMS, LONG)
     prompt = SampleCall(np.arange(PROMPT, dtype=np.int32), 1, SAMPLES, SAMPLED, stop_at_eos=False)

@@ -8,6 +8,7 @@ import http.client
 import json
 import socket
 import threading
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from rich.text import Text
 
 from tinsmith import __version__
 from tinsmith.config import Settings, is_loopback, mask_password
+from tinsmith.served import Served
 
 POLL_SECONDS = 0.2
 _EVERY_ADDRESS = ("0.0.0.0", "::")
@@ -24,8 +26,11 @@ _EVERY_ADDRESS = ("0.0.0.0", "::")
 class Announcer:
     """Prints for one server; `settings.port` is the bound one, `keys` the number of keys, None if any key will do."""
 
-    def __init__(self, settings: Settings, keys: int | None, console: Console | None = None) -> None:
+    def __init__(
+        self, settings: Settings, served: Sequence[Served], keys: int | None, console: Console | None = None
+    ) -> None:
         self._settings = settings
+        self._served = served
         self._keys = keys
         self._console = console or Console(soft_wrap=True, highlight=False)
 
@@ -33,8 +38,8 @@ class Announcer:
         """The settings that decide who can use the server and where its data are."""
         settings = self._settings
         rows = [
-            ("model", settings.model),
-            *[("alias", f"{alias} = {settings.model}") for alias in settings.aliases],
+            *[("model", model.name) for model in self._served],
+            *[("alias", f"{alias} = {model}") for alias, model in settings.aliases.items()],
             ("address", base_url(settings)),
             ("access", self._access()),
             ("data", str(settings.data_dir)),
@@ -81,7 +86,8 @@ class Announcer:
     def _ready(self) -> None:
         settings = self._settings
         key = "tml-local" if self._keys is None else "<one of your API keys>"
-        self._print(f"Tinsmith is ready: {settings.model} at {base_url(settings)}", style="bold green")
+        names = ", ".join(model.name for model in self._served)
+        self._print(f"Tinsmith is ready: {names} at {base_url(settings)}", style="bold green")
         self._print(f"  export TINKER_BASE_URL={base_url(settings)} TINKER_API_KEY={key}")
 
     def _access(self) -> str:

@@ -5,13 +5,16 @@ since the command line shares this module with the engine.
 """
 
 import logging
+import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinsmith.config import EMBEDDED, Settings
+from tinsmith.config import Settings
 from tinsmith.errors import ConfigError
+from tinsmith.model_files import count_parameters, model_folder
+from tinsmith.served import Served
 
 if TYPE_CHECKING:
     import torch
@@ -24,34 +27,66 @@ logger = logging.getLogger(__name__)
 
 CPU_RUNNING, DEVICE_RUNNING = 64, 256  # sequences sampled at once
 DETERMINISTIC_TRAIN_TOKENS = {"cpu": 1024, "cuda": 8192}  # of a micro-batch, however much memory is free
-_WEIGHT_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
-def load_backend(settings: Settings, report: Callable[[str], None]) -> "tuple[Trainer, Sampler]":
-    """The trainer and the sampler of the served model, sized to the memory that is free.
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What models are computed on, and how much memory there is to divide."""
+
+    kind: str  # cpu, cuda
+    dtype: str  # float32, bfloat16: of a model that says nothing else
+    total_bytes: int
+    free_bytes: int
+
+
+def find_device(settings: Settings) -> Device:
+    """The device and dtype that the settings name or that there are. Raises ConfigError."""
+    import torch
+
+    from tinsmith import sizing
+
+    device, dtype = choose_device(settings.device, settings.dtype)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    else:
+        free, total = sizing.free_host_memory(), sizing.total_host_memory()
+    return Device(device.type, str(dtype).removeprefix("torch."), total, free)
+
+
+def load_backend(settings: Settings, served: Served, report: Callable[[str], None]) -> "tuple[Trainer, Sampler]":
+    """The trainer and the sampler of one served model, sized to the memory that it may use.
 
     Needs no database: benchmarks and tests use it too. On a GPU, deterministic training needs the variables of
     `engine_environment`. Raises ConfigError.
     """
     report("starting")
-    import torch
-    from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    from tinsmith import sizing
     from tinsmith.models.loading import load_base
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # `report` says how loading goes
+    device, dtype = choose_device(settings.device, served.dtype)
+    folder = model_folder(served, report)
+    _check_weights(served, folder, device, dtype)
+    model = load_base(
+        folder, dtype=dtype, device=device, on_progress=report, trust_remote_code=served.trust_remote_code
+    )
+    _choose_threads(settings, served, model)
+    report("making room for the cache")
+    budgets = _budgets(settings, served, model)
+    trainer, sampler = _make(settings, served, model, folder, budgets)
+    _log_choices(settings, served, model, budgets)
+    return trainer, sampler
+
+
+def _make(
+    settings: Settings, served: Served, model: "BaseModel", folder: Path, budgets: "Budgets"
+) -> "tuple[Trainer, Sampler]":
+    from transformers import AutoTokenizer
+
     from tinsmith.sampling.sampler import TorchSampler
     from tinsmith.training.trainer import TorchTrainer
 
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # `report` says how loading goes
-    device, dtype = choose_device(settings.device, settings.dtype)
-    folder = model_folder(settings, report)
-    model = load_base(folder, dtype=dtype, device=device, on_progress=report)
-    if settings.threads or model.parameters < sizing.SMALL_MODEL:
-        torch.set_num_threads(settings.threads or 1)
-    report("making room for the cache")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    budgets = _budgets(settings, model)
     trainer = TorchTrainer(
         model,
         micro_batch_tokens=budgets.train_tokens,
@@ -63,20 +98,40 @@ def load_backend(settings: Settings, report: Callable[[str], None]) -> "tuple[Tr
     )
     sampler = TorchSampler(
         model,
-        tokenizer,
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=served.trust_remote_code),
         kv_tokens=budgets.kv_tokens,
         max_running=budgets.running,
         snapshot_bytes=budgets.snapshot_bytes,
-        deterministic=settings.deterministic and device.type == "cpu",
+        deterministic=settings.deterministic and model.device.type == "cpu",
     )
+    return trainer, sampler
+
+
+def _choose_threads(settings: Settings, served: Served, model: "BaseModel") -> None:
+    """As many threads of arithmetic as were asked for, one for a small model, else this engine's part of the cores."""
+    import torch
+
+    from tinsmith import sizing
+
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    elif model.parameters < sizing.SMALL_MODEL:
+        torch.set_num_threads(1)
+    elif served.neighbours:
+        torch.set_num_threads(max(1, torch.get_num_threads() // (1 + served.neighbours)))
+
+
+def _log_choices(settings: Settings, served: Served, model: "BaseModel", budgets: "Budgets") -> None:
+    import torch
+
     logger.info(
         "%s: %s, %.4g M parameters, %s on %s, %d threads; %d adapters of rank %d at most; context %d tokens, "
         "cache %d tokens, training %d tokens at a time",
-        settings.model,
+        served.name,
         model.architecture,
         model.parameters / 1e6,
-        str(dtype).removeprefix("torch."),
-        device,
+        str(model.dtype).removeprefix("torch."),
+        model.device,
         torch.get_num_threads(),
         settings.max_lora_adapters,
         settings.max_lora_rank,
@@ -84,7 +139,6 @@ def load_backend(settings: Settings, report: Callable[[str], None]) -> "tuple[Tr
         budgets.kv_tokens,
         budgets.train_tokens,
     )
-    return trainer, sampler
 
 
 def choose_device(device: str, dtype: str) -> "tuple[torch.device, torch.dtype]":
@@ -100,36 +154,25 @@ def choose_device(device: str, dtype: str) -> "tuple[torch.device, torch.dtype]"
     return torch.device(name), {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
 
-def model_folder(settings: Settings, report: Callable[[str], None]) -> Path:
-    """The served model's folder on this machine; a hub model is downloaded first. Raises ConfigError."""
-    if settings.model == EMBEDDED:
-        from tinsmith.demo import tiny_folder
+def _check_weights(served: Served, folder: Path, device: "torch.device", dtype: "torch.dtype") -> None:
+    """Raises ConfigError, before anything is loaded, if the weights are more than the memory that may be used."""
+    from tinsmith import sizing
 
-        return tiny_folder()
-    folder = Path(settings.served_name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{folder} has no config.json; give the folder of a Hugging Face model")
-        return folder
-    return _download(settings.model, report)
+    allowed = min(served.memory_bytes or sys.maxsize, _free_bytes(device))
+    need = count_parameters(folder) * dtype.itemsize
+    sizing.divide(allowed, {served.name: need}, {})
 
 
-def _download(name: str, report: Callable[[str], None]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    report(f"fetching {name}")
-    try:
-        return Path(snapshot_download(name, allow_patterns=_WEIGHT_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{name!r} is no folder here, and could not be fetched from the hub: {reason}") from error
-
-
-def _budgets(settings: Settings, model: "BaseModel") -> "Budgets":
-    """As set, or from free memory; limits the model's context to what can be served. Raises ConfigError."""
+def _free_bytes(device: "torch.device") -> int:
     import torch
 
+    from tinsmith import sizing
+
+    return sizing.free_host_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+
+
+def _budgets(settings: Settings, served: Served, model: "BaseModel") -> "Budgets":
+    """As set, or from free memory; limits the model's context to what can be served. Raises ConfigError."""
     from tinsmith import sizing
 
     sizes = sizing.ModelSizes(
@@ -141,11 +184,14 @@ def _budgets(settings: Settings, model: "BaseModel") -> "Budgets":
         item_bytes=model.dtype.itemsize,
     )
     on_cpu = model.device.type == "cpu"
-    free = sizing.free_host_memory() if on_cpu else torch.cuda.mem_get_info(model.device)[0]
-    model.max_context = _context(settings, sizes, free)
+    free = _free_bytes(model.device)
+    if served.memory_bytes:
+        free = min(free, served.memory_bytes - model.parameters * model.dtype.itemsize)
+    model.max_context = _context(settings, served, sizes, free)
     sizes = replace(sizes, max_context=model.max_context)
     running = sizing.running_sequences(model.state_bytes, free, CPU_RUNNING if on_cpu else DEVICE_RUNNING)
     fixed = DETERMINISTIC_TRAIN_TOKENS[model.device.type] if settings.deterministic else 0
+    sizing.check_cache(sizes, settings.kv_cache_tokens, free)
     always = settings.gradient_checkpointing == "on"
     fitting = sizing.train_tokens(sizes, free, on_cpu=on_cpu, checkpointing=always)
     return sizing.Budgets(
@@ -157,16 +203,16 @@ def _budgets(settings: Settings, model: "BaseModel") -> "Budgets":
     )
 
 
-def _context(settings: Settings, sizes: "ModelSizes", free_bytes: int) -> int:
+def _context(settings: Settings, served: Served, sizes: "ModelSizes", free_bytes: int) -> int:
     """The longest sequence served: as set, or the model's own if memory holds it."""
     from tinsmith import sizing
 
     made_for = sizes.max_context
-    if settings.max_context > made_for:
+    if served.max_context > made_for:
         raise ConfigError(
-            f"max_context is {settings.max_context}, but the model was made for {made_for} tokens at most"
+            f"max_context is {served.max_context}, but {served.name} was made for {made_for} tokens at most"
         )
     fitting = sizing.context_tokens(sizes, free_bytes, checkpointing=settings.gradient_checkpointing != "off")
-    if fitting < made_for and not settings.max_context:
+    if fitting < made_for and not served.max_context:
         logger.warning("memory holds sequences of %d tokens, not of the model's %d", fitting, made_for)
-    return settings.max_context or fitting
+    return served.max_context or fitting

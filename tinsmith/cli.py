@@ -43,7 +43,10 @@ Config = Annotated[Path | None, typer.Option(help="The server's TOML file.")]
 @app.command()
 def serve(
     context: typer.Context,
-    model: Annotated[str | None, typer.Argument(help="'tiny' (embedded), a model folder, or a hub name.")] = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]...", help="Registered names, 'tiny' (embedded), model folders, hub names."),
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 picks a free one.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder for checkpoints and the database.")] = None,
@@ -61,6 +64,12 @@ def serve(
     deterministic: Annotated[
         bool | None, typer.Option("--deterministic", help="The same bits alone and in company; slower.")
     ] = None,
+    memory_fraction: Annotated[
+        float | None, typer.Option(help="Of the device's memory, for all models together; 0: all that is free.")
+    ] = None,
+    memory_shares: Annotated[
+        list[str] | None, typer.Option("--memory-share", help="MODEL=FRACTION of that; the others divide the rest.")
+    ] = None,
     max_context: Annotated[int | None, typer.Option(help="Tokens; 0: what the model was made for.")] = None,
     kv_cache_tokens: Annotated[int | None, typer.Option(help="Sampling cache; 0: from free memory.")] = None,
     train_tokens: Annotated[int | None, typer.Option(help="Training micro-batch; 0: from free memory.")] = None,
@@ -73,7 +82,7 @@ def serve(
     config: Annotated[Path | None, typer.Option(help="TOML file with any of the settings.")] = None,
     show_settings: Annotated[bool, typer.Option("--show-settings", help="Print all settings and end.")] = False,
 ) -> None:
-    """Serve MODEL to Tinker clients, until Ctrl-C."""
+    """Serve one or more models to Tinker clients, until Ctrl-C: those named, else all registered ones, else 'tiny'."""
     given = {name: value for name, value in context.params.items() if value not in (None, (), [])}
     given.pop("config", None)
     given.pop("show_settings")

@@ -27,12 +27,12 @@ TEST_PREFIX = "TINSMITH_TEST_"  # belongs to the test suite; servers ignore it
 class Settings:
     """Everything that a server is told. Sizes in bytes, tokens or seconds, as each name or comment says."""
 
-    model: str = EMBEDDED  # "tiny", a Hugging Face folder, or a hub name
+    models: tuple[str, ...] = ()  # registered names, "tiny", Hugging Face folders, hub names; none: all registered ones
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free port
     data_dir: Path = Path("tinsmith-data")
     database_url: str = ""  # empty: SQLite in data_dir
-    aliases: dict[str, str] = field(default_factory=dict)  # other names for the served model; "*" is any name
+    aliases: dict[str, str] = field(default_factory=dict)  # other names for served models; "*" is any name
     api_keys: tuple[str, ...] = ()
     no_auth: bool = False
     max_lora_adapters: int = 64  # on the device at once; idle ones beyond it are paged out
@@ -43,6 +43,8 @@ class Settings:
     threads: int = 0  # of arithmetic on the CPU; 0: one for a small model, else one per core
     max_context: int = 0  # tokens; 0: what the model's configuration says
     max_body_bytes: int = 256 * 2**20  # of a request, also after decompression
+    memory_fraction: float = 0.0  # of the device's memory, for all engines together; 0: all that is free
+    memory_shares: dict[str, float] = field(default_factory=dict)  # of that, by model; the others divide the rest
     kv_cache_tokens: int = 0  # 0: from free memory
     train_tokens: int = 0  # tokens in one micro-batch; 0: from free memory
     train_micro_batch_size: int = 0  # sequences in one training micro-batch at most; 0: only train_tokens bounds it
@@ -64,12 +66,6 @@ class Settings:
     def effective_database_url(self) -> str:
         """`database_url`, or the SQLite file in `data_dir` when there is none."""
         return self.database_url or f"sqlite:///{self.data_dir.absolute() / 'tinsmith.db'}"
-
-    @property
-    def served_name(self) -> str:
-        """The model's one name: a folder's absolute path, else `model` as given (`tiny`, or a hub name)."""
-        folder = Path(self.model).expanduser()
-        return str(folder.resolve()) if self.model != EMBEDDED and folder.is_dir() else self.model
 
     def to_json(self) -> str:
         """All settings, for a child process; `from_json` reads it."""
@@ -96,6 +92,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "threads": (0, 4096),
     "max_context": (0, 2**31 - 1),
     "max_body_bytes": (2**10, 2**32),
+    "memory_fraction": (0.0, 1.0),
     "kv_cache_tokens": (0, 2**40),
     "train_tokens": (0, 2**31 - 1),
     "train_micro_batch_size": (0, 2**31 - 1),
@@ -154,8 +151,10 @@ def mask_password(url: str) -> str:
 def _shown(name: str, value: object) -> str:
     if name == "api_keys":
         return ", ".join(f"{key[:4]}***" for key in value) if isinstance(value, tuple) else ""
-    if name == "aliases" and isinstance(value, dict):
-        return ", ".join(f"{alias}={model}" for alias, model in value.items())
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={value}" for key, value in value.items())
+    if name == "models" and isinstance(value, tuple):
+        return ", ".join(value)
     return mask_password(str(value)) if name == "database_url" else str(value)
 
 
@@ -250,6 +249,16 @@ def _pairs(value: object) -> dict[str, str]:
     return {name: model for _, name, _, model in pairs}
 
 
+def _shares(value: object) -> dict[str, float]:
+    """A table, or NAME=FRACTION texts."""
+    raw = value if isinstance(value, dict) else _pairs(value)
+    shares = {_text(name): _number(share) for name, share in raw.items()}
+    if any(not 0 < share <= 1 for share in shares.values()) or sum(shares.values()) > 1 + 1e-9:
+        shown = ", ".join(f"{name}={share:g}" for name, share in shares.items())
+        raise ValueError(f"expected fractions above 0 that add up to 1 at most, got {shown}")
+    return shares
+
+
 _PARSERS: dict[Any, Callable[[object], Any]] = {
     str: _text,
     int: _integer,
@@ -258,6 +267,7 @@ _PARSERS: dict[Any, Callable[[object], Any]] = {
     Path: _path,
     tuple[str, ...]: _texts,
     dict[str, str]: _pairs,
+    dict[str, float]: _shares,
 }
 
 
@@ -271,20 +281,10 @@ def _checked(values: dict[str, Any]) -> Settings:
         value = getattr(settings, name)
         if not (math.isfinite(value) and low <= value <= high):
             raise ConfigError(f"setting {name!r} is {value}; allowed: {low} to {high}")
-    if not settings.model:
-        raise ConfigError("setting 'model' is empty; give 'tiny', a folder or a hub name")
-    _check_aliases(settings)
+    if not all(settings.models):
+        raise ConfigError("setting 'models' holds an empty name; give 'tiny', a folder or a hub name")
     _check_access(settings)
     return settings
-
-
-def _check_aliases(settings: Settings) -> None:
-    for alias, target in settings.aliases.items():
-        if target != settings.model and replace(settings, model=target).served_name != settings.served_name:
-            raise ConfigError(
-                f"alias {alias}={target} does not name the served model; this server serves only {settings.model!r}, "
-                f"so write {alias}={settings.model}"
-            )
 
 
 def _check_access(settings: Settings) -> None:

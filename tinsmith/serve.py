@@ -7,31 +7,36 @@ engine no web framework.
 
 import faulthandler
 import gc
+import json
 import logging
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinsmith import sizing
 from tinsmith.announce import Announcer
-from tinsmith.backend import load_backend
+from tinsmith.backend import Device, find_device, load_backend
 from tinsmith.config import Settings, engine_environment, is_loopback
 from tinsmith.errors import ConfigError, TinsmithError
 from tinsmith.exclusive import listen, locked
 from tinsmith.lost_device import DeviceLostError
+from tinsmith.model_files import count_parameters, model_folder
 from tinsmith.observe import configure_logging
+from tinsmith.served import Served, choose_served, shares_by_name
 from tinsmith.supervised import read_first_line, stop_at_end_of_input
 from tinsmith.supervisor import EXIT_CONFIG, Child, Supervisor
 
 if TYPE_CHECKING:
-    import sqlalchemy as sa
-
+    from tinsmith.store.keys import Key
     from tinsmith.store.ledger import Ledger
 
 logger = logging.getLogger("tinsmith.serve")  # not __name__: the children run this module as __main__
@@ -51,12 +56,13 @@ def supervise(settings: Settings) -> int:
         # The children hold this one too: after a kill -9 of their parent they take a moment to end.
         locked(settings.data_dir / "children.lock", ENGINE_GRACE) as lock,
     ):
-        keys = _count_keys(settings)
+        served, keys = _look_up(settings)
         with listen(settings.host, settings.port) as listener:
             settings = replace(settings, port=listener.getsockname()[1])
-            announcer = Announcer(settings, keys)
+            announcer = Announcer(settings, served, keys)
             announcer.chosen()
-            supervisor = Supervisor(_children(settings, listener.fileno(), lock.fileno()))
+            served = _divide_memory(settings, served)
+            supervisor = Supervisor(_children(settings, served, listener.fileno(), lock.fileno()))
             follow = threading.Thread(target=announcer.wait_until_ready, args=(supervisor.stopping,), daemon=True)
             follow.start()
             code = supervisor.run()
@@ -64,10 +70,8 @@ def supervise(settings: Settings) -> int:
     return code
 
 
-def _count_keys(settings: Settings) -> int | None:
-    """How many keys clients may use; None if any will do. Raises ConfigError for an open door to other machines."""
-    if settings.no_auth:
-        return None
+def _look_up(settings: Settings) -> tuple[tuple[Served, ...], int | None]:
+    """What is to be served, and how many keys clients may use (None if any will do). Raises ConfigError."""
     from tinsmith.store.database import Database
     from tinsmith.store.keys import list_keys
 
@@ -77,6 +81,13 @@ def _count_keys(settings: Settings) -> int | None:
         stored = database.read(list_keys)
     finally:
         database.close()
+    return choose_served(settings, ()), _count_keys(settings, stored)
+
+
+def _count_keys(settings: Settings, stored: "Sequence[Key]") -> int | None:
+    """How many keys clients may use; None if any will do. Raises ConfigError for an open door to other machines."""
+    if settings.no_auth:
+        return None
     active = len(settings.api_keys) + sum(key.state(time.time()) == "active" for key in stored)
     if not (active or is_loopback(settings.host)):
         raise ConfigError(
@@ -86,20 +97,69 @@ def _count_keys(settings: Settings) -> int | None:
     return active if active or stored else None
 
 
-def run_api(settings: Settings, listener_fd: int, server_began: float, stop: threading.Event) -> None:
+def _divide_memory(settings: Settings, served: tuple[Served, ...]) -> tuple[Served, ...]:
+    """Gives each engine its part of the device's memory; a single one has all of it, unless the settings bound it.
+
+    Raises ConfigError if the models do not fit.
+    """
+    if len(served) == 1 and not (settings.memory_fraction or settings.memory_shares):
+        return served
+    device = _probe(settings)
+    total = int(device.total_bytes * settings.memory_fraction) or device.free_bytes
+    if total > device.free_bytes:
+        raise ConfigError(
+            f"memory_fraction {settings.memory_fraction:g} of {device.total_bytes / 1e9:.3g} GB is "
+            f"{total / 1e9:.3g} GB, but only {device.free_bytes / 1e9:.3g} GB are free"
+        )
+    weights = {model.name: _weight_bytes(model, device.dtype) for model in served}
+    parts = sizing.divide(total, weights, shares_by_name(settings, served))
+    return tuple(replace(model, memory_bytes=parts[model.name]) for model in served)
+
+
+def _weight_bytes(served: Served, dtype: str) -> int:
+    numbers = count_parameters(model_folder(served, lambda progress: logger.info("%s", progress)))
+    return numbers * sizing.ITEM_BYTES[dtype if served.dtype == "auto" else served.dtype]
+
+
+def _probe(settings: Settings) -> Device:
+    """Asks a process of its own, since this one shall not load torch."""
+    command = [sys.executable, "-P", "-m", "tinsmith.serve", "probe"]
+    environment, line = engine_environment(settings), _first_line(settings, ()) + "\n"
+    ended = subprocess.run(command, input=line, stdout=subprocess.PIPE, text=True, env=environment)
+    if ended.returncode:
+        raise ConfigError(f"the device could not be looked at (exit code {ended.returncode})")
+    found = json.loads(ended.stdout)
+    if "error" in found:
+        raise ConfigError(found["error"])
+    return Device(**found)
+
+
+def run_probe(settings: Settings) -> None:
+    """Prints what `_probe` asks for."""
+    try:
+        found = asdict(find_device(settings))
+    except ConfigError as error:
+        found = {"error": str(error)}
+    print(json.dumps(found))
+
+
+def run_api(
+    settings: Settings, served: Sequence[Served], listener_fd: int, server_began: float, stop: threading.Event
+) -> None:
     """Answers HTTP on an inherited listening socket until `stop`. `server_began` is when the supervisor started."""
     import uvicorn
 
     from tinsmith.api.app import create_app
     from tinsmith.api.connections import BoundedConnection
+    from tinsmith.store import records
     from tinsmith.store.database import Database
     from tinsmith.store.doorbell import Doorbell
 
     database, doorbell = Database(settings.effective_database_url), Doorbell(settings.effective_database_url)
     database.migrate()
-    database.write(_retire_engine, settings.served_name, server_began)
+    database.write(records.retire_engines, server_began)
     config = uvicorn.Config(
-        create_app(settings, database, doorbell),
+        create_app(settings, served, database, doorbell),
         http=BoundedConnection,
         access_log=False,
         log_config=None,
@@ -119,16 +179,7 @@ def run_api(settings: Settings, listener_fd: int, server_began: float, stop: thr
     database.close()
 
 
-def _retire_engine(conn: "sa.Connection", base: str, before: float) -> None:
-    """An engine that was killed with an earlier server left word that it is ready; that is no longer so."""
-    from tinsmith.store import records
-
-    engine = records.find_engine(conn, base)
-    if engine is not None and engine.beat_at < before:
-        records.put_engine(conn, replace(engine, state="stopped", progress=""))
-
-
-def run_engine(settings: Settings, stop: threading.Event) -> None:
+def run_engine(settings: Settings, served: Served, stop: threading.Event) -> None:
     """Loads the model and works on the queue until `stop`. Raises ConfigError if the model cannot be served."""
     from tinsmith.engine.loop import Engine
     from tinsmith.store.database import Database
@@ -137,10 +188,10 @@ def run_engine(settings: Settings, stop: threading.Event) -> None:
 
     database, doorbell = Database(settings.effective_database_url), Doorbell(settings.effective_database_url)
     database.migrate()
-    ledger = Ledger(database, doorbell, settings.served_name)
+    ledger = Ledger(database, doorbell, served.base)
     try:
         with _no_collections():
-            trainer, sampler = load_backend(settings, partial(_report, ledger, stop))
+            trainer, sampler = load_backend(settings, served, partial(_report, ledger, stop))
     except TinsmithError as error:
         ledger.announce("failed", str(error))
         raise
@@ -149,7 +200,7 @@ def run_engine(settings: Settings, stop: threading.Event) -> None:
         trainer,
         sampler,
         NewCheckpoint,
-        data_dir=settings.data_dir,
+        data_dir=_engine_folder(settings, served),
         max_models=settings.max_lora_adapters,
         future_seconds=settings.future_hours * 3600,
     )
@@ -176,29 +227,58 @@ def _report(ledger: "Ledger", stop: threading.Event, progress: str) -> None:
     ledger.announce("loading", progress)
 
 
-def _children(settings: Settings, listener_fd: int, lock_fd: int) -> list[Child]:
-    """The API first, so that requests are taken while the model loads; they stop in reverse order."""
+def _engine_folder(settings: Settings, served: Served) -> Path:
+    """Where one engine keeps what it writes; no other engine touches anything there."""
+    return settings.data_dir / "engines" / served.slug
+
+
+def _children(settings: Settings, served: tuple[Served, ...], listener_fd: int, lock_fd: int) -> list[Child]:
+    """The API first, so that requests are taken while models load; they stop in reverse order."""
     # -P: nothing in the user's current folder may shadow an installed package.
+    command, line = [sys.executable, "-P", "-m", "tinsmith.serve"], _first_line(settings, served)
+    api = Child("api", [*command, "api", str(listener_fd), str(time.time())], line, (listener_fd, lock_fd), API_GRACE)
+    return [api, *(_engine_child(settings, model, command, lock_fd) for model in served)]
+
+
+def _engine_child(settings: Settings, served: Served, command: list[str], lock_fd: int) -> Child:
     from tinsmith.engine.trials import pulse_file
 
-    command, line = [sys.executable, "-P", "-m", "tinsmith.serve"], settings.to_json()
-    api = Child("api", [*command, "api", str(listener_fd), str(time.time())], line, (listener_fd, lock_fd), API_GRACE)
-    engine = Child("engine", [*command, "engine"], line, (lock_fd,), ENGINE_GRACE, engine_environment(settings))
-    return [api, replace(engine, pulse=pulse_file(settings.data_dir), patience=60 * settings.stuck_minutes)]
+    return Child(
+        _engine_name(served),
+        [*command, "engine", served.name],
+        _first_line(settings, (served,)),
+        (lock_fd,),
+        ENGINE_GRACE,
+        engine_environment(settings),
+        pulse=pulse_file(_engine_folder(settings, served)),
+        patience=60 * settings.stuck_minutes,
+    )
+
+
+def _engine_name(served: Served) -> str:
+    return f"engine {served.name}" if served.neighbours else "engine"
+
+
+def _first_line(settings: Settings, served: Sequence[Served]) -> str:
+    """What a child is told."""
+    return json.dumps({"settings": settings.to_json(), "served": [asdict(model) for model in served]})
 
 
 def _child_main(role: str, *arguments: str) -> int:
-    settings = Settings.from_json(read_first_line())
-    configure_logging(settings.log, role, settings.log_format)
+    told = json.loads(read_first_line())
+    settings, served = Settings.from_json(told["settings"]), tuple(Served(**model) for model in told["served"])
+    configure_logging(settings.log, _engine_name(served[0]) if role == "engine" else role, settings.log_format)
     faulthandler.enable()  # a crash, or being ended because it is stuck, shows where each thread stood
     stop = threading.Event()
     grace = API_GRACE if role == "api" else ENGINE_GRACE
     threading.Thread(target=stop_at_end_of_input, args=(stop, grace), daemon=True).start()
     try:
         if role == "api":
-            run_api(settings, int(arguments[0]), float(arguments[1]), stop)
+            run_api(settings, served, int(arguments[0]), float(arguments[1]), stop)
+        elif role == "engine":
+            run_engine(settings, served[0], stop)
         else:
-            run_engine(settings, stop)
+            run_probe(settings)
     except ConfigError as error:
         logger.error("%s", error)
         return EXIT_CONFIG

@@ -3,10 +3,13 @@
 Estimates from sizes, made before anything is allocated; knows no tensors of its own.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from tinsmith.errors import ConfigError
 
 KV_SHARE = 0.35  # of free memory
 STATE_SHARE = 0.1
@@ -18,6 +21,9 @@ SMALL_MODEL = 50_000_000
 """Parameters below which one CPU thread is faster: waking a second one for each of a thousand short operations costs
 more than it saves (docs/log.md has the numbers)."""
 DEVICE_TRAIN_TOKENS = 65536
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+ENGINE_ROOM = 384 * 2**20
+"""Bytes beside the weights that an engine needs at least: its libraries, some cache, activations and adapters."""
 CGROUP = Path("/sys/fs/cgroup")
 _CGROUP_FILES = (
     ("memory.max", "memory.current"),
@@ -79,6 +85,16 @@ def kv_cache_tokens(sizes: ModelSizes, free_bytes: int, max_running: int, *, on_
     return max(sizes.max_context, min(fitting, useful))
 
 
+def check_cache(sizes: ModelSizes, tokens: int, free_bytes: int) -> None:
+    """Raises ConfigError if a cache of so many tokens was asked for, and memory cannot hold it."""
+    if tokens * sizes.kv_bytes > free_bytes:
+        raise ConfigError(
+            f"kv_cache_tokens is {tokens}: {tokens} × {sizes.kv_bytes} bytes = {_gigabytes(tokens * sizes.kv_bytes)} "
+            f"GB, but {_gigabytes(free_bytes)} GB are free; at most {free_bytes // sizes.kv_bytes} tokens fit, and 0 "
+            "chooses"
+        )
+
+
 def train_tokens(sizes: ModelSizes, free_bytes: int, *, on_cpu: bool, checkpointing: bool = False) -> int:
     """Tokens of one micro-batch that fit into training's share of memory; at least 256."""
     most = CPU_TRAIN_TOKENS if on_cpu else DEVICE_TRAIN_TOKENS
@@ -95,6 +111,39 @@ def context_tokens(sizes: ModelSizes, free_bytes: int, *, checkpointing: bool) -
     """The longest sequence that can be both sampled and trained in its share of memory; at least 256."""
     cached = int(free_bytes * KV_SHARE) // sizes.kv_bytes
     return max(256, min(sizes.max_context, cached, trainable_tokens(sizes, free_bytes, checkpointing=checkpointing)))
+
+
+def divide(total_bytes: int, weights: Mapping[str, int], shares: Mapping[str, float]) -> dict[str, int]:
+    """How many of `total_bytes` each model's engine may use, from the bytes of the models' weights.
+
+    A model with a share gets that fraction; of what they leave, every other model gets its weights and an equal part
+    of the rest. Raises ConfigError, with the arithmetic, if some model cannot have its weights and ENGINE_ROOM.
+    """
+    given = {name: int(total_bytes * shares[name]) for name in weights if name in shares}
+    others = {name: size for name, size in weights.items() if name not in shares}
+    rest = total_bytes - sum(given.values()) - sum(others.values())
+    parts = given | {name: size + rest // len(others) for name, size in others.items()}
+    if any(parts[name] < size + ENGINE_ROOM for name, size in weights.items()):
+        needs = " + ".join(f"{name} {_gigabytes(size)} + {_gigabytes(ENGINE_ROOM)}" for name, size in weights.items())
+        granted = ", ".join(f"{name} {_gigabytes(size)}" for name, size in given.items())
+        granted = f", of which by memory_shares {granted}" if granted else ""
+        raise ConfigError(
+            f"memory is short: weights and the least working room are {needs} = "
+            f"{_gigabytes(sum(weights.values()) + len(weights) * ENGINE_ROOM)} GB; there are "
+            f"{_gigabytes(total_bytes)} GB{granted}. Serve fewer or smaller models, in bfloat16 (--dtype), or give "
+            "more memory (--memory-fraction, --memory-share)"
+        )
+    return {name: parts[name] for name in weights}
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.3g}"
+
+
+def total_host_memory(cgroup: Path = CGROUP) -> int:
+    """Bytes of this machine, or that its container may use."""
+    limits = (_read_number(cgroup / limit_file) for limit_file, _ in _CGROUP_FILES)
+    return min([psutil.virtual_memory().total, *(limit for limit in limits if limit is not None)])
 
 
 def free_host_memory(cgroup: Path = CGROUP) -> int:

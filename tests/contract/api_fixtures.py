@@ -19,6 +19,7 @@ from tinsmith.api.calls import Services
 from tinsmith.api.connections import BoundedConnection
 from tinsmith.config import Settings
 from tinsmith.protocols import Capabilities
+from tinsmith.served import choose_served
 from tinsmith.store import queue, records
 from tinsmith.store.database import Database
 from tinsmith.store.doorbell import Doorbell
@@ -44,6 +45,7 @@ class CannedEngine:
     def __init__(self, database: Database, doorbell: Doorbell, base: str) -> None:
         self.jobs: list[tuple[Header, bytes]] = []
         self.working = threading.Lock()  # whoever else holds it stops the engine from claiming jobs
+        self.says: list[int] | None = None  # the tokens of every sample; None: what `sample_output` makes up
         self._database, self._doorbell, self._base = database, doorbell, base
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -87,7 +89,8 @@ class CannedEngine:
         if header.kind in ("forward", "forward_backward"):
             return train_output(TrainCall.from_bytes(body)).to_bytes()
         if header.kind == "sample":
-            return sample_output(SampleCall.from_bytes(body)).to_bytes()
+            call = SampleCall.from_bytes(body)
+            return (sample_output(call) if self.says is None else saying(call, self.says)).to_bytes()
         request = json.loads(body)
         if header.kind.startswith("save_weights") and request["path"]:
             self._database.write(self._record, header.subject, request["path"], request["name"])
@@ -142,6 +145,21 @@ def sample_output(call: SampleCall) -> SampleOutput:
     return SampleOutput(tokens_S, -np.ones(sampled, np.float32), offsets.astype(np.int64), stopped, 5, extras)
 
 
+def saying(call: SampleCall, tokens: list[int]) -> SampleOutput:
+    """These tokens in every sample, as far as they may go; log-probabilities count them."""
+    said = tokens[: call.max_tokens]
+    everything = np.tile(np.array(said, np.int32), call.num_samples)
+    extras: dict[str, Any] = {}
+    if k := call.topk_sample_logprobs:
+        extras["topk_sample_ids"] = np.tile(np.arange(40, 40 + k, dtype=np.int32), (len(everything), 1))
+        extras["topk_sample_logprobs"] = -np.tile(np.arange(1, k + 1, dtype=np.float32), (len(everything), 1))
+    logprobs = np.tile(-np.arange(1, len(said) + 1, dtype=np.float32) / 8, call.num_samples)
+    stopped = np.full(call.num_samples, len(said) == len(tokens), np.int8)
+    return SampleOutput(
+        everything, logprobs, len(said) * np.arange(call.num_samples + 1, dtype=np.int64), stopped, 5, extras
+    )
+
+
 class Api:
     """One running API, its store and its engine."""
 
@@ -151,6 +169,7 @@ class Api:
         self.routes = app.routes
         self.waiters, self.access, self.pacing = services.waiters, services.access, services.pacing
         self.settings, self.database, self.engine = services.settings, services.database, engine
+        self.doorbell, self.chat = services.doorbell, app.state.chat
         self.http = self.client("tml-test")
 
     def client(self, key: str | None) -> httpx.Client:
@@ -191,11 +210,12 @@ def running_api(folder: Path, capabilities: Capabilities | None = CAPABILITIES, 
     database = Database(settings.effective_database_url)
     database.migrate()
     doorbell = Doorbell(settings.effective_database_url)
-    engine = CannedEngine(database, doorbell, settings.served_name)
+    served = choose_served(settings, ())
+    engine = CannedEngine(database, doorbell, served[0].base)
     engine.start("ready" if capabilities else "loading", capabilities)
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it only where the protocol is named
-    app = create_app(settings, database, doorbell)
+    app = create_app(settings, served, database, doorbell)
     quiet: dict[str, Any] = {"log_level": "warning", "ws": "none", "timeout_graceful_shutdown": 1}
     server = uvicorn.Server(uvicorn.Config(app, http=BoundedConnection, **quiet))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

@@ -193,19 +193,24 @@ def test_the_owner_of_a_key_in_the_settings_stays_who_it_was(api: Api) -> None:
     assert found == "8769e163620e1262"
 
 
+def keys_of(settings: Settings) -> int | None:
+    """How many keys clients of a server may use; None if any will do."""
+    return serve._look_up(settings)[1]
+
+
 def test_a_server_counts_its_keys_before_it_starts(tmp_path: Path) -> None:
     outside, inside = Settings(data_dir=tmp_path, host="0.0.0.0"), Settings(data_dir=tmp_path)
     with pytest.raises(ConfigError, match="tinsmith keys create"):
-        serve._count_keys(outside)
-    assert serve._count_keys(inside) is None
-    assert serve._count_keys(replace(outside, no_auth=True)) is None
-    assert serve._count_keys(replace(outside, api_keys=("tml-x",))) == 1
+        keys_of(outside)
+    assert keys_of(inside) is None
+    assert keys_of(replace(outside, no_auth=True)) is None
+    assert keys_of(replace(outside, api_keys=("tml-x",))) == 1
     tinsmith("create", "anna", folder=tmp_path)
-    assert serve._count_keys(outside) == serve._count_keys(inside) == 1
+    assert keys_of(outside) == keys_of(inside) == 1
     tinsmith("revoke", "anna", folder=tmp_path)
-    assert serve._count_keys(inside) == 0
+    assert keys_of(inside) == 0
     with pytest.raises(ConfigError, match=r"0\.0\.0\.0"):
-        serve._count_keys(outside)
+        keys_of(outside)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from tests.parity.sampling_lab import drain, lora, new_sampler, prompt, run, sam
 from tests.parity.training_lab import FULL, add, data_of, outputs
 from tests.tiny_families import FAMILIES, RECURRENT
 from tinsmith.backend import load_backend
+from tinsmith.served import Served
 from tinsmith.config import Settings
 from tinsmith.models.loading import BaseModel
 from tinsmith.protocols import AdamParams, ModelCall
@@ -117,7 +118,7 @@ def test_they_have_them_too_in_bfloat16(folders: Folders) -> None:
 
 
 def test_a_deterministic_server_is_made_of_such_a_trainer_and_sampler() -> None:
-    trainer, sampler = load_backend(Settings(deterministic=True, device="cpu"), lambda _: None)
+    trainer, sampler = load_backend(Settings(deterministic=True, device="cpu"), Served("tiny", "tiny"), lambda _: None)
     trainer.add("lora", SPECS["all"])
     call = sample("a", prompt(20), seed=3, num_samples=2, max_tokens=10)
     sampler.submit(call)

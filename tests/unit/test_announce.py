@@ -9,13 +9,13 @@ from rich.console import Console
 
 from tinsmith.announce import Announcer, base_url
 from tinsmith.config import Settings, load_settings
+from tinsmith.served import choose_served
 
 
 def told(settings: Settings, *, keys: int | None = None, terminal: bool = False) -> tuple[Announcer, io.StringIO]:
     text = io.StringIO()
-    return Announcer(
-        settings, keys, Console(file=text, soft_wrap=True, force_terminal=terminal, color_system=None)
-    ), text
+    console = Console(file=text, soft_wrap=True, force_terminal=terminal, color_system=None)
+    return Announcer(settings, choose_served(settings, ()), keys, console), text
 
 
 class Health(BaseHTTPRequestHandler):

@@ -50,8 +50,12 @@ def test_the_test_suites_own_variables_are_no_settings() -> None:
         ("poll_seconds", "nan", "0.1 to 40"),
         ("future_hours", "long", "a number"),
         ("no_auth", "perhaps", "true or false"),
-        ("model", 7, "text"),
-        ("model", "", "empty"),
+        ("models", 7, "list"),
+        ("models", [""], "empty"),
+        ("memory_fraction", 1.5, "0.0 to 1.0"),
+        ("memory_shares", ["a=much"], "a number"),
+        ("memory_shares", {"a": 0.7, "b": 0.4}, "a=0.7, b=0.4"),
+        ("memory_shares", ["a=0"], "above 0"),
         ("device", "tpu", "auto, cpu, cuda"),
         ("dtype", "fp8", "float32, bfloat16"),
         ("log", "loud", "debug, info"),
@@ -98,29 +102,11 @@ def test_keys_and_an_open_door_exclude_each_other() -> None:
         load_settings(None, {}, {"api_keys": ["tml-x"], "no_auth": True})
 
 
-def test_an_alias_must_name_the_served_model(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"a=other.*write a=tiny"):
-        load_settings(None, {}, {"aliases": ["a=other"]})
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for target in (str(folder), str(tmp_path / "." / "model")):
-        assert load_settings(None, {}, {"model": str(folder), "aliases": [f"a={target}"]}).aliases == {"a": target}
-
-
-def test_a_folder_is_served_under_its_absolute_path_and_a_hub_name_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("model", "tiny"):
-        (tmp_path / name).mkdir()
-    assert load_settings(None, {}, {"model": "model"}).served_name == str(tmp_path / "model")
-    assert load_settings(None, {}, {"model": "Qwen/Qwen3-0.6B"}).served_name == "Qwen/Qwen3-0.6B"
-    assert load_settings(None, {}, {"model": "tiny"}).served_name == "tiny"
-
-
 def test_settings_travel_to_a_child_process_unchanged() -> None:
     settings = load_settings(
-        None, {}, {"aliases": ["*=tiny"], "api_keys": ["tml-x"], "data_dir": Path("/data"), "future_hours": 1.5}
+        None,
+        {},
+        {"aliases": ["*=tiny"], "api_keys": ["tml-x"], "data_dir": Path("/data"), "memory_shares": ["tiny=0.5"]},
     )
     assert Settings.from_json(settings.to_json()) == settings
     assert "\n" not in settings.to_json()

@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from tinsmith.errors import ConfigError
 from tinsmith.sizing import (
+    ENGINE_ROOM,
     ModelSizes,
+    check_cache,
     context_tokens,
+    divide,
     free_host_memory,
     kv_cache_tokens,
     running_sequences,
@@ -32,6 +36,34 @@ def test_the_cache_and_a_micro_batch_stay_within_their_shares() -> None:
     assert kv_cache_tokens(SIZES, free, 64, on_cpu=False) * SIZES.kv_bytes <= 0.35 * free
     assert train_tokens(SIZES, free, on_cpu=False) * SIZES.activation_bytes <= 0.25 * free
     assert train_tokens(SIZES, 0, on_cpu=False) == 256
+
+
+def test_models_get_their_weights_and_equal_parts_of_the_rest() -> None:
+    parts = divide(40 * GIB, {"small": 2 * GIB, "large": 16 * GIB}, {})
+    assert parts == {"small": 13 * GIB, "large": 27 * GIB}
+
+
+def test_a_model_with_a_share_gets_that_and_the_others_divide_what_is_left() -> None:
+    parts = divide(40 * GIB, {"a": GIB, "b": 2 * GIB, "c": 4 * GIB}, {"b": 0.25})
+    assert parts == {"a": GIB + 12 * GIB + GIB // 2, "b": 10 * GIB, "c": 4 * GIB + 12 * GIB + GIB // 2}
+    assert divide(40 * GIB, {"a": GIB}, {"a": 0.5}) == {"a": 20 * GIB}
+
+
+@pytest.mark.parametrize("shares", [{}, {"large": 0.6}])
+def test_models_that_do_not_fit_are_refused_with_the_arithmetic(shares: dict[str, float]) -> None:
+    weights = {"small": 2 * 10**9, "large": 16 * 10**9}
+    with pytest.raises(ConfigError, match=r"small 2 \+ 0\.403 \+ large 16 \+ 0\.403 = 18\.8 GB; there are 18 GB"):
+        divide(18 * 10**9, weights, shares)
+    fitting = sum(weights.values()) + 2 * ENGINE_ROOM
+    assert sum(divide(fitting, weights, {}).values()) == fitting
+    with pytest.raises(ConfigError, match=r"by memory_shares small 2\.4"):
+        divide(24 * 10**9, weights, {"small": 0.1})
+
+
+def test_a_cache_that_memory_cannot_hold_is_refused_with_the_arithmetic() -> None:
+    check_cache(SIZES, 1000, 1000 * SIZES.kv_bytes)
+    with pytest.raises(ConfigError, match=r"1000 × 2048 bytes = 0\.00205 GB.*at most 999 tokens"):
+        check_cache(SIZES, 1000, 1000 * SIZES.kv_bytes - 1)
 
 
 def test_sequences_with_a_state_are_as_many_as_fit() -> None:

@@ -1,7 +1,7 @@
 """The API process as an ASGI application: which route leads where, and how errors become answers."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
@@ -14,11 +14,16 @@ from tinsmith.api import downloads, futures, identity, runs, sampling, service, 
 from tinsmith.api.auth import Access
 from tinsmith.api.calls import Handler, Services, answer, endpoint
 from tinsmith.api.catalog import Catalog
+from tinsmith.api.chat.errors import dialect_of, error_body
+from tinsmith.api.chat.parts import Chat
+from tinsmith.api.chat.routes import chat_routes
+from tinsmith.api.chat.streams import TokenStreams
 from tinsmith.api.pacing import Pacing
 from tinsmith.api.tokens import InvalidTokenError
 from tinsmith.api.waiting import Waiters
 from tinsmith.config import Settings
 from tinsmith.errors import BusyError, TinsmithError
+from tinsmith.served import Served
 from tinsmith.store.database import Database
 from tinsmith.store.doorbell import Doorbell
 
@@ -69,10 +74,12 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
 log = logging.getLogger(__name__)
 
 
-def create_app(settings: Settings, database: Database, doorbell: Doorbell) -> Starlette:
+def create_app(settings: Settings, served: Sequence[Served], database: Database, doorbell: Doorbell) -> Starlette:
     """The application. Database and doorbell are the caller's to open, migrate and close."""
-    catalog, access = Catalog(settings, database, doorbell), Access(settings, database)
+    catalog, access = Catalog(served, settings.aliases, database, doorbell), Access(settings, database)
     services = Services(settings, database, doorbell, catalog, Waiters(doorbell), access, Pacing())
+
+    chat = Chat.over(TokenStreams(doorbell))
 
     async def health(_request: Request) -> Response:
         return service.health(services)
@@ -89,12 +96,15 @@ def create_app(settings: Settings, database: Database, doorbell: Doorbell) -> St
         finally:
             services.catalog.close()
             services.waiters.close()
+            chat.streams.shut()
 
     routes = [
         Route(f"{PREFIX}/healthz", health, methods=["GET"]),
         Route(f"{PREFIX}{downloads.FILES}/{{token}}/{{name}}", download, methods=["GET"]),
     ]
-    routes += [Route(PREFIX + path, endpoint(services, handler), methods=[method]) for method, path, handler in ROUTES]
+    ours = [(method, PREFIX + path, handler) for method, path, handler in ROUTES]
+    for method, path, handler in (*ours, *chat_routes(chat)):
+        routes.append(Route(path, endpoint(services, handler), methods=[method]))
     app = Starlette(
         routes=routes,
         lifespan=lifespan,
@@ -105,7 +115,7 @@ def create_app(settings: Settings, database: Database, doorbell: Doorbell) -> St
             Exception: _on_bug,
         },
     )
-    app.state.services = services
+    app.state.services, app.state.chat = services, chat
     return app
 
 
@@ -113,7 +123,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
     status = error.status if isinstance(error, TinsmithError) else 500
     if status >= 500:
         log.warning("%s %s: %d %s", request.method, request.url.path, status, error)
-    response = answer({"detail": str(error)}, status)
+    response = _explain(request, str(error), status)
     if status in (429, 503):
         response.headers["x-should-retry"] = "true"
     if isinstance(error, InvalidTokenError):  # who has the key gets a new token and asks again
@@ -129,13 +139,18 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     detail = f"there is no {request.method} {request.url.path} here"
     if error.status_code == 405:
         detail = f"{request.url.path} does not take {request.method}, only {(error.headers or {}).get('Allow', '')}"
-    return answer({"detail": detail if error.status_code in (404, 405) else error.detail}, error.status_code)
+    return _explain(request, detail if error.status_code in (404, 405) else error.detail, error.status_code)
 
 
-async def _on_disconnect(_request: Request, _error: Exception) -> Response:
-    return answer({"detail": "the client went away before its body had arrived"}, 400)
+async def _on_disconnect(request: Request, _error: Exception) -> Response:
+    return _explain(request, "the client went away before its body had arrived, or its answer was there", 400)
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return answer({"detail": "the server failed on this request; its log says why"}, 500)
+    return _explain(request, "the server failed on this request; its log says why", 500)
+
+
+def _explain(request: Request, reason: str, status: int) -> Response:
+    """An error, as the request's kind of client reads it."""
+    return answer(error_body(dialect_of(request), status, reason), status)

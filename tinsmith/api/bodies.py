@@ -1,8 +1,10 @@
 """Request bodies, off the wire and bounded: streamed, decompressed, decoded from JSON. Knows no route."""
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import msgspec
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from tinsmith.errors import TooLargeError, UserError
@@ -12,6 +14,8 @@ SMALL_BODY = 2**20  # bytes, of every request that carries no tokens
 THREAD_BYTES = 2**18  # larger bodies are decoded and encoded beside the event loop
 
 Body = TypeVar("Body")
+Asked = ParamSpec("Asked")
+Made = TypeVar("Made")
 
 
 class OverlongBodyError(TooLargeError):
@@ -20,6 +24,13 @@ class OverlongBodyError(TooLargeError):
     def __init__(self, limit: int, beginning: bytes) -> None:
         super().__init__(f"the body is larger than {limit} bytes, the most that this server takes here")
         self.beginning = beginning
+
+
+async def compute(size: int, function: Callable[Asked, Made], *args: Asked.args, **kwargs: Asked.kwargs) -> Made:
+    """Calls a function that works on so many bytes: beside the event loop if they are many."""
+    if size > THREAD_BYTES:
+        return await run_in_threadpool(function, *args, **kwargs)
+    return function(*args, **kwargs)
 
 
 async def read_raw(request: Request, limit: int) -> bytes:

@@ -5,7 +5,7 @@ the store finds nothing that does not belong to whom it is given.
 """
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
@@ -26,6 +26,8 @@ from tinsmith.wire.codec import Limits
 
 Body = TypeVar("Body")
 
+_BASES = 65536  # known at once
+
 
 @dataclass(frozen=True, slots=True)
 class Services:
@@ -39,10 +41,27 @@ class Services:
     access: Access
     pacing: Pacing
 
-    def limits(self) -> Limits:
+    bases: dict[tuple[str, str], str] = field(default_factory=dict)  # (model or sampler, owner) → base, as it was found
+
+    def limits(self, base: str) -> Limits:
         """Bounds for requests with tokens. Raises UnavailableError until the engine has said what it takes."""
-        capabilities = self.catalog.capabilities()
+        capabilities = self.catalog.capabilities(base)
         return Limits(capabilities.vocab_size, capabilities.max_context, self.settings.max_body_bytes)
+
+    async def base_of(self, subject: str, owner: str) -> str:
+        """The base of an owner's model or sampler, before anything else is looked up; it never changes.
+
+        Raises NotFoundError, but not in a server of a single model, which is then meant.
+        """
+        if len(self.catalog.served) == 1:
+            return self.catalog.served[0].base
+        base = self.bases.get((subject, owner))
+        if base is None:
+            base = await self.database.read_async(records.base_of, subject, owner)
+            if len(self.bases) >= _BASES:
+                self.bases.clear()
+            self.bases[subject, owner] = base
+        return self.catalog.require_base(base, repr(subject)).base
 
 
 @dataclass(frozen=True, slots=True)

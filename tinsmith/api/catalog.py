@@ -1,38 +1,53 @@
-"""Which base model is served, under which names, and what its engine says of itself.
+"""Which base models are served, under which names, and what their engines say of themselves.
 
-Looks at the engine's record in the database, woken by the doorbell and once a second, in one thread. What the engine
+Looks at the engines' records in the database, woken by the doorbell and once a second, in one thread. What an engine
 said last about its capabilities stays valid while it is being restarted.
 """
 
 import logging
 import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from tinsmith.config import EMBEDDED, Settings
+import sqlalchemy as sa
+
+from tinsmith.config import EMBEDDED
 from tinsmith.demo import tiny_folder
 from tinsmith.errors import TinsmithError, UnavailableError, UserError
 from tinsmith.protocols import Capabilities
+from tinsmith.served import ANY_NAME, Served, find_served
 from tinsmith.store import records
 from tinsmith.store.database import Database
 from tinsmith.store.doorbell import Doorbell
 
-ANY_NAME = "*"
 _LOOK_SECONDS = 1.0
+_SETTLED = ("ready", "failed")
 
 log = logging.getLogger(__name__)
 
 
-class Catalog:
-    """The served model's names, and its engine's state. `start` and `close` bracket its thread."""
+@dataclass(slots=True)
+class _Known:
+    """What is known of one model's engine."""
 
-    def __init__(self, settings: Settings, database: Database, doorbell: Doorbell) -> None:
-        self.base = settings.served_name
-        self.name = settings.model
-        self._aliases = settings.aliases
+    engine: records.EngineRecord | None = None
+    capabilities: Capabilities | None = None
+    settled: bool = False  # it has been ready since this process began, or cannot be
+
+
+class Catalog:
+    """The served models' names, and their engines' states. `start` and `close` bracket its thread."""
+
+    def __init__(
+        self, served: Sequence[Served], aliases: Mapping[str, str], database: Database, doorbell: Doorbell
+    ) -> None:
+        self.served = tuple(served)
+        self._by_base = {model.base: model for model in served}
+        self._by_name = _names(served, aliases)
+        self._known = {model.base: _Known() for model in served}
         self._database = database
         self._doorbell = doorbell
-        self._engine: records.EngineRecord | None = None
-        self._capabilities: Capabilities | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="engine-state", daemon=True)
 
@@ -44,40 +59,67 @@ class Catalog:
         self._closing.set()
         self._thread.join()
 
-    @property
-    def names(self) -> list[str]:
-        """All exact names under which the model is served, its own first."""
-        return list(dict.fromkeys([self.name, self.base, *(name for name in self._aliases if name != ANY_NAME)]))
+    # Names
 
-    def require_served(self, name: str) -> None:
-        """Raises UserError if `name`, as it is or up to a colon, is no name of the served model."""
-        names = self.names
-        if name not in names and name.partition(":")[0] not in names and ANY_NAME not in self._aliases:
+    def names(self, base: str) -> list[str]:
+        """All exact names under which a model is served, its own first."""
+        return [name for name, model in self._by_name.items() if model.base == base and name != ANY_NAME]
+
+    def require(self, name: str) -> Served:
+        """The model that is served under `name`, as it is or up to a colon. Raises UserError."""
+        for known in (name, name.partition(":")[0], ANY_NAME):
+            if known in self._by_name:
+                return self._by_name[known]
+        names = [known for known in self._by_name if known != ANY_NAME]
+        raise UserError(
+            f"this server does not serve {name!r}; it serves {', '.join(names)} "
+            f"(tinsmith serve --alias {name}={self.served[0].name} would add the name)"
+        )
+
+    def require_base(self, base: str, what: str) -> Served:
+        """The served model with this key, to which `what` belongs. Raises UserError if it is not served now."""
+        if base not in self._by_base:
+            serves = ", ".join(repr(model.name) for model in self.served)
             raise UserError(
-                f"this server does not serve {name!r}; it serves {', '.join(names)} "
-                f"(tinsmith serve --alias {name}={self.name} would add the name)"
+                f"{what} belongs to base model {base!r}, which this server does not serve; it serves {serves}"
             )
+        return self._by_base[base]
 
-    @property
-    def tokenizer(self) -> str:
+    def tokenizer(self, base: str) -> str:
         """Where clients on this machine find the tokenizer: a folder, or a hub name."""
-        if self.name == EMBEDDED:
+        if base == EMBEDDED:
             return str(tiny_folder())
-        return self.base if Path(self.base).is_dir() else self.name
+        folder = self._by_base[base].folder if base in self._by_base else ""
+        return folder if folder and Path(folder).is_dir() else base
+
+    # Engines
 
     @property
     def state(self) -> tuple[str, str]:
-        """The engine's state (`ready` when it can work) and a line about its progress."""
-        if self._engine is None:
-            return "starting", "the engine has not reported yet"
-        return self._engine.state, self._engine.progress
+        """`ready` when requests can be worked on, else what hinders that, and a line about its progress.
 
-    def capabilities(self) -> Capabilities:
-        """What the loaded model can do. Raises UnavailableError until the engine has said so once."""
-        if self._capabilities is None:
-            state, progress = self.state
-            raise UnavailableError(f"the engine of {self.name} is not ready ({state}: {progress}); try again soon")
-        return self._capabilities
+        Until every engine has been ready once (or cannot be), the slowest counts; then the best.
+        """
+        states = {base: self.state_of(base) for base in self._known}
+        unsettled = [states[base] for base, known in self._known.items() if not known.settled]
+        order = (*unsettled, *sorted(states.values(), key=lambda state: state[0] != "ready"))
+        return order[0]
+
+    def state_of(self, base: str) -> tuple[str, str]:
+        """One engine's state (`ready` when it can work) and a line about its progress."""
+        engine = self._known[base].engine if base in self._known else None
+        if engine is None:
+            return "starting", "the engine has not reported yet"
+        return engine.state, engine.progress
+
+    def capabilities(self, base: str) -> Capabilities:
+        """What a loaded model can do. Raises UnavailableError until its engine has said so once."""
+        capabilities = self._known[base].capabilities
+        if capabilities is None:
+            state, progress = self.state_of(base)
+            name = self._by_base[base].name
+            raise UnavailableError(f"the engine of {name} is not ready ({state}: {progress}); try again soon")
+        return capabilities
 
     def _watch(self) -> None:
         bell = self._doorbell.listen("engine")
@@ -90,12 +132,32 @@ class Catalog:
 
     def _look(self) -> None:
         try:
-            self._engine = self._database.read(records.find_engine, self.base)
+            found = self._database.read(_find_engines, list(self._known))
         except TinsmithError as error:
-            log.warning("cannot read the engine's state: %s", error)
+            log.warning("cannot read the engines' states: %s", error)
             return
-        except Exception:  # this thread's border: without it, the API would never hear of its engine again
-            log.exception("reading the engine's state failed")
+        except Exception:  # this thread's border: without it, the API would never hear of its engines again
+            log.exception("reading the engines' states failed")
             return
-        if self._engine is not None and self._engine.capabilities is not None:
-            self._capabilities = Capabilities(**self._engine.capabilities)
+        for engine in found:
+            known = self._known[engine.base]
+            known.engine = engine
+            known.settled |= engine.state in _SETTLED
+            if engine.capabilities is not None:
+                known.capabilities = Capabilities(**engine.capabilities)
+
+
+def _find_engines(conn: sa.Connection, bases: Sequence[str]) -> list[records.EngineRecord]:
+    found = (records.find_engine(conn, base) for base in bases)
+    return [engine for engine in found if engine is not None]
+
+
+def _names(served: Sequence[Served], aliases: Mapping[str, str]) -> dict[str, Served]:
+    """Who is meant by every name: models' own, then their keys, then aliases."""
+    names = {model.name: model for model in served}
+    for model in served:
+        names.setdefault(model.base, model)
+    for alias, target in aliases.items():
+        if (aimed := find_served(served, target)) is not None:
+            names.setdefault(alias, aimed)
+    return names

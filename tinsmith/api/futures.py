@@ -3,10 +3,9 @@
 import asyncio
 import time
 
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from tinsmith.api.bodies import THREAD_BYTES
+from tinsmith.api.bodies import compute
 from tinsmith.api.calls import Call, answer
 from tinsmith.errors import GoneError, NotFoundError
 from tinsmith.store import queue
@@ -26,10 +25,8 @@ async def retrieve_future(call: Call) -> Response:
     body = await call.json(RetrieveFutureRequest)
     future = await _ended(call, body.request_id)
     if future is None:
-        return _try_again(call, body.request_id)
-    if len(future.body or b"") > THREAD_BYTES:
-        return await run_in_threadpool(_result, future)
-    return _result(future)
+        return await _try_again(call, body.request_id)
+    return await compute(len(future.body or b""), _result, future)
 
 
 async def _ended(call: Call, request_id: str) -> Future | None:
@@ -73,8 +70,9 @@ def _result(future: Future) -> Response:
     return Response(body, media_type="application/json")
 
 
-def _try_again(call: Call, request_id: str) -> Response:
-    state, progress = call.services.catalog.state
+async def _try_again(call: Call, request_id: str) -> Response:
+    base = await call.services.base_of(request_id.rpartition(":")[0], call.owner)
+    state, progress = call.services.catalog.state_of(base)
     if state == "ready":
         return answer(TryAgain(request_id, "active"), 408)
     return answer(TryAgain(request_id, "paused_capacity", f"the engine is {state}: {progress}"), 408)

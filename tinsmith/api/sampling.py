@@ -4,14 +4,14 @@ import time
 from dataclasses import replace
 
 import sqlalchemy as sa
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from tinsmith.api.bodies import THREAD_BYTES, decode_json
+from tinsmith.api.bodies import compute, decode_json
 from tinsmith.api.calls import Call, answer
+from tinsmith.api.catalog import Catalog
 from tinsmith.api.paths import SCHEME, parse_path
 from tinsmith.api.submission import require_open_session
-from tinsmith.api.weights import require_same_base
+from tinsmith.api.weights import check_base
 from tinsmith.errors import NotFoundError, UserError
 from tinsmith.protocols import BASE_SNAPSHOT
 from tinsmith.store import queue, records
@@ -26,20 +26,20 @@ async def create_sampling_session(call: Call) -> Response:
     """POST /create_sampling_session: a sampler of the base model, or of a checkpoint."""
     body = await call.json(types.CreateSamplingSessionRequest)
     catalog = call.services.catalog
-    if body.base_model is not None:
-        catalog.require_served(body.base_model)
-    snapshot, base_name, model_id = BASE_SNAPSHOT, body.base_model, None
+    snapshot, model_id = BASE_SNAPSHOT, None
     if body.model_path is not None:
-        checkpoint = await _require_weights(call, body.model_path)
-        snapshot, model_id = checkpoint.path, checkpoint.model_id
+        checkpoint = await _require_weights(call, body.model_path, body.base_model)
+        snapshot, model_id, base = checkpoint.path, checkpoint.model_id, checkpoint.base
         base_name = body.base_model or checkpoint.base_name
-    if base_name is None:
+    elif body.base_model is not None:
+        base, base_name = catalog.require(body.base_model).base, body.base_model
+    else:
         raise UserError("create_sampling_session needs a base_model or a model_path")
     sampler = records.SamplerRecord(
         id=f"{body.session_id}:sample:{body.sampling_session_seq_id}",
         session_id=body.session_id,
         owner=call.owner,
-        base=catalog.base,
+        base=base,
         base_name=base_name,
         snapshot=snapshot,
         model_id=model_id,
@@ -49,13 +49,11 @@ async def create_sampling_session(call: Call) -> Response:
     return answer(types.CreateSamplingSessionResponse(sampler.id))
 
 
-async def _require_weights(call: Call, text: str) -> records.Checkpoint:
-    """The checkpoint to sample from. Raises UserError, NotFoundError."""
+async def _require_weights(call: Call, text: str, base_model: str | None) -> records.Checkpoint:
+    """The checkpoint to sample from, of the base model if one is named. Raises UserError, NotFoundError."""
     path = parse_path(text)
-    if path.kind == "external":
-        raise UserError(f"{path} is an export and cannot be sampled from; use .../sampler_weights/NAME")
     checkpoint = await call.services.database.read_async(records.require_checkpoint, str(path), call.owner)
-    require_same_base(call, checkpoint)
+    check_base(call, checkpoint, base_model)
     return checkpoint
 
 
@@ -72,28 +70,26 @@ async def asample(call: Call) -> Response:
     """POST /asample. Sequences are named before they exist: later training requests refer to them."""
     services = call.services
     content = await call.content(services.settings.max_body_bytes)
-    limits = services.limits()
-    if len(content) > THREAD_BYTES:
-        request, job = await run_in_threadpool(_decode, content, limits, call.owner)
-    else:
-        request, job = _decode(content, limits, call.owner)
+    request = await compute(len(content), decode_json, content, SampleRequest)
+    limits = services.limits(await services.base_of(request.sampling_session_id, call.owner))
+    job = await compute(len(content), _job, request, limits, call.owner)
     call.spend(job.tokens)
-    request_id = await services.database.write_async(_submit, job)
+    request_id = await services.database.write_async(_submit, services.catalog, job)
     services.doorbell.ring("jobs")
     sequence_ids = [f"{request_id}-{index}" for index in range(request.num_samples)]
     return answer(types.SampleFuture(request_id, sequence_ids))
 
 
-def _decode(content: bytes, limits: Limits, owner: str) -> tuple[SampleRequest, Job]:
-    """The request, and its job as far as the request says it: the base is the sampler's."""
-    request = decode_json(content, SampleRequest)
+def _job(request: SampleRequest, limits: Limits, owner: str) -> Job:
+    """The job as far as the request says it: the base is the sampler's."""
     packed = sample_call(request, limits)
     tokens = sample_cost(packed, limits.max_context)
-    return request, Job(request.sampling_session_id, request.seq_id, "sample", owner, "", packed.to_bytes(), tokens)
+    return Job(request.sampling_session_id, request.seq_id, "sample", owner, "", packed.to_bytes(), tokens)
 
 
-def _submit(conn: sa.Connection, job: Job) -> str:
+def _submit(conn: sa.Connection, catalog: Catalog, job: Job) -> str:
     sampler = records.require_sampler(conn, job.subject, job.owner)
+    catalog.require_base(sampler.base, f"sampler {sampler.id!r}")
     return queue.submit(conn, replace(job, base=sampler.base))
 
 

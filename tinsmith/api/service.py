@@ -1,4 +1,4 @@
-"""What clients ask about the server itself: health, switches, the served model. Telemetry is taken and dropped."""
+"""What clients ask about the server itself: health, switches, the served models. Telemetry is taken and dropped."""
 
 from starlette.responses import Response
 
@@ -30,10 +30,14 @@ async def client_dynamic_config(call: Call) -> Response:
 
 
 async def server_capabilities(call: Call) -> Response:
-    """GET /get_server_capabilities: the served model, once under each of its names."""
+    """GET /get_server_capabilities: every served model, once under each of its names."""
     catalog = call.services.catalog
-    longest = catalog.capabilities().max_context
-    return answer(types.ServerCapabilities([types.SupportedModel(name, longest) for name in catalog.names]))
+    supported = [
+        types.SupportedModel(name, catalog.capabilities(model.base).max_context)
+        for model in catalog.served
+        for name in catalog.names(model.base)
+    ]
+    return answer(types.ServerCapabilities(supported))
 
 
 async def telemetry(call: Call) -> Response:

@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from tinsmith.api.bodies import SMALL_BODY, decode_json
 from tinsmith.api.calls import Call, answer
+from tinsmith.api.catalog import Catalog
 from tinsmith.errors import GoneError, UserError
 from tinsmith.store import queue, records
 from tinsmith.wire.codec import Address
@@ -43,7 +44,7 @@ Prepare = Callable[[sa.Connection, records.Model], Draft]
 async def submit(call: Call, address: Address, prepare: Prepare) -> Response:
     """Accepts a request for a model of the caller's, and answers with its future. Raises UserError."""
     services = call.services
-    request_id = await services.database.write_async(_accept, call.owner, address, prepare)
+    request_id = await services.database.write_async(_accept, services.catalog, call.owner, address, prepare)
     services.doorbell.ring("jobs")
     return answer(UntypedFuture(request_id, address.model_id))
 
@@ -93,8 +94,9 @@ def require_open_session(conn: sa.Connection, session_id: str, owner: str) -> No
         raise GoneError(f"session {session_id!r} is finished ({session.finish_reason}); create a new one")
 
 
-def _accept(conn: sa.Connection, owner: str, address: Address, prepare: Prepare) -> str:
+def _accept(conn: sa.Connection, catalog: Catalog, owner: str, address: Address, prepare: Prepare) -> str:
     model = records.require_model(conn, address.model_id, owner)
+    catalog.require_base(model.base, f"model {model.id!r}")
     _check_usable(model)
     draft = prepare(conn, model)
     now = time.time()

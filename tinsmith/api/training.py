@@ -7,15 +7,15 @@ from functools import partial
 
 import msgspec
 import sqlalchemy as sa
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from tinsmith.api.bodies import THREAD_BYTES, OverlongBodyError, plain, read_raw
-from tinsmith.api.calls import Call, Services, answer
+from tinsmith.api.bodies import OverlongBodyError, compute, plain, read_raw
+from tinsmith.api.calls import Call, answer
 from tinsmith.api.submission import Draft, json_draft, refuse, require_open_session, submit, submit_json
 from tinsmith.errors import LimitError, UserError
 from tinsmith.protocols import Capabilities, ModelSpec
 from tinsmith.store import queue, records
+from tinsmith.wire import messages_pb2 as pb
 from tinsmith.wire import types
 from tinsmith.wire.codec import (
     Address,
@@ -36,12 +36,11 @@ async def create_model(call: Call) -> Response:
     """POST /create_model: a record and, as its seq 0, the job that makes it."""
     body = await call.json(types.CreateModelRequest)
     services = call.services
-    services.catalog.require_served(body.base_model)
+    base = services.catalog.require(body.base_model).base
     check_optimizer(body.optimizer_config)
-    spec = _spec(body.lora_config, services.catalog.capabilities())
-    model = new_model(
-        call, body.session_id, body.model_seq_id, base_name=body.base_model, spec=spec, metadata=body.user_metadata
-    )
+    spec = _spec(body.lora_config, services.catalog.capabilities(base))
+    named = (base, body.base_model)
+    model = new_model(call, body.session_id, body.model_seq_id, named, spec=spec, metadata=body.user_metadata)
     draft = json_draft("create_model")
     request_id = await services.database.write_async(create_with_job, model, draft, call.caller.max_models)
     services.doorbell.ring("jobs")
@@ -49,16 +48,22 @@ async def create_model(call: Call) -> Response:
 
 
 def new_model(
-    call: Call, session_id: str, number: int, *, base_name: str, spec: ModelSpec, metadata: types.Metadata | None
+    call: Call,
+    session_id: str,
+    number: int,
+    base: tuple[str, str],
+    *,
+    spec: ModelSpec,
+    metadata: types.Metadata | None,
 ) -> records.Model:
-    """The record of a model that is about to be created."""
+    """The record of a model that is about to be created. `base` is its base model's key, and what the client says."""
     now = time.time()
     return records.Model(
         id=f"{session_id}:train:{number}",
         session_id=session_id,
         owner=call.owner,
-        base=call.services.catalog.base,
-        base_name=base_name,
+        base=base[0],
+        base_name=base[1],
         spec=spec.to_dict(),
         user_metadata=metadata or {},
         state="creating",
@@ -117,7 +122,10 @@ async def get_info(call: Call) -> Response:
     services = call.services
     model = await services.database.read_async(records.require_model, body.model_id, call.viewer)
     spec = ModelSpec(**model.spec)
-    data = types.ModelData(services.catalog.capabilities().architecture, model.base_name, services.catalog.tokenizer)
+    catalog = services.catalog
+    catalog.require_base(model.base, f"model {model.id!r}")
+    architecture, tokenizer = catalog.capabilities(model.base).architecture, catalog.tokenizer(model.base)
+    data = types.ModelData(architecture, model.base_name, tokenizer)
     return answer(
         types.GetInfoResponse(
             model_id=model.id,
@@ -136,7 +144,7 @@ async def forward_backward(call: Call) -> Response:
     raw = b""
     try:
         raw = await read_raw(call.request, limit)
-        address, draft = await _decoded(call.services, partial(plain, call.request, raw, limit), len(raw))
+        address, draft = await _decoded(call, partial(plain, call.request, raw, limit), len(raw))
         call.spend(draft.tokens)
         return await submit(call, address, lambda _conn, _model: draft)
     except UserError as refusal:
@@ -151,20 +159,24 @@ def _address(call: Call, beginning: bytes) -> Address | None:
     return peek_address(beginning[:_ADDRESS_BYTES])
 
 
-async def _decoded(services: Services, content: partial[bytes], size: int) -> tuple[Address, Draft]:
-    limits = services.limits()
-    if size > THREAD_BYTES:
-        return await run_in_threadpool(_decode, content, limits)
-    return _decode(content, limits)
+async def _decoded(call: Call, content: partial[bytes], size: int) -> tuple[Address, Draft]:
+    services = call.services
+    message = await compute(size, _message, content)
+    limits = services.limits(await services.base_of(message.model_id, call.owner))
+    return Address(message.model_id, message.seq_id), await compute(size, _draft, message, limits)
 
 
-def _decode(content: partial[bytes], limits: Limits) -> tuple[Address, Draft]:
+def _message(content: partial[bytes]) -> pb.ForwardBackwardRequest:
     message = parse_forward_backward(content())
     if message.seq_id < 1:
         raise UserError(f"seq_id is {message.seq_id}; a model's requests count from 1")
+    return message
+
+
+def _draft(message: pb.ForwardBackwardRequest, limits: Limits) -> Draft:
     packed: TrainCall = train_call(message, limits)
     kind = "forward" if packed.forward_only else "forward_backward"
-    return Address(message.model_id, message.seq_id), Draft(kind, packed.to_bytes(), packed.num_tokens)
+    return Draft(kind, packed.to_bytes(), packed.num_tokens)
 
 
 async def optim_step(call: Call) -> Response:

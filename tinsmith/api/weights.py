@@ -6,6 +6,7 @@ from functools import partial
 import sqlalchemy as sa
 from starlette.responses import Response
 
+from tinsmith.age import read_recipients
 from tinsmith.api.bodies import SMALL_BODY, decode_json
 from tinsmith.api.calls import Call, answer
 from tinsmith.api.paths import CheckpointPath, check_name, parse_path
@@ -98,10 +99,15 @@ async def save_weights_external(call: Call) -> Response:
 
 
 def _prepare_export(body: types.SaveWeightsExternalRequest, conn: sa.Connection, model: records.Model) -> Draft:
-    if body.age_encryption_recipients:
-        raise UserError("age_encryption_recipients are not supported yet; leave them out to save without encryption")
+    read_recipients(body.age_encryption_recipients or [])
     path = _new_path(conn, model, "external", body.path)
-    return json_draft("save_weights_external", name=path.name, path=str(path), ttl_seconds=body.ttl_seconds)
+    return json_draft(
+        "save_weights_external",
+        name=path.name,
+        path=str(path),
+        ttl_seconds=body.ttl_seconds,
+        age_encryption_recipients=body.age_encryption_recipients,
+    )
 
 
 async def load_weights(call: Call) -> Response:
@@ -123,7 +129,7 @@ def _check_load(body: types.LoadWeightsRequest) -> None:
     path = parse_path(body.path)
     if body.model_id is not None and body.session_id is not None:
         raise UserError(f"model_id {body.model_id!r} and session_id {body.session_id!r} exclude each other; give one")
-    if path.kind == "external" or (path.kind == "sampler" and body.optimizer):
+    if path.kind != "training" and body.optimizer:
         raise UserError(f"{path} holds no optimizer state to train on from; load a checkpoint of .../weights/NAME")
     if body.weights_access_token is not None:
         raise UserError("weights_access_token is not supported; publish the checkpoint under its owner's key instead")
@@ -133,21 +139,24 @@ def _check_load(body: types.LoadWeightsRequest) -> None:
 def _prepare_load(body: types.LoadWeightsRequest, conn: sa.Connection, model: records.Model) -> Draft:
     # A checkpoint of the model itself may still be on its way: its save can be queued in front of this request.
     if parse_path(body.path).model_id != model.id:
-        records.require_checkpoint(conn, body.path, model.owner)
+        checkpoint = records.require_checkpoint(conn, body.path, model.owner)
+        if checkpoint.base != model.base:
+            raise UserError(
+                f"{body.path} belongs to base model {checkpoint.base_name!r}, and the model that it was to be "
+                f"loaded into to {model.base_name!r}; create a model from it instead"
+            )
     return json_draft("load_weights", path=body.path, optimizer=body.optimizer, create=False)
 
 
 async def _load_into_new(call: Call, body: types.LoadWeightsRequest, session_id: str, number: int) -> Response:
     services = call.services
     checkpoint = await services.database.read_async(records.require_checkpoint, body.path, call.owner)
-    if body.base_model is not None:
-        services.catalog.require_served(body.base_model)
-    require_same_base(call, checkpoint)
+    check_base(call, checkpoint, body.base_model)
     model = new_model(
         call,
         session_id,
         number,
-        base_name=body.base_model or checkpoint.base_name,
+        (checkpoint.base, body.base_model or checkpoint.base_name),
         spec=ModelSpec(**checkpoint.spec),
         metadata=body.user_metadata,
     )
@@ -157,11 +166,13 @@ async def _load_into_new(call: Call, body: types.LoadWeightsRequest, session_id:
     return answer(types.UntypedFuture(request_id, model.id))
 
 
-def require_same_base(call: Call, checkpoint: records.Checkpoint) -> None:
-    """Raises UserError for a checkpoint of a base model that this server does not serve."""
-    served = call.services.catalog.base
-    if checkpoint.base != served:
-        raise UserError(f"{checkpoint.path} belongs to base model {checkpoint.base!r}; this server serves {served!r}")
+def check_base(call: Call, checkpoint: records.Checkpoint, base_model: str | None) -> None:
+    """Raises UserError for a checkpoint of a model that is not served, or of another than the request names."""
+    catalog = call.services.catalog
+    asked = None if base_model is None else catalog.require(base_model)
+    served = catalog.require_base(checkpoint.base, checkpoint.path)
+    if asked is not None and asked.base != served.base:
+        raise UserError(f"{checkpoint.path} belongs to base model {served.name!r}, not to {base_model!r}")
 
 
 async def weights_info(call: Call) -> Response:

@@ -159,6 +159,12 @@ def update_model(conn: sa.Connection, /, model_id: str, **changes: Any) -> None:
     _update(conn, models.c.id, model_id, changes)
 
 
+def base_of(conn: sa.Connection, subject: str, owner: str) -> str:
+    """The base of an owner's model or sampler. Raises NotFoundError."""
+    is_model = find_model(conn, subject) is not None
+    return require_model(conn, subject, owner).base if is_model else require_sampler(conn, subject, owner).base
+
+
 def list_models(conn: sa.Connection, owner: str, limit: int, offset: int) -> tuple[list[Model], int]:
     """Newest first, with the total count."""
     return _page(conn, Model, models, models.c.id, _of(models, owner), limit, offset)
@@ -313,7 +319,7 @@ def put_engine(conn: sa.Connection, engine: EngineRecord) -> None:
 
 def retire_engines(conn: sa.Connection, before: float) -> None:
     """Engines that were killed with an earlier server left word that they are ready; that is no longer so."""
-    stale = (engines.c.beat_at < before) & engines.c.state.in_(["loading", "ready"])
+    stale = (engines.c.beat_at < before) & (engines.c.state != "stopped")
     conn.execute(sa.update(engines).where(stale).values(state="stopped", progress=""))
 
 
