@@ -74,6 +74,52 @@ def norm_rope(
     return out_TO
 
 
+def rms_norm_backward(
+    dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float, residual_TD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(the gradient in x, plus the residual's; the normalised x once more), from that in the normalised x."""
+    rows, width = x_TD.shape
+    dx_TD, normed_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
+    block = triton.next_power_of_2(width)
+    _rms_norm_backward[(rows,)](
+        *(dy_TD, x_TD, weight_D, residual_TD, dx_TD, normed_TD, width, eps), BLOCK=block, num_warps=_warps(block)
+    )
+    return dx_TD, normed_TD
+
+
+def norm_rope_backward(
+    dqkv_THd: tuple[Tensor, Tensor, Tensor],
+    qkv_TO: Tensor,
+    cos_Td: Tensor,
+    sin_Td: Tensor,
+    q_weight_d: Tensor | None,
+    k_weight_d: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """The gradient [T, O] in what `norm_rope` was given, from those in queries [T, heads, d], keys and values.
+
+    Their last dimension is contiguous; `qkv_TO` holds what `norm_rope` was given.
+    """
+    dq, dk, dv = dqkv_THd
+    rows, heads, d = dq.shape
+    kv_heads = dk.shape[1]
+    dqkv_TO = qkv_TO.new_empty(rows, (heads + 2 * kv_heads) * d)
+    share = _heads_at_once(heads, kv_heads)
+    _norm_rope_backward[(triton.cdiv(rows, _TILE // share), (heads + 2 * kv_heads) // share)](
+        *(dq, dk, dv, qkv_TO, dqkv_TO, cos_Td, sin_Td),
+        *(qkv_TO if q_weight_d is None else q_weight_d, qkv_TO if k_weight_d is None else k_weight_d),
+        *(dq.stride(0), dq.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1)),
+        *(qkv_TO.stride(0), dqkv_TO.stride(0), cos_Td.stride(0), sin_Td.stride(0), rows, heads, kv_heads, eps),
+        NORM=q_weight_d is not None,
+        SHARE=share,
+        TILE=_TILE,
+        HALF=d // 2,
+        BLOCK=triton.next_power_of_2(d // 2),
+        num_warps=4,
+    )
+    return dqkv_TO
+
+
 def _warps(block: int) -> int:
     return min(max(block // 256, 1), 16)
 
@@ -182,3 +228,99 @@ def _norm_rope(
     low, high = rotated_head(low, high, cos, sin, low_weight, high_weight, eps, NORM, HALF)
     tl.store(out_ptr + row * out_stride + first + columns, low, mask)
     tl.store(out_ptr + row * out_stride + first + HALF + columns, high, mask)
+
+
+@triton.jit
+def _rms_norm_backward(dy_ptr, x_ptr, weight_ptr, residual_ptr, dx_ptr, normed_ptr, width, eps, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * width
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    x = tl.load(x_ptr + start + columns, inside, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + start + columns, inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + columns, inside, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptr + start + columns, inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x) / width + eps)
+    normal = x * scale
+    inner = dy * weight
+    dx = scale * (inner - normal * (tl.sum(inner * normal) / width)) + residual
+    tl.store(dx_ptr + start + columns, dx, inside)
+    tl.store(normed_ptr + start + columns, normal * weight, inside)
+
+
+@triton.jit
+def _norm_backward(dlow, dhigh, low, high, low_weight, high_weight, eps, HALF: tl.constexpr):
+    """The gradient in both halves of heads, from that in the normalised ones."""
+    scale = tl.rsqrt(tl.sum(low * low + high * high, 1) / (2 * HALF) + eps)[:, None]
+    low = low * scale
+    high = high * scale
+    dlow = dlow * low_weight
+    dhigh = dhigh * high_weight
+    overlap = (tl.sum(dlow * low + dhigh * high, 1) / (2 * HALF))[:, None]
+    return scale * (dlow - low * overlap), scale * (dhigh - high * overlap)
+
+
+@triton.jit
+def _norm_rope_backward(
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    in_ptr,
+    out_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    dq_stride,
+    dq_head_stride,
+    dk_stride,
+    dk_head_stride,
+    dv_stride,
+    dv_head_stride,
+    in_stride,
+    out_stride,
+    cos_stride,
+    sin_stride,
+    rows,
+    heads,
+    kv_heads,
+    eps,
+    NORM: tl.constexpr,
+    SHARE: tl.constexpr,
+    TILE: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    index = tl.arange(0, TILE)
+    row = (tl.program_id(0) * (TILE // SHARE) + index // SHARE).to(tl.int64)[:, None]
+    head = tl.program_id(1) * SHARE
+    within = (index % SHARE)[:, None]
+    inside = row < rows
+    columns = tl.arange(0, BLOCK)[None, :]
+    mask = inside & (columns < HALF)
+    low_out = out_ptr + row * out_stride + (head + within) * (2 * HALF) + columns
+    if head >= heads + kv_heads:
+        first = row * dv_stride + (head - heads - kv_heads + within) * dv_head_stride
+        dlow, dhigh = head_halves(dv_ptr, first, HALF, BLOCK, inside)
+        tl.store(low_out, dlow, mask)
+        tl.store(low_out + HALF, dhigh, mask)
+    else:
+        if head < heads:
+            first = row * dq_stride + (head + within) * dq_head_stride
+            dlow, dhigh = head_halves(dq_ptr, first, HALF, BLOCK, inside)
+        else:
+            first = row * dk_stride + (head - heads + within) * dk_head_stride
+            dlow, dhigh = head_halves(dk_ptr, first, HALF, BLOCK, inside)
+        cos = tl.load(cos_ptr + row * cos_stride + columns, mask, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + row * sin_stride + columns, mask, other=0.0).to(tl.float32)
+        back_low = dlow * cos + dhigh * sin
+        back_high = dhigh * cos - dlow * sin
+        if NORM:
+            first = row * in_stride + (head + within) * (2 * HALF)
+            low, high = head_halves(in_ptr, first, HALF, BLOCK, inside)
+            if head < heads:
+                low_weight, high_weight = head_halves(q_weight_ptr, within * 0, HALF, BLOCK, inside)
+            else:
+                low_weight, high_weight = head_halves(k_weight_ptr, within * 0, HALF, BLOCK, inside)
+            back_low, back_high = _norm_backward(back_low, back_high, low, high, low_weight, high_weight, eps, HALF)
+        tl.store(low_out, back_low, mask)
+        tl.store(low_out + HALF, back_high, mask)
