@@ -147,6 +147,9 @@ class Trainer(Protocol):
         The accumulated gradient becomes the one saved with them if `gradient` is true, and is cleared otherwise.
         """
 
+    def describe(self, folder: Path) -> ModelSpec:
+        """The model that `load` can fill from an adapter's folder, whoever wrote it. Raises UserError."""
+
     def snapshot(self, model_id: str) -> Weights:
         """An immutable copy of the weights as they are now, for `Sampler.publish`."""
 

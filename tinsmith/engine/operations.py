@@ -7,13 +7,15 @@ raised; the loop ends the job with it.
 import json
 import secrets
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinsmith.engine.checkpoints import folder_name, remove_folder, write_folder
+from tinsmith.engine.exports import prepare_export
 from tinsmith.engine.recovery import load_checkpoint, snapshot_of
 from tinsmith.engine.residency import Residency
-from tinsmith.errors import LimitError, NotFoundError, UserError
+from tinsmith.errors import NotFoundError, UserError
 from tinsmith.protocols import AdamParams, ModelSpec, Trainer
 from tinsmith.wire.jobs import Header, Outcome
 
@@ -43,6 +45,7 @@ class Operations:
             "save_weights": self._save_weights,
             "save_weights_for_sampler": self._save_weights_for_sampler,
             "save_weights_external": self._save_weights_external,
+            "import_weights": self._import_weights,
         }
 
     def perform(self, header: Header, body: bytes) -> None:
@@ -86,7 +89,25 @@ class Operations:
         self._save(header, request, "training", "weights", optimizer=True)
 
     def _save_weights_external(self, header: Header, request: Request) -> None:
-        self._save(header, request, "external", "external_weights", optimizer=False)
+        record = self._ledger.find_model(header.subject)
+        assert record is not None, header.subject
+        recipients = request.get("age_encryption_recipients") or []
+        prepare = partial(prepare_export, base_name=record.base_name, recipients=recipients)
+        self._save(header, request, "external", "external_weights", optimizer=False, prepare=prepare)
+
+    def _import_weights(self, header: Header, request: Request) -> None:
+        """The model is there to be loaded and saved, so that its checkpoint is like any other; then it is closed."""
+        folder = Path(request["folder"])
+        spec = self._trainer.describe(folder)
+        _check_promise(spec, request["promised"])
+        self._residency.make_room()
+        self._trainer.add(header.subject, spec)
+        try:
+            self._trainer.load(header.subject, folder, optimizer=False)
+            model = {"state": "closed", "spec": spec.to_dict()}
+            self._save(header, request, "external", "external_weights", optimizer=False, model=model)
+        finally:
+            self._trainer.drop(header.subject)
 
     def _save_weights_for_sampler(self, header: Header, request: Request) -> None:
         if request["sampler_id"] is None:
@@ -97,33 +118,60 @@ class Operations:
         answer = {"path": None, "sampling_session_id": request["sampler_id"]}
         self._finish(header, answer, sampler=(request["sampler_id"], snapshot_id))
 
-    def _save(self, header: Header, request: Request, kind: str, segment: str, *, optimizer: bool) -> None:
+    def _save(
+        self,
+        header: Header,
+        request: Request,
+        kind: str,
+        segment: str,
+        *,
+        optimizer: bool,
+        prepare: Callable[[Path], None] | None = None,
+        model: dict[str, Any] | None = None,
+    ) -> None:
+        """Writes a checkpoint and ends the job. `prepare` changes the files before they are sealed for good."""
         model_id, path, name = header.subject, request["path"], request["name"]
         previous = self._ledger.find_checkpoint(path)
         if previous is not None and not request.get("overwrite", False):
             raise UserError(f"{path} exists already; choose another name, delete it, or save with overwrite=true")
         self._ledger.check_storage(header, kind, path)
         folder = self._folder / folder_name(model_id) / segment / f"{name}-{secrets.token_hex(4)}"
-        size = write_folder(folder, lambda into: self._trainer.save(model_id, into, optimizer=optimizer))
+
+        def fill(into: Path) -> None:
+            self._trainer.save(model_id, into, optimizer=optimizer)
+            if prepare is not None:
+                prepare(into)
+
+        size = write_folder(folder, fill)
         try:
             self._ledger.check_storage(header, kind, path, size)
-        except LimitError:
+            checkpoint = self._new_checkpoint(request, kind, folder, size)
+            self._finish(header, {"path": path, "size_bytes": size}, checkpoint=checkpoint, model=model)
+        except BaseException:
             remove_folder(folder)
             raise
-        checkpoint = self._checkpoint(
-            path=path,
+        if previous is not None:
+            remove_folder(Path(previous.folder))
+
+    def _new_checkpoint(self, request: Request, kind: str, folder: Path, size: int) -> "NewCheckpoint":
+        return self._checkpoint(
+            path=request["path"],
             kind=kind,
-            name=name,
+            name=request["name"],
             folder=folder,
             size_bytes=size,
             ttl_seconds=request.get("ttl_seconds"),
             overwrite=request.get("overwrite", False),
             user_metadata=request.get("user_metadata") or {},
         )
-        try:
-            self._finish(header, {"path": path}, checkpoint=checkpoint)
-        except BaseException:
-            remove_folder(folder)
-            raise
-        if previous is not None:
-            remove_folder(Path(previous.folder))
+
+
+def _check_promise(spec: ModelSpec, promised: Request) -> None:
+    """Raises UserError if an uploaded adapter is not what its upload was begun for."""
+    if spec.rank != promised["rank"]:
+        raise UserError(
+            f"the uploaded adapter has rank {spec.rank}; its upload was started for rank {promised['rank']}"
+        )
+    for part in ("train_attn", "train_mlp", "train_unembed"):
+        if getattr(spec, part) and not promised[part]:
+            raise UserError(f"the uploaded adapter has weights that its upload ruled out with {part}=false")

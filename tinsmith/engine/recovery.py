@@ -20,6 +20,7 @@ from tinsmith.engine.checkpoints import (
     verify_folder,
     write_folder,
 )
+from tinsmith.engine.exports import readable_folder
 from tinsmith.engine.trials import Trials
 from tinsmith.errors import TinsmithError
 from tinsmith.protocols import AdamParams, ModelCall, ModelSpec, Trainer, Weights
@@ -174,7 +175,7 @@ def load_checkpoint(ledger: "Ledger", trainer: Trainer, model_id: str, path: str
     checkpoint = ledger.find_checkpoint(path)
     if checkpoint is None:
         raise CheckpointGoneError(f"checkpoint {path} does not exist any more (deleted or expired)")
-    trainer.load(model_id, verify_folder(Path(checkpoint.folder)), optimizer=optimizer)
+    trainer.load(model_id, readable_folder(checkpoint.folder, path), optimizer=optimizer)
 
 
 class CheckpointGoneError(TinsmithError):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinsmith.engine.checkpoints import folder_name, remove_folder, verify_folder, write_folder
+from tinsmith.engine.exports import readable_folder
 from tinsmith.engine.recovery import Recovery
 from tinsmith.errors import NotFoundError
 from tinsmith.protocols import BASE_SNAPSHOT, Sampler, Trainer, Weights
@@ -47,6 +48,20 @@ class Residency:
         self._models: OrderedDict[str, int] = OrderedDict()  # id → last seq that is in the weights
         self._points: dict[str, int] = {}  # id → seq of its recovery point
         self._snapshots: OrderedDict[str, str | None] = OrderedDict()  # id → the model it came from, if unnamed
+        self._restored = self._paged_out = 0
+
+    def held(self) -> dict[str, int]:
+        """How much is on the device, and may be at most; callable from any thread."""
+        return {
+            "models": len(self._models),
+            "models_most": self._max_models,
+            "snapshots": len(self._snapshots),
+            "snapshots_most": self._max_snapshots,
+        }
+
+    def events(self) -> dict[str, int]:
+        """How often models came back, and models or snapshots went to disk to make room; callable from any thread."""
+        return {"restored": self._restored, "paged_out": self._paged_out}
 
     # Models
 
@@ -74,6 +89,7 @@ class Residency:
                 raise NotFoundError(f"model {model_id} could not be created, or its session is over")
             self.make_room(wanted)
             self._models[model_id], self._points[model_id] = self._recovery.restore(record, self.publish)
+            self._restored += 1
         self._models.move_to_end(model_id)
 
     def advance(self, model_id: str, seq: int) -> None:
@@ -92,6 +108,7 @@ class Residency:
     def page_out(self, model_id: str) -> None:
         """Moves a model from the device to disk."""
         log.info("paging out %s", model_id)
+        self._paged_out += 1
         self.write_point(model_id)
         self._forget_model(model_id)
 
@@ -148,7 +165,7 @@ class Residency:
         if checkpoint is None:
             raise NotFoundError(f"checkpoint {path} does not exist any more (deleted or expired)")
         if checkpoint.folder not in self._snapshots:
-            self.publish(checkpoint.folder, verify_folder(Path(checkpoint.folder)), None)
+            self.publish(checkpoint.folder, readable_folder(checkpoint.folder, path), None)
         self._snapshots.move_to_end(checkpoint.folder)
         return checkpoint.folder
 
@@ -171,6 +188,7 @@ class Residency:
             self._page_out_snapshot(next(iter(self._snapshots)))
 
     def _page_out_snapshot(self, snapshot_id: str) -> None:
+        self._paged_out += 1
         self._save_snapshot(snapshot_id)
         self._sampler.retract(snapshot_id)
         del self._snapshots[snapshot_id]

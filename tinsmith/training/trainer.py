@@ -25,7 +25,7 @@ from tinsmith.models.head import target_logprobs
 from tinsmith.models.invariant import RowInvariance
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import Adapter, Segment
-from tinsmith.models.weights import FullWeights, LoraWeights
+from tinsmith.models.weights import FullWeights, LoraWeights, adapter_spec
 from tinsmith.protocols import AdamParams, Capabilities, ModelCall, ModelSpec
 from tinsmith.training.batching import MicroBatch, pack, plan
 from tinsmith.training.runs import GradientBackup, Run, Trainable, check_call
@@ -126,6 +126,10 @@ class TorchTrainer:
     def load(self, model_id: str, folder: Path, *, optimizer: bool, gradient: bool = False) -> None:
         """Replaces the state of an added model. Raises UserError, changing nothing, if the files do not fit it."""
         load_state(self._find(model_id), folder, optimizer=optimizer, gradient=gradient)
+
+    def describe(self, folder: Path) -> ModelSpec:
+        """What the files of an adapter say that it is. Raises UserError."""
+        return adapter_spec(folder)
 
     def snapshot(self, model_id: str) -> LoraWeights | FullWeights:
         """A copy of the weights, on the device."""
