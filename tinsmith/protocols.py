@@ -83,12 +83,18 @@ class ModelCall:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotCall:
-    """One sampling request, against one snapshot. `request_id` names it in the results and for `cancel`."""
+    """One sampling request, against one snapshot. `request_id` names it in the results and for `cancel`.
+
+    Tenants that want the sampler at once share it equally, or by the `weight` that all tenants of one `owner` have
+    together; a tenant without an owner stands for itself.
+    """
 
     request_id: str
     snapshot_id: str
     tenant: str
     call: SampleCall
+    owner: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

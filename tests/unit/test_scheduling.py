@@ -1,17 +1,28 @@
 """The sampler's decisions, as tables: who is preempted, who may start, how a step's prompt tokens are divided."""
 
+from bisect import insort
+from collections import Counter, defaultdict
+from itertools import count, permutations
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tinsmith.sampling.scheduling import (
     LEAST_CHUNK,
     Growing,
+    Holding,
     Prefilling,
     admissible,
     fair_order,
     fork_allowance,
     prefill_shares,
+    reclaimed,
+    tenant_weights,
     victims,
 )
+
+EQUAL: dict[str, float] = defaultdict(lambda: 1.0)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +53,17 @@ def test_the_youngest_give_way_until_the_others_can_grow(running, available, exp
     ],
 )
 def test_the_tenant_with_the_fewest_running_goes_first(running, queues, slots, expected):
-    assert fair_order(running, queues, slots) == expected
+    assert fair_order(running, queues, slots, EQUAL) == expected
+
+
+def test_a_tenant_of_twice_the_weight_gets_two_places_for_one():
+    queues = {"a": list(range(10)), "b": list(range(10, 20))}
+    assert fair_order([], queues, 6, {"a": 1.0, "b": 2.0}) == [10, 0, 11, 12, 1, 13]
+
+
+def test_the_tenants_of_one_owner_have_its_weight_together():
+    owners = {"a1": ("anna", 1.0), "a2": ("anna", 1.0), "b": ("ben", 3.0)}
+    assert tenant_weights(owners) == {"a1": 0.5, "a2": 0.5, "b": 3.0}
 
 
 @pytest.mark.parametrize(
@@ -77,15 +98,21 @@ def test_admission_keeps_a_block_for_everyone_and_the_order(costs, available, ru
     ],
 )
 def test_prefill_is_divided_between_tenants_and_bounded(prefilling, budget, expected):
-    shares = prefill_shares(prefilling, budget)
+    shares = prefill_shares(prefilling, budget, EQUAL)
     assert shares == expected
     costs = {sequence.key: sequence.cost for sequence in prefilling}
     assert sum(count * costs[key] for key, count in shares.items()) <= budget
 
 
 def test_a_chunk_is_worth_a_step_however_long_the_past_is():
-    assert prefill_shares([Prefilling(1, "a", 4000, cost=100), Prefilling(2, "a", 9)], 512) == {1: LEAST_CHUNK}
-    assert prefill_shares([Prefilling(1, "a", 9, cost=100), Prefilling(2, "b", 600)], 512) == {2: 256, 1: 9}
+    assert prefill_shares([Prefilling(1, "a", 4000, cost=100), Prefilling(2, "a", 9)], 512, EQUAL) == {1: LEAST_CHUNK}
+    assert prefill_shares([Prefilling(1, "a", 9, cost=100), Prefilling(2, "b", 600)], 512, EQUAL) == {2: 256, 1: 9}
+
+
+def test_prefill_is_divided_by_weight_and_what_one_does_not_need_is_the_others():
+    long = [Prefilling(1, "a", 4000), Prefilling(2, "b", 4000)]
+    assert prefill_shares(long, 400, {"a": 1.0, "b": 3.0}) == {1: 100, 2: 300}
+    assert prefill_shares([long[0], Prefilling(2, "b", 50)], 400, {"a": 1.0, "b": 3.0}) == {2: 50, 1: 350}
 
 
 @pytest.mark.parametrize(
@@ -101,4 +128,63 @@ def test_a_chunk_is_worth_a_step_however_long_the_past_is():
     ],
 )
 def test_samples_of_one_prompt_leave_room_for_waiting_tenants(tenant, running, waiting, slots, available, expected):
-    assert fork_allowance(tenant, running, waiting, slots, available) == expected
+    assert fork_allowance(tenant, running, waiting, slots, available, EQUAL) == expected
+
+
+def test_samples_of_one_prompt_take_more_of_the_room_with_more_weight():
+    assert fork_allowance("a", ["a"], ["b"], 15, 100, {"a": 3.0, "b": 1.0}) == 11
+
+
+def holdings(*tenants: str) -> list[Holding]:
+    return [Holding(key, tenant, 2) for key, tenant in enumerate(tenants)]
+
+
+@pytest.mark.parametrize(
+    ("running", "slots", "blocks", "expected"),
+    [
+        ("aaaa", 0, 0, []),
+        ("aaaa", 1, 0, [3]),
+        ("aaaa", 1, 5, [3, 2]),  # each frees its two blocks, and the one kept for its growth
+        ("aaaa", 0, 10, []),  # it would take all of them
+        ("aa", 1, 0, [1]),
+        ("a", 1, 0, []),  # a tenant's only one is left alone
+        ("aabb", 1, 0, [3]),
+        ("aaab", 1, 0, [2]),
+        ("aabc", 1, 0, []),  # c has one already
+        ("cccc", 1, 0, []),  # its own do not help
+    ],
+)
+def test_who_has_more_than_a_waiting_tenant_makes_room_for_it_youngest_first(running, slots, blocks, expected):
+    assert reclaimed(holdings(*running), "c", EQUAL, slots=slots, blocks=blocks) == expected
+
+
+@settings(deadline=None)
+@given(
+    weights=st.lists(st.sampled_from([0.5, 1.0, 2.0, 4.0]), min_size=2, max_size=5),
+    places=st.integers(5, 40),
+)
+def test_tenants_that_always_have_samples_waiting_hold_their_share_of_the_places_however_late_they_came(
+    weights, places
+):
+    of_tenant = {str(tenant): weight for tenant, weight in enumerate(weights)}
+    keys, running = count(), {}
+    queues: dict[str, list[int]] = {"0": [next(keys) for _ in range(100)]}
+    for step in range(3 * places):
+        if step == 1:  # the first tenant has taken everything by now; all others come at once
+            queues |= {tenant: [next(keys) for _ in range(100)] for tenant in list(of_tenant)[1:]}
+        [first] = fair_order(list(running.values()), queues, 1, of_tenant)
+        tenant_of = {key: tenant for tenant, queue in queues.items() for key in queue}
+        held = [Holding(key, tenant, 0) for key, tenant in running.items()]
+        short = 1 + len(running) - places
+        given_back = reclaimed(held, tenant_of[first], of_tenant, slots=short, blocks=0)
+        candidates = fair_order(list(running.values()), queues, max(1, -short + 1), of_tenant)
+        for key in given_back:
+            insort(queues[running[key]], key)
+            del running[key]
+        for key in candidates[: places - len(running)]:
+            queues[tenant_of[key]].remove(key)
+            running[key] = tenant_of[key]
+    assert len(running) == places
+    counts = Counter(running.values())
+    for rich, poor in permutations(of_tenant, 2):
+        assert (counts[rich] - 1) / of_tenant[rich] < (counts[poor] + 1) / of_tenant[poor]

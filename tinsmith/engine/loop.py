@@ -93,7 +93,7 @@ class Engine:
         self._operations = Operations(ledger, trainer, self._residency, data_dir / "checkpoints", new_checkpoint)
         self._lanes: dict[str, Lane] = {}
         self._shares = Shares()
-        self._sampling = SamplingTurns(ledger, sampler, self._residency, self._trials)
+        self._sampling = SamplingTurns(ledger, sampler, self._residency, self._trials, self._shares)
         self._astray = False  # the store failed in the middle of something: memory may differ from the log
         self._bell: Bell | None = None
         self._shared_at = time.monotonic()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from tinsmith.engine.outcomes import attempt, failed, outcome_of
 from tinsmith.engine.planning import apart
 from tinsmith.engine.residency import Residency
+from tinsmith.engine.shares import Shares
 from tinsmith.engine.trials import Trials
 from tinsmith.errors import TinsmithError, UserError
 from tinsmith.lost_device import raise_if_lost
@@ -33,11 +34,14 @@ TELL_SECONDS = 0.03  # how often clients that read along hear of new tokens, at 
 class SamplingTurns:
     """The samples that an engine has taken from the queue, from `hold` to the end of their jobs."""
 
-    def __init__(self, ledger: "Ledger", sampler: Sampler, residency: Residency, trials: Trials) -> None:
+    def __init__(
+        self, ledger: "Ledger", sampler: Sampler, residency: Residency, trials: Trials, shares: Shares
+    ) -> None:
         self._ledger = ledger
         self._sampler = sampler
         self._residency = residency
         self._trials = trials
+        self._shares = shares
         self._inside: dict[str, Header] = {}  # by request id
         self._held: list[Header] = []  # wait until the sampler is free for them
         self._told_at = 0.0
@@ -117,7 +121,14 @@ class SamplingTurns:
         if record is None:
             raise UserError(f"no sampling session {header.subject}")
         snapshot_id = self._residency.require_snapshot(record.snapshot, record.model_id)
-        call = SnapshotCall(header.request_id, snapshot_id, record.session_id, SampleCall.from_bytes(body))
+        call = SnapshotCall(
+            header.request_id,
+            snapshot_id,
+            record.session_id,
+            SampleCall.from_bytes(body),
+            header.owner,
+            self._shares.weight(header.owner),
+        )
         self._sampler.submit(call)
         self._inside[header.request_id] = header
 

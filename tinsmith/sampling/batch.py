@@ -124,3 +124,13 @@ def _top_tokens(distributions: TokenDistributions, widths: Sequence[int]) -> dic
         return {}
     ids, logprobs = (part.tolist() for part in distributions.top(rows, max(widths)))
     return {row: (ids[position][: widths[row]], logprobs[position][: widths[row]]) for position, row in enumerate(rows)}
+
+
+def attention_reach(model: BaseModel) -> int | None:
+    """How many tokens of past cost a row as much as its own products; None on a GPU, where a chunk is short anyway."""
+    if model.device.type != "cpu":
+        return None
+    shape = model.cache_shape
+    products = sum(parameter.numel() for parameter in model.module.get_decoder().layers.parameters())
+    attended = len(shape.layers) * model.config.num_attention_heads * (shape.key_dim + shape.value_dim)
+    return max(1, products // attended)

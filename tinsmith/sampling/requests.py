@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from tinsmith.errors import UserError
+from tinsmith.errors import TinsmithError, UserError
 from tinsmith.models.lora import Adapter
 from tinsmith.protocols import SnapshotCall, Weights
 from tinsmith.sampling.scoring import PromptScores
@@ -217,3 +217,14 @@ def _within(name: str, value: int, least: int, most: int | None) -> None:
     if value < least or (most is not None and value > most):
         allowed = f"{least} or more" if most is None else f"{least} to {most}"
         raise UserError(f"{name}: {value} is not allowed; allowed is {allowed}.")
+
+
+def diverged(request: Request) -> UserError:
+    """The error of a request whose logits are not finite."""
+    snapshot_id = request.snapshot.snapshot_id
+    return UserError(f"Snapshot {snapshot_id!r} gives logits that are not finite; its weights have probably diverged.")
+
+
+def broken(error: Exception) -> TinsmithError:
+    """The error of a request that broke the pass it was alone in."""
+    return TinsmithError(f"Sampling failed on the server: {type(error).__name__}: {error}")

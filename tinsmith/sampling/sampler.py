@@ -25,12 +25,12 @@ from tinsmith.models.loading import BaseModel
 from tinsmith.models.weights import FullWeights, LoraWeights, load_weights, save_weights
 from tinsmith.protocols import BASE_SNAPSHOT, Capabilities, Finished, SnapshotCall, Weights
 from tinsmith.sampling import scheduling
-from tinsmith.sampling.batch import Work, forward, next_tokens, score_prompts
+from tinsmith.sampling.batch import Work, attention_reach, forward, next_tokens, score_prompts
 from tinsmith.sampling.kv_cache import BlockPool, KVCache, chain_digests
 from tinsmith.sampling.lanes import Lanes
 from tinsmith.sampling.paged_rows import PagedRows
 from tinsmith.sampling.recurrent import StateStore
-from tinsmith.sampling.requests import NextToken, Request, Sample, Snapshot, check
+from tinsmith.sampling.requests import NextToken, Request, Sample, Snapshot, broken, check, diverged
 from tinsmith.sampling.scoring import PromptScores
 from tinsmith.sampling.stopping import StopStrings, end_of_sequence_tokens
 from tinsmith.wire.progress import Progress
@@ -68,7 +68,7 @@ class TorchSampler:
         self._max_running = max_running
         self._block_size = block_size
         self._prefill_tokens = prefill_tokens
-        self._reach = _attention_reach(model)
+        self._reach = attention_reach(model)
         self._snapshot_bytes = snapshot_bytes
         self._max_context = min(model.max_context, kv_tokens // block_size * block_size)
         self._stop_strings = StopStrings(tokenizer)
@@ -225,14 +225,20 @@ class TorchSampler:
         index = sample.computed // self._block_size
         return int(index >= len(sample.blocks) or self._pool.references(sample.blocks[index]) > 1)
 
+    def _private(self, sample: Sample) -> int:
+        """Blocks that nobody else holds."""
+        return sum(self._pool.references(block) == 1 for block in sample.blocks)
+
+    def _weights(self) -> dict[str, float]:
+        waiting = (self._waiting[queue[0]] for queue in self._queues.values())
+        calls = (sample.request.call for sample in (*self._running.values(), *waiting))
+        return scheduling.tenant_weights({call.tenant: (call.owner or call.tenant, call.weight) for call in calls})
+
     def _preempt(self) -> None:
         growth = {key: self._growth(sample) for key, sample in self._running.items()}
         if sum(growth.values()) <= self._pool.available:
             return
-        growing = [
-            scheduling.Growing(key, growth[key], sum(self._pool.references(block) == 1 for block in sample.blocks))
-            for key, sample in self._running.items()
-        ]
+        growing = [scheduling.Growing(key, growth[key], self._private(sample)) for key, sample in self._running.items()]
         for key in scheduling.victims(growing, self._pool.available):
             self._suspend(self._running[key])
 
@@ -243,17 +249,31 @@ class TorchSampler:
         self._enqueue(sample)
 
     def _admit(self) -> None:
-        slots = self._max_running - len(self._running)
-        if not slots or not self._waiting:
+        if not self._waiting:
             return
+        weights = self._weights()
         tenants = [sample.tenant for sample in self._running.values()]
-        candidates = [self._waiting[key] for key in scheduling.fair_order(tenants, self._queues, slots)]
+        slots = max(1, self._max_running - len(self._running))
+        candidates = [self._waiting[key] for key in scheduling.fair_order(tenants, self._queues, slots, weights)]
+        self._reclaim(candidates[0], weights)
+        candidates = candidates[: self._max_running - len(self._running)]
         growth = sum(self._growth(sample) for sample in self._running.values())
         costs = (self._cost(sample) for sample in candidates)
         admitted = scheduling.admissible(costs, self._pool.available - growth, len(self._running))
         for sample in candidates[:admitted]:
             self._dequeue(sample)
             self._start(sample)
+
+    def _reclaim(self, sample: Sample, weights: dict[str, float]) -> None:
+        """Makes room for a sample that has none, if tenants that have more than its tenant can give it."""
+        growth = sum(self._growth(other) for other in self._running.values())
+        blocks = self._cost(sample) + len(self._running) + growth - self._pool.available
+        slots = 1 + len(self._running) - self._max_running
+        if blocks <= 0 and slots <= 0:
+            return
+        held = [scheduling.Holding(key, other.tenant, self._private(other)) for key, other in self._running.items()]
+        for key in scheduling.reclaimed(held, sample.tenant, weights, slots=slots, blocks=blocks):
+            self._suspend(self._running[key])
 
     def _start(self, sample: Sample) -> None:
         blocks = self._reusable(sample)
@@ -306,7 +326,8 @@ class TorchSampler:
             for sample in samples
             if sample.pending > 1
         ]
-        shares = scheduling.prefill_shares(prefilling, self._prefill_tokens)
+        weights = self._weights() if prefilling else {}
+        shares = scheduling.prefill_shares(prefilling, self._prefill_tokens, weights)
         batches: dict[int, list[Work]] = defaultdict(list)
         for sample in samples:
             rows = shares.get(sample.key, 0) if sample.pending > 1 else 1
@@ -339,7 +360,7 @@ class TorchSampler:
             log.exception("a sampling pass of %d requests broke", len(requests))
             del self._lanes[version]
             if len(requests) == 1:
-                return [self._fail(requests[0], _broken(error))]
+                return [self._fail(requests[0], broken(error))]
             for request in requests:
                 request.suspect = True
                 for sample in request.samples:
@@ -397,6 +418,7 @@ class TorchSampler:
             self._queues,
             self._max_running - len(self._running),
             self._pool.available - growth - len(self._running),
+            self._weights(),
         )
         for sample in waiting[:allowed]:
             sample.blocks = self._pool.allocate(0, leader.blocks)
@@ -415,7 +437,7 @@ class TorchSampler:
             if request.request_id not in self._requests:
                 continue  # an earlier sample of it has just failed
             if not new.finite:
-                finished.append(self._fail(request, _diverged(request)))
+                finished.append(self._fail(request, diverged(request)))
                 continue
             request.suspect = False
             sample.append(new)
@@ -423,7 +445,7 @@ class TorchSampler:
                 sample.stopped = self._stops(sample)
             except Exception as error:  # the tokenizer's, about this request's strings and tokens
                 log.exception("looking for stop strings broke")
-                finished.append(self._fail(request, _broken(error)))
+                finished.append(self._fail(request, broken(error)))
                 continue
             if sample.stopped or len(sample.tokens) == request.limit:
                 del self._running[sample.key]
@@ -446,22 +468,3 @@ class TorchSampler:
         self._drop(request, forget=True)
         self._cache.clear_blocks([block for block in blocks if not self._pool.references(block)])
         return Finished(request.request_id, error)
-
-
-def _attention_reach(model: BaseModel) -> int | None:
-    """How many tokens of past cost a row as much as its own products; None on a GPU, where a chunk is short anyway."""
-    if model.device.type != "cpu":
-        return None
-    shape = model.cache_shape
-    products = sum(parameter.numel() for parameter in model.module.get_decoder().layers.parameters())
-    attended = len(shape.layers) * model.config.num_attention_heads * (shape.key_dim + shape.value_dim)
-    return max(1, products // attended)
-
-
-def _diverged(request: Request) -> UserError:
-    snapshot_id = request.snapshot.snapshot_id
-    return UserError(f"Snapshot {snapshot_id!r} gives logits that are not finite; its weights have probably diverged.")
-
-
-def _broken(error: Exception) -> TinsmithError:
-    return TinsmithError(f"Sampling failed on the server: {type(error).__name__}: {error}")
