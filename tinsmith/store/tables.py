@@ -50,6 +50,20 @@ keys = sa.Table(
     _partial_index("ix_keys_name", "revoked_at IS NULL", "name", unique=True),
 )
 
+base_models = sa.Table(
+    "base_models",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("base", sa.Text, nullable=False, unique=True),
+    sa.Column("folder", sa.Text, nullable=False),
+    sa.Column("dtype", sa.Text, nullable=False),  # auto, float32, bfloat16
+    sa.Column("max_context", sa.Integer, nullable=False),  # 0: what it was made for
+    sa.Column("trust_remote_code", sa.Boolean, nullable=False),
+    sa.Column("architecture", sa.Text, nullable=False),
+    sa.Column("parameters", sa.BigInteger, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+)
+
 sessions = sa.Table(
     "sessions",
     metadata,
