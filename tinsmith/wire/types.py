@@ -4,7 +4,7 @@ Requests refuse fields they do not know; what a single value may be stands in it
 model or on stored objects is checked elsewhere. forward_backward and results of tensors travel as protobuf: see codec.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -25,18 +25,23 @@ BelowOne = Annotated[float, Meta(ge=0, lt=1)]
 Labels = dict[str, str]
 
 
-def _nested(depth: int) -> Any:
-    """The type of any JSON value with lists and objects in each other at most `depth` deep."""
-    scalar = value = bool | int | float | str | None
-    for _ in range(depth):
-        value = scalar | list[value] | dict[str, value]  # type: ignore[valid-type]
-    return value
+Metadata = dict[str, Any]
+MAX_NESTING = 16
+"""Of lists and objects in a value of metadata: whoever walks through it later must not run out of stack."""
 
 
-if TYPE_CHECKING:
-    Metadata = dict[str, Any]
-else:  # whoever walks through it later, in whatever process, must not run out of stack
-    Metadata = dict[str, _nested(16)]
+def check_nesting(metadata: Metadata | None) -> None:
+    """Raises ValueError for metadata that is nested deeper than MAX_NESTING."""
+    # Not a type of that depth: msgspec would take seconds to prepare it.
+    level: list[Any] = list((metadata or {}).values())
+    for _ in range(MAX_NESTING + 1):
+        inside = [
+            value.values() if isinstance(value, dict) else value for value in level if isinstance(value, (dict, list))
+        ]
+        if not inside:
+            return
+        level = [value for values in inside for value in values]
+    raise ValueError(f"metadata is nested more than {MAX_NESTING} deep")
 
 
 class Request(Struct, forbid_unknown_fields=True):
@@ -131,6 +136,9 @@ class CreateSessionRequest(Request):
     display_name: Text | None = None
     type: Literal["create_session"] = "create_session"
 
+    def __post_init__(self) -> None:
+        check_nesting(self.user_metadata)
+
 
 class CreateSessionResponse(Response):
     session_id: str
@@ -191,6 +199,9 @@ class CreateModelRequest(Request):
     lora_config: LoraConfig | None = None
     optimizer_config: OptimizerConfig = msgspec.field(default_factory=OptimizerConfig)
     type: Literal["create_model"] = "create_model"
+
+    def __post_init__(self) -> None:
+        check_nesting(self.user_metadata)
 
 
 class UntypedFuture(Response):
@@ -277,6 +288,9 @@ class LoadWeightsRequest(Request, kw_only=True):
     optimizer_config: OptimizerConfig | None = None
     weights_access_token: str | None = None
     type: Literal["load_weights"] = "load_weights"
+
+    def __post_init__(self) -> None:
+        check_nesting(self.user_metadata)
 
 
 class SaveWeightsForSamplerRequest(TrainingRequest):

@@ -1,0 +1,300 @@
+"""From a prompt's tokens to sampled tokens, through the same queue as every other sample: submit, wait, read along.
+
+Each owner has a session of its own here and a sampler for each snapshot, made when first needed. A sample whose client
+hangs up is given up. Knows tokens, no texts and no wire format.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import count, pairwise
+
+import sqlalchemy as sa
+from starlette.requests import ClientDisconnect
+
+from tinsmith.api.calls import Call
+from tinsmith.api.chat.streams import Inbox, TokenStreams
+from tinsmith.api.chat.targets import Target
+from tinsmith.errors import GoneError, TinsmithError, UserError
+from tinsmith.store import queue, records
+from tinsmith.wire import types
+from tinsmith.wire.jobs import Future, Job
+from tinsmith.wire.packing import SampleOutput
+from tinsmith.wire.progress import Progress
+from tinsmith.wire.sample_codec import sample_call, sample_cost
+
+_FIRST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 1.0, 8.0  # these looks only make good for a lost ring
+_KEEP_SECONDS = 60.0  # how often a session is told that its client is there
+
+
+Reading = AsyncGenerator[Progress | SampleOutput | None, None]
+"""Tokens as they come, the whole result at the end, and None where a while was nothing. To be closed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One prompt and how to go on from it. `seed` None draws one; `max_tokens` None goes to the context's end."""
+
+    prompt: list[int]
+    samples: int = 1
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    seed: int | None = None
+    stops: tuple[str, ...] = ()
+    top_logprobs: int = 0
+
+    def to_request(self, sampler_id: str, seq: int) -> types.SampleRequest:
+        return types.SampleRequest(
+            prompt=types.ModelInput([types.EncodedText(self.prompt)]),
+            sampling_params=types.SamplingParams(
+                max_tokens=self.max_tokens,
+                seed=self.seed,
+                stop=list(self.stops) or None,
+                temperature=self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+            ),
+            sampling_session_id=sampler_id,
+            seq_id=seq,
+            num_samples=self.samples,
+            topk_sample_logprobs=self.top_logprobs,
+        )
+
+
+@dataclass(slots=True)
+class _Session:
+    id: str
+    kept_at: float
+    samplers: dict[Target, str] = field(default_factory=dict)
+    numbers: Iterator[int] = field(default_factory=count)
+
+
+class Generation:
+    """What the handlers of one API process sample with."""
+
+    def __init__(self, streams: TokenStreams) -> None:
+        self._streams = streams
+        self._sessions: dict[str, _Session] = {}  # by owner
+
+    async def sample(self, call: Call, target: Target, ask: Ask) -> SampleOutput:
+        """All samples, once they have ended. Raises UserError, ClientDisconnect, and what the engine failed with."""
+        job = await self._job(call, target, ask, stream=False)
+        await self._submit(call, job)
+        waiting = asyncio.create_task(self._result(call, job.request_id))
+        gone = asyncio.create_task(_hung_up(call))
+        try:
+            await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                raise ClientDisconnect
+            return waiting.result()
+        finally:
+            gone.cancel()
+            if not waiting.done():
+                waiting.cancel()
+                await _give_up(call, job)
+
+    async def read(self, call: Call, target: Target, ask: Ask) -> Reading:
+        """Submits, and reads along. Raises UserError for what cannot be sampled.
+
+        The Reading raises what the engine failed with, and TinsmithError if a repetition after a crash goes another way
+        than what it has given. Closing it before its end gives the samples up.
+        """
+        job = await self._job(call, target, ask, stream=True)
+        inbox = await self._streams.open(job.request_id)
+        try:
+            await self._submit(call, job)
+        except BaseException:
+            self._streams.close(job.request_id)
+            raise
+        return self._follow(call, job, inbox, [[] for _ in range(ask.samples)])
+
+    async def _follow(self, call: Call, job: Job, inbox: Inbox, given: list[list[int]]) -> Reading:
+        patience, ended = _FIRST_LOOK_SECONDS, False
+        try:
+            while True:
+                rung = await inbox.wait(patience)
+                for part in inbox.take():
+                    if new := _continue(given[part.index], part):
+                        yield new
+                if inbox.ended or not rung:
+                    output = await self._look(call, job.request_id)
+                    if output is not None:
+                        ended = True
+                        for new in _rest(job.request_id, given, output):
+                            yield new
+                        yield output
+                        return
+                if not rung:
+                    patience = min(2 * patience, _LONGEST_LOOK_SECONDS)
+                    yield None
+        finally:
+            self._streams.close(job.request_id)
+            if not ended:
+                await _give_up(call, job)
+
+    async def _job(self, call: Call, target: Target, ask: Ask, *, stream: bool) -> Job:
+        """Checked, counted, and not submitted yet. Raises UserError, BusyError."""
+        limits = call.services.limits(target.base)
+        request = ask.to_request("", 0)
+        packed = replace(sample_call(request, limits), stop_at_eos=True, stream=stream)
+        tokens = sample_cost(packed, limits.max_context)
+        call.spend(tokens)
+        sampler_id = await self._sampler(call, target)
+        seq = secrets.randbelow(types.MAX_SEQ)
+        return Job(sampler_id, seq, "sample", call.owner, target.base, packed.to_bytes(), tokens)
+
+    async def _submit(self, call: Call, job: Job) -> None:
+        await call.services.database.write_async(queue.submit, job)
+        call.services.doorbell.ring("jobs")
+
+    async def _result(self, call: Call, request_id: str) -> SampleOutput:
+        patience = _FIRST_LOOK_SECONDS
+        with call.services.waiters.watch(request_id) as rung:
+            while True:
+                rung.clear()  # before the look: what rings during it is not lost
+                output = await self._look(call, request_id)
+                if output is not None:
+                    return output
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(patience):
+                        await rung.wait()
+                patience = min(2 * patience, _LONGEST_LOOK_SECONDS)
+
+    async def _look(self, call: Call, request_id: str) -> SampleOutput | None:
+        """The result, if the job has ended. Raises what it failed with."""
+        await self._keep(call)
+        future = await call.services.database.read_async(queue.find, request_id)
+        if future is not None and future.state not in queue.TERMINAL:
+            return None
+        return _output(future)
+
+    async def _sampler(self, call: Call, target: Target) -> str:
+        """The id of the owner's sampler of these weights."""
+        session = await self._keep(call)
+        if target not in session.samplers:
+            record = records.SamplerRecord(
+                id=f"{session.id}:sample:{next(session.numbers)}",
+                session_id=session.id,
+                owner=call.owner,
+                base=target.base,
+                base_name=target.base_name,
+                snapshot=target.snapshot,
+                model_id=target.model_id,
+                created_at=time.time(),
+            )
+            await call.services.database.write_async(records.create_sampler, record)
+            session.samplers[target] = record.id
+        return session.samplers[target]
+
+    async def _keep(self, call: Call) -> _Session:
+        """The owner's session, made if there is none (any more), with word that its client is there."""
+        now, database = time.monotonic(), call.services.database
+        session = self._sessions.get(call.owner)
+        if session is not None and now - session.kept_at < _KEEP_SECONDS:
+            return session
+        if session is not None:
+            session.kept_at = now
+            with suppress(UserError):  # finished by its owner
+                await database.write_async(records.touch_session, session.id, call.owner, time.time())
+                return session
+        session = _Session(secrets.token_hex(8), now)
+        await database.write_async(_create_session, session.id, call.owner)
+        self._sessions[call.owner] = session
+        return session
+
+
+def _create_session(conn: sa.Connection, session_id: str, owner: str) -> None:
+    now = time.time()
+    session = records.Session(
+        id=session_id,
+        owner=owner,
+        state="open",
+        tags=["chat"],
+        user_metadata={},
+        sdk_version="",
+        project_id=None,
+        display_name="OpenAI and Anthropic clients",
+        finish_reason=None,
+        created_at=now,
+        seen_at=now,
+    )
+    records.create_session(conn, session)
+
+
+async def _hung_up(call: Call) -> None:
+    """Returns when the client is gone. Its body must have been read."""
+    while (await call.request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _give_up(call: Call, job: Job) -> None:
+    given_up = await call.services.database.write_async(queue.give_up, job.subject, job.seq)
+    call.services.doorbell.ring("jobs", given_up)
+    call.services.doorbell.ring("done", given_up)
+
+
+def _output(future: Future | None) -> SampleOutput:
+    if future is None or future.state == "expired":
+        raise GoneError("the samples were given up: their session was finished, or the server was away for too long")
+    if future.state == "failed":
+        raise (UserError if future.category == "user" else TinsmithError)(future.error or "failed")
+    return SampleOutput.from_bytes(future.body or b"")
+
+
+def _continue(given: list[int], part: Progress) -> Progress | None:
+    """What `part` adds to the tokens given so far; nothing if some before it got lost (the result has them all).
+
+    Raises TinsmithError if it contradicts them.
+    """
+    known = given[part.start :]
+    if part.start > len(given) or len(part.tokens) <= len(known):
+        _check_same(known[: len(part.tokens)], part.tokens)
+        return None
+    _check_same(known, part.tokens[: len(known)])
+    given += part.tokens[len(known) :]
+    new = slice(len(known), None)
+    return replace(
+        part,
+        start=part.start + len(known),
+        tokens=part.tokens[new],
+        logprobs=part.logprobs[new],
+        top_ids=part.top_ids[new],
+        top_logprobs=part.top_logprobs[new],
+    )
+
+
+def _rest(request_id: str, given: list[list[int]], output: SampleOutput) -> list[Progress]:
+    """What the result adds to the tokens given so far, of every sample."""
+    parts = (_continue(given[index], part) for index, part in enumerate(samples_of(request_id, output)))
+    return [part for part in parts if part is not None]
+
+
+def samples_of(request_id: str, output: SampleOutput) -> list[Progress]:
+    """All tokens of each sample."""
+    ids, logprobs = output.extras.get("topk_sample_ids"), output.extras.get("topk_sample_logprobs")
+    bounds = output.offsets.tolist()
+    return [
+        Progress(
+            request_id,
+            index,
+            0,
+            output.tokens_S[begin:end].tolist(),
+            output.logprobs_S[begin:end].tolist(),
+            [] if ids is None else ids[begin:end].tolist(),
+            [] if logprobs is None else logprobs[begin:end].tolist(),
+        )
+        for index, (begin, end) in enumerate(pairwise(bounds))
+    ]
+
+
+def _check_same(given: list[int], again: list[int]) -> None:
+    if given != again[: len(given)]:
+        raise TinsmithError(
+            "the engine was restarted, and what it sampled then differs from what was sent before (rounding may do "
+            "that without --deterministic): this stream ends here; ask again"
+        )

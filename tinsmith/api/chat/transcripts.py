@@ -1,0 +1,180 @@
+"""From sampled tokens to what a client reads: text without broken characters, cut at stop strings, and tool calls.
+
+Everything works on growing input and gives back what can no longer change, so that a stream and a whole answer are made
+by the same code and say the same. Knows no wire format.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tinsmith.api.chat.vocabulary import Vocabulary
+
+_REPLACEMENT = "\ufffd"
+_LONGEST_WAIT = 8  # tokens; a character has four bytes at most, so by then it is not going to be completed
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the model wrote."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+Piece = str | ToolCall
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why a sample ended: `stop`, `length` or `tool_calls`; `stop_string` is the one that it met, if any."""
+
+    reason: str
+    stop_string: str | None = None
+
+
+class Transcript:
+    """What one sample says. `feed` its tokens in order, then `end`."""
+
+    def __init__(self, vocabulary: Vocabulary, stops: Sequence[str] = (), *, tools: bool = False) -> None:
+        self._characters = _Characters(vocabulary)
+        self._stops = _Stops(stops)
+        self._calls = _Calls() if tools else None
+
+    def feed(self, tokens: Sequence[int]) -> list[Piece]:
+        """What the tokens add that is certain by now."""
+        return self._parsed(self._stops.feed("".join(map(self._characters.feed, tokens))))
+
+    def end(self, *, stopped: bool) -> tuple[list[Piece], Ending]:
+        """The rest, and why it ended; `stopped` says whether the sampler met an end or a stop."""
+        pieces = self._parsed(self._stops.feed(self._characters.end()) + self._stops.end())
+        if self._calls is None:
+            return pieces, Ending("stop" if stopped else "length", self._stops.met)
+        pieces += self._calls.end()
+        is_call = stopped and self._calls.count > 0
+        return pieces, Ending("tool_calls" if is_call else "stop" if stopped else "length", self._stops.met)
+
+    def _parsed(self, text: str) -> list[Piece]:
+        if self._calls is not None:
+            return self._calls.feed(text)
+        return [text] if text else []
+
+
+class _Characters:
+    """Tokens to text, a token at a time; bytes of a character wait for the rest of it."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._before: list[int] = []  # tokens whose text is out, for decoders that look at a token's neighbour
+        self._waiting: list[int] = []
+
+    def feed(self, token: int) -> str:
+        self._waiting.append(token)
+        text = self._new_text()
+        if text.endswith(_REPLACEMENT) and len(self._waiting) < _LONGEST_WAIT:
+            return ""
+        self._before, self._waiting = self._waiting, []
+        return text
+
+    def end(self) -> str:
+        text = self._new_text() if self._waiting else ""
+        self._waiting = []
+        return text
+
+    def _new_text(self) -> str:
+        whole = self._vocabulary.decode(self._before + self._waiting)
+        return whole[len(self._vocabulary.decode(self._before)) :]
+
+
+class _Stops:
+    """Text before the first stop string; what may be the beginning of one waits."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._waiting = ""
+        self.met: str | None = None
+
+    def feed(self, text: str) -> str:
+        if self.met is not None:
+            return ""
+        self._waiting += text
+        found = [(place, stop) for stop in self._stops if (place := self._waiting.find(stop)) >= 0]
+        if found:
+            place, self.met = min(found)
+            text, self._waiting = self._waiting[:place], ""
+            return text
+        kept = max((_overlap(self._waiting, stop) for stop in self._stops), default=0)
+        return self._give(len(self._waiting) - kept)
+
+    def end(self) -> str:
+        return self._give(len(self._waiting))
+
+    def _give(self, length: int) -> str:
+        text, self._waiting = self._waiting[:length], self._waiting[length:]
+        return text
+
+
+class _Calls:
+    """Text and tool calls in the form `<tool_call>{"name": …, "arguments": {…}}</tool_call>`.
+
+    What is between the marks and is no such call stays text, marks included. White space around calls is dropped.
+    """
+
+    def __init__(self) -> None:
+        self._waiting = ""
+        self.count = 0
+
+    def feed(self, text: str) -> list[Piece]:
+        self._waiting += text
+        pieces: list[Piece] = []
+        while (begin := self._waiting.find(_OPEN)) >= 0:
+            end = self._waiting.find(_CLOSE, begin)
+            if end < 0:
+                self._say(pieces, self._waiting[:begin].rstrip())
+                self._waiting = self._waiting[begin:]
+                return pieces
+            call = _parse_call(self._waiting[begin + len(_OPEN) : end])
+            end += len(_CLOSE)
+            if call is None:
+                self._say(pieces, self._waiting[:end])
+                self._waiting = self._waiting[end:]
+                continue
+            self._say(pieces, self._waiting[:begin].rstrip())
+            self.count += 1
+            pieces.append(call)
+            self._waiting = self._waiting[end:]
+        kept = _overlap(self._waiting, _OPEN)
+        certain = self._waiting[: len(self._waiting) - kept]
+        said = certain.rstrip()
+        self._waiting = self._waiting[len(said) :]
+        self._say(pieces, said)
+        return pieces
+
+    def end(self) -> list[Piece]:
+        pieces: list[Piece] = []
+        rest = self._waiting
+        self._say(pieces, "" if self.count and rest.isspace() else rest)
+        self._waiting = ""
+        return pieces
+
+    def _say(self, pieces: list[Piece], text: str) -> None:
+        if text:
+            pieces.append(text)
+
+
+def _parse_call(text: str) -> ToolCall | None:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict) or not isinstance(content.get("name"), str):
+        return None
+    arguments = content.get("arguments", {})
+    return ToolCall(content["name"], arguments) if isinstance(arguments, dict) else None
+
+
+def _overlap(text: str, mark: str) -> int:
+    """How many of the text's last characters are the beginning of `mark`, short of all of it."""
+    return next((size for size in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:size])), 0)
