@@ -105,6 +105,22 @@ class Finished:
     output: SampleOutput | TinsmithError
 
 
+@dataclass(frozen=True, slots=True)
+class SamplerUsage:
+    """What a sampler holds at this moment, and (the last three) what it has done since it was made."""
+
+    running: int  # sequences
+    waiting: int
+    kv_tokens: int  # the cache's size
+    kv_tokens_held: int  # by sequences that run
+    kv_tokens_kept: int  # for reuse, should the same beginning come again
+    snapshots: int
+    snapshot_bytes: int
+    prefilled: int  # tokens of prompts that were run, not found in the cache; again after a preemption
+    sampled: int  # tokens
+    preempted: int  # sequences
+
+
 @runtime_checkable
 class Weights(Protocol):
     """An immutable copy of a model's weights, on the device. Only trainer and sampler look inside."""
@@ -193,6 +209,9 @@ class Sampler(Protocol):
 
     def progress(self) -> list[Progress]:
         """What requests with `stream` have got since the last call; of one that has ended, nothing more."""
+
+    def usage(self) -> SamplerUsage:
+        """For whoever watches; callable from any thread."""
 
     @property
     def load(self) -> int:

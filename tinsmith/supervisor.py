@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 EXIT_CONFIG = 78
 """A child that cannot work with its settings ends with this code and is not restarted."""
 
-MAX_CRASHES = 5
+MAX_CRASHES = 5  # in a row, of processes that were of no use before
+WELL_SECONDS = 60.0  # a process that has moved for so long was of use, also if nobody wanted anything
 CRASH_WINDOW = 300.0  # seconds
 STACK_SECONDS = 5.0  # for a stuck process to write where its threads stand
 FIRST_DELAY = 0.25  # seconds; doubles with every crash in the window
@@ -34,7 +35,8 @@ class Child:
     """One process to keep running. `grace` is how many seconds it may take to stop before it is killed.
 
     `environment` takes the place of this process's own. A process that has begun to change its file `pulse` must go
-    on doing so at least every `patience` seconds (0: it is never taken for stuck).
+    on doing so at least every `patience` seconds (0: it is never taken for stuck). The file's first line is any byte,
+    then a number: how much the process has got done.
     """
 
     name: str
@@ -46,10 +48,15 @@ class Child:
     pulse: Path | None = None
     patience: float = 0.0
     process: subprocess.Popen[bytes] | None = None
+    pulse_before: int | None = None  # this process: when an earlier one last changed it
+    moving_since: float | None = None  # when its first change was noticed; without a pulse: its start
     crashed_at: deque[float] = field(default_factory=deque)
+    useless: int = 0  # processes in a row that crashed and had been of no use
 
     def start(self) -> subprocess.Popen[bytes]:
         """A new process, in a session of its own so that Ctrl-C reaches only the supervisor."""
+        self.pulse_before = self.last_change()
+        self.moving_since = time.monotonic() if self.pulse is None else None
         self.process = subprocess.Popen(
             self.command,
             stdin=subprocess.PIPE,
@@ -69,14 +76,33 @@ class Child:
         with suppress(BrokenPipeError):
             self.process.stdin.close()
 
+    def last_change(self) -> int | None:
+        """When the pulse was last seen to beat, in the file system's nanoseconds; None if it never did."""
+        try:
+            return self.pulse.stat().st_mtime_ns if self.pulse is not None else None
+        except FileNotFoundError:
+            return None
+
+    def was_of_use(self, now: float) -> bool:
+        """Whether the process that ended at `now` had got something done, or had run well for a while."""
+        if self.pulse is not None and self.last_change() != self.pulse_before and _done(self.pulse) > 0:
+            return True
+        return self.moving_since is not None and now - self.moving_since >= WELL_SECONDS
+
     def next_delay(self, now: float) -> float | None:
-        """Notes a crash at `now`; how long to wait before a restart, or None after too many."""
+        """Notes a crash at `now`; how long to wait before a restart, or None if restarting does not help.
+
+        It does not after too many processes in a row that were of no use. Others are started again for ever, with
+        pauses that grow while crashes are frequent.
+        """
+        self.useless = 0 if self.was_of_use(now) else self.useless + 1
         self.crashed_at.append(now)
         while self.crashed_at[0] < now - CRASH_WINDOW:
             self.crashed_at.popleft()
-        if len(self.crashed_at) > MAX_CRASHES:
+        if self.useless > MAX_CRASHES:
             return None
-        return min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** (len(self.crashed_at) - 1))
+        doublings = min(len(self.crashed_at) - 1, 10)
+        return min(LONGEST_DELAY, FIRST_DELAY * 2.0**doublings)
 
 
 @dataclass(frozen=True)
@@ -143,7 +169,6 @@ class Supervisor:
             sender.close()
 
     def _start(self, child: Child) -> None:
-        pulse = _last_change(child)
         process = child.start()
         ended = threading.Event()
         logger.debug("started %s as process %d", child.name, process.pid)
@@ -154,9 +179,9 @@ class Supervisor:
             self._events.put(_Exited(child, process))
 
         threading.Thread(target=wait, name=f"wait-{child.name}", daemon=True).start()
-        if child.pulse is not None and child.patience:
-            watch = (child, process, ended, pulse)
-            threading.Thread(target=_end_if_stuck, args=watch, name=f"watch-{child.name}", daemon=True).start()
+        if child.pulse is not None:
+            watch = (child, process, ended)
+            threading.Thread(target=_watch, args=watch, name=f"watch-{child.name}", daemon=True).start()
 
     def _handle(self, event: _Exited | _RestartDue | _Signalled) -> int | None:
         """What to do about one event; an exit code when the server is to end."""
@@ -177,12 +202,10 @@ class Supervisor:
             return 2
         delay = child.next_delay(time.monotonic())
         if delay is None:
-            logger.error("%s %s; %d crashes in a row, giving up", child.name, _describe(code), MAX_CRASHES + 1)
+            message = "%s %s; %d times in a row it has got nothing done, giving up"
+            logger.error(message, child.name, _describe(code), child.useless)
             return 1
-        crashes = len(child.crashed_at)
-        logger.warning(
-            "%s %s; restarting in %.2g s (%d of %d)", child.name, _describe(code), delay, crashes, MAX_CRASHES
-        )
+        logger.warning("%s %s%s; restarting in %.2g s", child.name, _describe(code), _history(child), delay)
         timer = threading.Timer(delay, self._events.put, (_RestartDue(child),))
         timer.daemon = True
         timer.start()
@@ -213,20 +236,23 @@ class Supervisor:
         return patient
 
 
-def _end_if_stuck(child: Child, process: subprocess.Popen[bytes], ended: threading.Event, pulse: int | None) -> None:
-    """Watches one process until it has ended; ends it if it stops moving. `pulse` is from before its start.
+def _watch(child: Child, process: subprocess.Popen[bytes], ended: threading.Event) -> None:
+    """Follows one process's pulse until it has ended; ends it if it stops moving.
 
     Until its first pulse it is loading, however long that takes.
     """
-    moved_at: float | None = None
-    while not ended.wait(min(1.0, child.patience / 4)):
-        now, latest = time.monotonic(), _last_change(child)
+    pulse, moved_at = child.pulse_before, None
+    while not ended.wait(min(1.0, child.patience / 4 or 1.0)):
+        now, latest = time.monotonic(), child.last_change()
         if latest != pulse:
             pulse, moved_at = latest, now
-        elif moved_at is not None and now - moved_at > child.patience:
-            break
-    else:
-        return
+            child.moving_since = child.moving_since or now
+        elif moved_at is not None and child.patience and now - moved_at > child.patience:
+            _end_stuck(child, process, ended)
+            return
+
+
+def _end_stuck(child: Child, process: subprocess.Popen[bytes], ended: threading.Event) -> None:
     logger.error(
         "%s is alive but has not moved for %g s; ending it, to be started again. Where its threads stand follows, if "
         "it can still say so",
@@ -238,12 +264,20 @@ def _end_if_stuck(child: Child, process: subprocess.Popen[bytes], ended: threadi
         process.kill()
 
 
-def _last_change(child: Child) -> int | None:
-    """When the child's pulse was last seen to beat, in the file system's nanoseconds; None if it never did."""
+def _history(child: Child) -> str:
+    """What the crashes so far say, in words."""
+    if child.useless:
+        return f", having got nothing done ({child.useless} of at most {MAX_CRASHES} times in a row)"
+    crashes = len(child.crashed_at)
+    return f" ({crashes} times in {CRASH_WINDOW / 60:.0f} minutes)" if crashes > 1 else ""
+
+
+def _done(pulse: Path) -> int:
+    """How much a process says that it has got done."""
     try:
-        return child.pulse.stat().st_mtime_ns if child.pulse is not None else None
-    except FileNotFoundError:
-        return None
+        return int(pulse.read_bytes().partition(b"\n")[0][1:] or b"0")
+    except (OSError, ValueError):
+        return 0
 
 
 def _describe(code: int) -> str:

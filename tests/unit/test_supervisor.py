@@ -112,7 +112,7 @@ def test_a_child_that_keeps_crashing_ends_the_server_and_the_other_child_stops(t
     log = tmp_path / "log"
     crashing = Child("engine", [sys.executable, "-c", "raise SystemExit(3)"], "")
     assert Supervisor([child("api", log), crashing]).run() == 1
-    assert len(crashing.crashed_at) == supervisor.MAX_CRASHES + 1
+    assert crashing.useless == len(crashing.crashed_at) == supervisor.MAX_CRASHES + 1
 
 
 def test_settings_that_do_not_work_end_the_server_at_once() -> None:
@@ -170,7 +170,55 @@ def test_delays_double_up_to_a_limit_and_old_crashes_are_forgotten(monkeypatch: 
     crashing = Child("engine", [], "")
     assert [crashing.next_delay(now) for now in range(5)] == [1.0, 2.0, 4.0, 8.0, 15.0]
     assert crashing.next_delay(5.0) is None
+    crashing.moving_since = 0.0
     assert crashing.next_delay(5.0 + supervisor.CRASH_WINDOW + 1) == 1.0
+
+
+def test_processes_that_run_well_between_crashes_are_started_again_for_ever() -> None:
+    crashing, now = Child("api", [], ""), 0.0
+    delays = []
+    for _ in range(50):
+        crashing.moving_since, now = now, now + supervisor.WELL_SECONDS
+        delays.append(crashing.next_delay(now))
+    assert delays[:3] == [0.01, 0.02, 0.04]
+    assert None not in delays and delays[-1] == delays[-2] > 0.04
+    crashing.moving_since = None
+    assert [crashing.next_delay(now) is None for _ in range(supervisor.MAX_CRASHES + 1)] == [False] * 5 + [True]
+
+
+@pytest.mark.parametrize(
+    ("note", "of_use"), [(b"t3\n", True), (b"-0\n", False), (b"t", False), (b"tX\n", False), (b"", False)]
+)
+def test_a_process_was_of_use_if_its_own_pulse_says_that_something_got_done(
+    note: bytes, of_use: bool, tmp_path: Path
+) -> None:
+    pulse = tmp_path / "pulse"
+    pulse.write_bytes(b"t9\n of an earlier process")
+    os.utime(pulse, (1, 1))
+    engine = Child("engine", [sys.executable, "-c", ""], "", pulse=pulse)
+    engine.start().wait()
+    assert not engine.was_of_use(time.monotonic())
+    pulse.write_bytes(note)
+    assert engine.was_of_use(time.monotonic()) == of_use
+
+
+def test_a_child_that_crashes_after_some_work_each_time_never_ends_the_server(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "LONGEST_DELAY", 0.05)
+    log, pulse = tmp_path / "log", tmp_path / "pulse"
+    code = f"open({str(pulse)!r}, 'w').write('t1\\n'); open({str(log)!r}, 'a').write('x\\n'); raise SystemExit(3)"
+    crashing = Child("engine", [sys.executable, "-c", code], "", pulse=pulse)
+
+    def stop_after_many() -> None:
+        wait_for(log, supervisor.MAX_CRASHES + 4)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    in_background(stop_after_many)
+    with caplog.at_level("WARNING"):
+        assert Supervisor([crashing]).run() == 0
+    assert "ended with code 3 (8 times in 5 minutes); restarting" in caplog.text
+    assert "giving up" not in caplog.text
 
 
 def test_a_child_that_stops_moving_is_ended_and_started_again_but_never_while_it_loads(

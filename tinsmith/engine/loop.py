@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 
 from tinsmith.engine.checkpoints import remove_folder, sweep
 from tinsmith.engine.operations import Operations
-from tinsmith.engine.outcomes import attempt, category_of, failed, outcome_of
+from tinsmith.engine.outcomes import attempt, failed, outcome_of
 from tinsmith.engine.planning import Plan, apart, gaps, plan
 from tinsmith.engine.recovery import Recovery
 from tinsmith.engine.residency import Residency
 from tinsmith.engine.sampling_turns import SamplingTurns
 from tinsmith.engine.shares import Shares
 from tinsmith.engine.trials import Trials
+from tinsmith.engine.watching import Watch
 from tinsmith.errors import TinsmithError, UnavailableError, UserError
 from tinsmith.lost_device import raise_if_lost
 from tinsmith.protocols import ModelCall, Sampler, Trainer
@@ -93,7 +94,8 @@ class Engine:
         self._operations = Operations(ledger, trainer, self._residency, data_dir / "checkpoints", new_checkpoint)
         self._lanes: dict[str, Lane] = {}
         self._shares = Shares()
-        self._sampling = SamplingTurns(ledger, sampler, self._residency, self._trials, self._shares)
+        self._watch = Watch(sampler, self._residency)
+        self._sampling = SamplingTurns(ledger, sampler, self._residency, self._trials, self._watch, self._shares)
         self._astray = False  # the store failed in the middle of something: memory may differ from the log
         self._bell: Bell | None = None
         self._shared_at = time.monotonic()
@@ -116,7 +118,7 @@ class Engine:
         self.take_over()
         capabilities = self._trainer.capabilities().to_dict()
         beating = threading.Thread(target=self._beat, args=(stop, capabilities), name="heartbeat", daemon=True)
-        self._ledger.announce("ready", "", capabilities)
+        self._ledger.announce("ready", "", capabilities, self._watch.report())
         beating.start()
         busy = True
         try:
@@ -141,7 +143,7 @@ class Engine:
     def _beat(self, stop: threading.Event, capabilities: dict[str, object]) -> None:
         while not stop.wait(BEAT_SECONDS):
             try:
-                self._ledger.announce("ready", "", capabilities)
+                self._ledger.announce("ready", "", capabilities, self._watch.report())
             except Exception:  # the next beat may find the database again
                 log.exception("no heartbeat")
 
@@ -163,6 +165,7 @@ class Engine:
 
     def _go_back(self) -> None:
         """Drops what is in memory, as a crash would, but for the base model; then takes up the unfinished jobs."""
+        self._watch.count("store_lost")
         self._sampling.clear()
         for model_id in self._residency.models:
             self._residency.discard_model(model_id)
@@ -269,12 +272,14 @@ class Engine:
 
     def _run_barrier(self, header: Header) -> None:
         lane = self._lanes[header.subject]
+        self._watch.begin([header])
         error = attempt(self._trials, header, partial(self._perform, header, lane))
-        if error is not None:
-            self._ledger.complete([failed(header, error)])
+        failure = None if error is None else failed(header, error)
+        if failure is not None:
+            self._ledger.complete([failure])
             self._undo(header)
         self._shares.charge([header])
-        self._end(header, None if error is None else category_of(error))
+        self._end(header, failure)
 
     def _perform(self, header: Header, lane: Lane) -> None:
         body = self._ledger.payloads([header])[header.number]
@@ -300,6 +305,7 @@ class Engine:
             self._trainer.discard_gradient(header.subject)
 
     def _run_batch(self, batch: tuple[Header, ...]) -> None:
+        self._watch.begin(batch)
         bodies = self._ledger.payloads(batch)
         wanted = frozenset(header.subject for header in batch)
         ready: list[Header] = []
@@ -315,7 +321,7 @@ class Engine:
         self._ledger.complete([outcomes[header.number] for header in batch])
         self._shares.charge(batch)
         for header in batch:
-            self._end(header, outcomes[header.number].category)
+            self._end(header, outcomes[header.number])
 
     def _forward_backward(self, headers: list[Header], calls: list[ModelCall]) -> dict[int, Outcome]:
         if not calls:
@@ -331,9 +337,11 @@ class Engine:
             results = [TinsmithError(f"failed on the server: {type(error).__name__}: {error}") for _ in headers]
         return {header.number: outcome_of(header, result) for header, result in zip(headers, results, strict=True)}
 
-    def _end(self, header: Header, category: str | None) -> None:
-        """Moves past a job; `category` is that of its error, if it failed."""
+    def _end(self, header: Header, outcome: Outcome | None) -> None:
+        """Moves past a job; an operation that went well has no `outcome` here."""
         self._trials.end(header.number)
+        self._watch.end(header, outcome)
+        category = None if outcome is None else outcome.category
         lane = self._lanes[header.subject]
         lane.waiting.pop(header.seq, None)
         lane.next_seq = header.seq + 1
@@ -424,5 +432,6 @@ class Engine:
         except Exception as error:  # a full disk, say
             raise_if_lost(error)
             log.error("no recovery point for %s: %s", model_id, error, exc_info=not isinstance(error, TinsmithError))
+            self._watch.count("not_written")
             return False
         return True

@@ -15,6 +15,7 @@ from tinsmith.engine.planning import apart
 from tinsmith.engine.residency import Residency
 from tinsmith.engine.shares import Shares
 from tinsmith.engine.trials import Trials
+from tinsmith.engine.watching import Watch
 from tinsmith.errors import TinsmithError, UserError
 from tinsmith.lost_device import raise_if_lost
 from tinsmith.protocols import Finished, Sampler, SnapshotCall
@@ -35,12 +36,19 @@ class SamplingTurns:
     """The samples that an engine has taken from the queue, from `hold` to the end of their jobs."""
 
     def __init__(
-        self, ledger: "Ledger", sampler: Sampler, residency: Residency, trials: Trials, shares: Shares
+        self,
+        ledger: "Ledger",
+        sampler: Sampler,
+        residency: Residency,
+        trials: Trials,
+        watch: Watch,
+        shares: Shares,
     ) -> None:
         self._ledger = ledger
         self._sampler = sampler
         self._residency = residency
         self._trials = trials
+        self._watch = watch
         self._shares = shares
         self._inside: dict[str, Header] = {}  # by request id
         self._held: list[Header] = []  # wait until the sampler is free for them
@@ -75,7 +83,8 @@ class SamplingTurns:
         while self._sampler.load:
             with self._trials.sampling([header.number for header in self._inside.values()]):
                 finished = self._step()
-            self._end([outcome_of(self._inside.pop(end.request_id), end.output) for end in finished])
+            ended = [(self._inside.pop(end.request_id), end.output) for end in finished]
+            self._end([(header, outcome_of(header, output)) for header, output in ended])
             self._tell()
             if time.monotonic() >= until:
                 break
@@ -108,12 +117,13 @@ class SamplingTurns:
     def _start(self, headers: Sequence[Header]) -> None:
         if not headers:
             return
+        self._watch.begin(headers)
         bodies = self._ledger.payloads(headers)
         failures = []
         for header in headers:
             error = attempt(self._trials, header, partial(self._submit, header, bodies[header.number]))
             if error is not None:
-                failures.append(failed(header, error))
+                failures.append((header, failed(header, error)))
         self._end(failures)
 
     def _submit(self, header: Header, body: bytes) -> None:
@@ -150,7 +160,8 @@ class SamplingTurns:
             self._told_at = now
             self._ledger.tell(self._sampler.progress())
 
-    def _end(self, outcomes: list[Outcome]) -> None:
-        self._ledger.complete(outcomes)
-        for outcome in outcomes:
-            self._trials.end(outcome.number)
+    def _end(self, ended: list[tuple[Header, Outcome]]) -> None:
+        self._ledger.complete([outcome for _, outcome in ended])
+        for header, outcome in ended:
+            self._trials.end(header.number)
+            self._watch.end(header, outcome)

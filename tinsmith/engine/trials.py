@@ -19,7 +19,7 @@ from tinsmith.errors import TinsmithError
 
 log = logging.getLogger(__name__)
 
-PULSE = "now"  # the file that changes with every turn of the loop; its one byte says what is going on
+PULSE = "now"  # the file that changes with every turn of the loop: a byte for what is going on, and how many jobs ended
 _FOLDER = "engine"  # of the data folder
 LIMIT = 2  # deaths of an engine, the last with nothing beside it: then the request is the cause
 MOST_RESTORING = 4  # deaths while bringing one model back, wherever in its past: fewer than the supervisor puts up with
@@ -60,6 +60,7 @@ class Trials:
         self._files = {name: os.open(folder / name, os.O_RDWR | os.O_CREAT) for name in (PULSE, *_NOTES.values())}
         self._noted: dict[str, Any] = {}
         self._now = _IDLE
+        self._ended = 0
         self._deaths: dict[int, int] = {}
         self._condemned: set[int] = set()
         self._restorations: dict[str, Restoration] = {}  # by model id
@@ -73,8 +74,8 @@ class Trials:
     # What goes on now
 
     def pulse(self) -> None:
-        """Shows that the engine moves."""
-        self._write(PULSE, self._now)
+        """Shows that the engine moves, and how much it has got done."""
+        self._write(PULSE, b"%b%d\n" % (self._now, self._ended))
 
     def training(self, numbers: Sequence[int]) -> AbstractContextManager[None]:
         """While a barrier or a batch of these jobs runs."""
@@ -105,7 +106,7 @@ class Trials:
 
     def _note(self, phase: bytes) -> None:
         self._now = phase
-        self._write(PULSE, phase)
+        self.pulse()
 
     def _write(self, name: str, content: bytes) -> None:
         try:
@@ -148,6 +149,7 @@ class Trials:
 
     def end(self, number: int) -> None:
         """Notes that a job has ended; if it was a suspect, it is none any more."""
+        self._ended += 1
         self._deaths.pop(number, None)
 
     def check_model(self, model_id: str) -> None:

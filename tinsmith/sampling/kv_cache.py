@@ -45,6 +45,11 @@ class BlockPool:
         """Blocks that can be allocated: free ones, and those kept only in the hope of reuse."""
         return len(self._free) + len(self._reusable)
 
+    @property
+    def reusable(self) -> int:
+        """Those of the available blocks that are kept in the hope of reuse."""
+        return len(self._reusable)
+
     def references(self, block: int) -> int:
         return self._references[block]
 

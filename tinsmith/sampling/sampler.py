@@ -23,7 +23,7 @@ from tinsmith.lost_device import raise_if_lost
 from tinsmith.models.invariant import RowInvariance
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.weights import FullWeights, LoraWeights, load_weights, save_weights
-from tinsmith.protocols import BASE_SNAPSHOT, Capabilities, Finished, SnapshotCall, Weights
+from tinsmith.protocols import BASE_SNAPSHOT, Capabilities, Finished, SamplerUsage, SnapshotCall, Weights
 from tinsmith.sampling import scheduling
 from tinsmith.sampling.batch import Work, attention_reach, forward, next_tokens, score_prompts
 from tinsmith.sampling.kv_cache import BlockPool, KVCache, chain_digests
@@ -92,6 +92,7 @@ class TorchSampler:
         self._running: dict[int, Sample] = {}
         self._waiting: dict[int, Sample] = {}
         self._queues: dict[str, list[int]] = defaultdict(list)  # by tenant, the keys of `_waiting` in order
+        self._prefilled = self._sampled = self._preempted = 0
 
     @property
     def load(self) -> int:
@@ -110,14 +111,32 @@ class TorchSampler:
             device=str(model.device),
         )
 
+    def usage(self) -> SamplerUsage:
+        pool, block = self._pool, self._block_size
+        return SamplerUsage(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            kv_tokens=pool.num_blocks * block,
+            kv_tokens_held=(pool.num_blocks - pool.available) * block,
+            kv_tokens_kept=pool.reusable * block,
+            snapshots=len(self._snapshots) - 1,  # the base model is one, too
+            snapshot_bytes=self._taken_bytes(),
+            prefilled=self._prefilled,
+            sampled=self._sampled,
+            preempted=self._preempted,
+        )
+
     # Snapshots
 
     @property
     def excess_bytes(self) -> int:
         if self._snapshot_bytes is None:
             return 0
-        taken = sum(snapshot.weights.nbytes for snapshot in self._snapshots.values() if snapshot.weights is not None)
-        return max(0, taken - self._snapshot_bytes)
+        return max(0, self._taken_bytes() - self._snapshot_bytes)
+
+    def _taken_bytes(self) -> int:
+        snapshots = list(self._snapshots.values())  # a copy: others may ask while one is published
+        return sum(snapshot.weights.nbytes for snapshot in snapshots if snapshot.weights is not None)
 
     def publish(self, snapshot_id: str, weights: Weights | Path) -> None:
         """Raises UserError for the base model's name, and for files that don't fit the base model."""
@@ -244,6 +263,7 @@ class TorchSampler:
 
     def _suspend(self, sample: Sample) -> None:
         """Makes a running sample wait again; what it has computed remains only as far as the cache keeps it."""
+        self._preempted += 1
         del self._running[sample.key]
         self._release(sample)
         self._enqueue(sample)
@@ -396,6 +416,8 @@ class TorchSampler:
 
     def _advance(self, sample: Sample, rows: int) -> None:
         """Counts rows as computed, and makes the blocks that they filled known for reuse."""
+        if (left := len(sample.request.prompt) - sample.computed) > 0:
+            self._prefilled += min(rows, left)
         sample.computed += rows
         for index in range(len(sample.digests), sample.computed // self._block_size):
             parent = sample.digests[-1] if index else sample.request.root
@@ -441,6 +463,7 @@ class TorchSampler:
                 continue
             request.suspect = False
             sample.append(new)
+            self._sampled += 1
             try:
                 sample.stopped = self._stops(sample)
             except Exception as error:  # the tokenizer's, about this request's strings and tokens

@@ -150,10 +150,16 @@ class Ledger:
         """Forgets checkpoints whose time is over; returns their folders, for removal."""
         return self._database.write(_drop_expired, now)
 
-    def announce(self, state: str, progress: str, capabilities: dict[str, Any] | None = None) -> None:
-        """Publishes the engine's state (loading, ready, stopped, failed) and beats its heart."""
+    def announce(
+        self,
+        state: str,
+        progress: str,
+        capabilities: dict[str, Any] | None = None,
+        statistics: dict[str, Any] | None = None,
+    ) -> None:
+        """Publishes the engine's state (loading, ready, stopped, failed) and numbers, and beats its heart."""
         record = records.EngineRecord(
-            self.base, self.engine_id, os.getpid(), state, progress, capabilities, time.time()
+            self.base, self.engine_id, os.getpid(), state, progress, capabilities, time.time(), statistics
         )
         self._database.write(records.put_engine, record)
         self._doorbell.ring("engine")
