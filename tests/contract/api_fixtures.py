@@ -92,7 +92,7 @@ class CannedEngine:
             call = SampleCall.from_bytes(body)
             return (sample_output(call) if self.says is None else saying(call, self.says)).to_bytes()
         request = json.loads(body)
-        if header.kind.startswith("save_weights") and request["path"]:
+        if header.kind.startswith(("save_weights", "import_weights")) and request["path"]:
             self._database.write(self._record, header.subject, request["path"], request["name"])
         answers: dict[str, dict[str, Any]] = {
             "create_model": {"model_id": header.subject},
@@ -168,6 +168,7 @@ class Api:
         self.base_url = f"http://127.0.0.1:{port}"
         self.routes = app.routes
         self.waiters, self.access, self.pacing = services.waiters, services.access, services.pacing
+        self.backlog = services.backlog
         self.settings, self.database, self.engine = services.settings, services.database, engine
         self.doorbell, self.chat = services.doorbell, app.state.chat
         self.http = self.client("tml-test")

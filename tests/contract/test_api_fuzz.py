@@ -60,6 +60,8 @@ def bodies(api: Api) -> dict[str, dict[str, Any]]:
         "/save_weights": training | {"path": "a", "ttl_seconds": 7200, "user_metadata": {"a": "b"}},
         "/save_weights_for_sampler": training | {"sampling_session_seq_id": 3, "kind": "snapshot"},
         "/save_weights_external": training | {"path": "a", "age_encryption_recipients": None},
+        "/external_weights_upload_start": {"base_model": "tiny", "lora_config": {"rank": 8, "train_mlp": True}},
+        "/external_weights_upload_finish": {"upload_id": "a" * 32},
         "/load_weights": {"session_id": session, "model_seq_id": 2, "path": path, "optimizer": True},
         "/weights_info": {"tinker_path": path},
         "/create_sampling_session": {"session_id": session, "sampling_session_seq_id": 1, "model_path": path},

@@ -22,8 +22,8 @@ from tinsmith.store import keys, records
 PREFIX = "/api/v1"
 ANNA, BEN = "tml-anna", "tml-ben"
 
-OPEN = {f"{PREFIX}/healthz": 200, f"{PREFIX}/files/{{token}}/{{name}}": 404}
-"""Routes that take no key, and their answer: health, and downloads, whose address is the permission."""
+OPEN = {f"{PREFIX}/healthz": 200} | {f"{PREFIX}/{each}/{{token}}/{{name}}": 404 for each in ("files", "uploads")}
+"""Routes that take no key, and their answer: health, and downloads and uploads, whose address is the permission."""
 
 NOBODYS = {
     "/client/config": {"sdk_version": "0.38.0"},
@@ -33,11 +33,19 @@ NOBODYS = {
     "/auth/apikey/me": None,
     "/telemetry": {"events": [], "platform": "", "sdk_version": "", "session_id": "s"},
     "/create_session": {"tags": []},
+    "/external_weights_upload_start": {"base_model": "tiny", "lora_config": {"rank": 4}},
     "/create_custom_loss": {"session_id": "s"},
 }
 """Routes that concern no stored object, with a body that they take (or would: custom losses are always refused)."""
 
 REFUSED = {("POST", "/create_custom_loss"), ("DELETE", "/auth/apikey/me")}  # a key of the settings cannot be given back
+
+CHATS = {
+    *(f"{prefix}/{path}" for prefix in ("/oai/api/v1", "/v1") for path in ("chat/completions", "completions")),
+    *(f"{prefix}/messages{of}" for prefix in ("/anthropic/api/v1", "/v1") for of in ("", "/count_tokens")),
+}
+MODEL_LISTS = {"/oai/api/v1/models", "/anthropic/api/v1/models", "/v1/models"}
+"""Of what one may name, where a chat's clients look; nobody sees others' there."""
 
 LISTS = {"/sessions", "/training_runs", "/checkpoints"}
 READ_BY_ADMINS = LISTS | {
@@ -55,6 +63,7 @@ class Belongings:
     model: str
     sampler: str
     sample: str
+    upload: str
 
     @property
     def path(self) -> str:
@@ -63,7 +72,7 @@ class Belongings:
     def fill(self, path: str) -> str:
         """A route's path with Anna's ids in it."""
         names = {"session_id": self.session, "run_id": self.model, "sampler_id": self.sampler}
-        names |= {"segment": "weights", "name": "mine"}
+        names |= {"segment": "weights", "name": "mine", "model:path": self.path}
         for name, value in names.items():
             path = path.replace("{" + name + "}", value)
         assert "{" not in path, f"{path} has a parameter that Belongings.fill does not know"
@@ -84,13 +93,19 @@ def belongings(api: Api) -> Belongings:
     sample = {"sampling_session_id": sampler, "seq_id": 0, "prompt": PROMPT, "sampling_params": {"max_tokens": 1}}
     for seq, kind in enumerate(("weights", "weights_external"), 1):
         api.result(api.post(f"/save_{kind}", model_id=model, seq_id=seq, path="mine"))
-    return Belongings(session, model, sampler, str(api.post("/asample", **sample).json()["request_id"]))
+    sampled = str(api.post("/asample", **sample).json()["request_id"])
+    begun = api.post("/external_weights_upload_start", base_model="tiny", lora_config={"rank": 4}).json()
+    return Belongings(session, model, sampler, sampled, str(begun["upload_id"]))
 
 
 def requests(mine: Belongings, own_session: str) -> dict[str, Any]:
     """A right body for every route that needs one, about Anna's objects; `own_session` is the caller's."""
     training = {"model_id": mine.model, "seq_id": 9}
-    return {
+    said = {"messages": [{"role": "user", "content": "Hi"}]}
+    kinds = {path: {"prompt": "Hi"} if path.removesuffix("/completions").endswith("v1") else said for path in CHATS}
+    chats = {path: {"model": mine.path} | body for path, body in kinds.items()}
+    chats |= {path: body | {"max_tokens": 3} for path, body in chats.items() if path.endswith("/messages")}
+    return chats | {
         "/retrieve_future": {"request_id": f"{mine.model}:1"},
         "/asample": {"sampling_session_id": mine.sampler, "seq_id": 9, "prompt": PROMPT, "sampling_params": {}},
         "/forward_backward": message(mine.model, 9),
@@ -102,6 +117,7 @@ def requests(mine: Belongings, own_session: str) -> dict[str, Any]:
         "/save_weights": training | {"path": "theirs"},
         "/save_weights_for_sampler": training | {"path": "theirs"},
         "/save_weights_external": training | {"path": "theirs"},
+        "/external_weights_upload_finish": {"upload_id": mine.upload},
         "/load_weights": {"session_id": own_session, "model_seq_id": 0, "path": mine.path, "optimizer": True},
         "/weights_info": {"tinker_path": mine.path},
         "/create_sampling_session": {
@@ -168,7 +184,7 @@ def test_to_another_tenant_nothing_of_annas_exists(api: Api, belongings: Belongi
     with api.client(BEN) as ben:
         answers = statuses(api, belongings, ben)
     for (method, path), answer in answers.items():
-        if path in LISTS:
+        if path in LISTS | MODEL_LISTS:
             assert answer.status_code == 200
             assert belongings.session not in answer.text, (method, path)
         else:
@@ -184,8 +200,10 @@ def test_an_admin_sees_everything_and_touches_nothing(api: Api, belongings: Belo
             time.sleep(0.05)
         answers = statuses(api, belongings, admin)
     for (method, path), answer in answers.items():
-        assert answer.status_code == (200 if path in READ_BY_ADMINS else 404), (method, path, answer.text)
+        may = path in READ_BY_ADMINS | MODEL_LISTS
+        assert answer.status_code == (200 if may else 404), (method, path, answer.text)
     assert all(belongings.session in answers["GET", path].text for path in LISTS)
+    assert all(belongings.session not in answers["GET", path].text for path in MODEL_LISTS)
     assert_untouched(api, belongings)
 
 

@@ -10,8 +10,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tinsmith.api import downloads, futures, identity, runs, sampling, service, sessions, training, weights
+from tinsmith.api import downloads, futures, identity, runs, sampling, service, sessions, training, uploads, weights
 from tinsmith.api.auth import Access
+from tinsmith.api.backlog import Backlog
 from tinsmith.api.calls import Handler, Services, answer, endpoint
 from tinsmith.api.catalog import Catalog
 from tinsmith.api.chat.errors import dialect_of, error_body
@@ -55,6 +56,8 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/save_weights", weights.save_weights),
     ("POST", "/save_weights_for_sampler", weights.save_weights_for_sampler),
     ("POST", "/save_weights_external", weights.save_weights_external),
+    ("POST", "/external_weights_upload_start", uploads.start),
+    ("POST", "/external_weights_upload_finish", uploads.finish),
     ("POST", "/load_weights", weights.load_weights),
     ("POST", "/weights_info", weights.weights_info),
     ("POST", "/create_sampling_session", sampling.create_sampling_session),
@@ -77,7 +80,9 @@ log = logging.getLogger(__name__)
 def create_app(settings: Settings, served: Sequence[Served], database: Database, doorbell: Doorbell) -> Starlette:
     """The application. Database and doorbell are the caller's to open, migrate and close."""
     catalog, access = Catalog(served, settings.aliases, database, doorbell), Access(settings, database)
-    services = Services(settings, database, doorbell, catalog, Waiters(doorbell), access, Pacing())
+    services = Services(
+        settings, database, doorbell, catalog, Waiters(doorbell), access, Pacing(), Backlog(settings, database)
+    )
 
     chat = Chat.over(TokenStreams(doorbell))
 
@@ -86,6 +91,9 @@ def create_app(settings: Settings, served: Sequence[Served], database: Database,
 
     async def download(request: Request) -> Response:
         return await downloads.download(services, request)
+
+    async def upload(request: Request) -> Response:
+        return await uploads.put(services, request)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -101,6 +109,7 @@ def create_app(settings: Settings, served: Sequence[Served], database: Database,
     routes = [
         Route(f"{PREFIX}/healthz", health, methods=["GET"]),
         Route(f"{PREFIX}{downloads.FILES}/{{token}}/{{name}}", download, methods=["GET"]),
+        Route(f"{PREFIX}{uploads.FILES}/{{token}}/{{name}}", upload, methods=["PUT"]),
     ]
     ours = [(method, PREFIX + path, handler) for method, path, handler in ROUTES]
     for method, path, handler in (*ours, *chat_routes(chat)):

@@ -316,6 +316,30 @@ class ExternalWeightsUrls(Response):
     expires: str
 
 
+class ExternalWeightsUploadStartRequest(Request):
+    base_model: Id
+    lora_config: LoraConfig
+    destination_project_id: Id | None = None
+    type: str | None = None
+
+
+class ExternalWeightsUploadStarted(Response):
+    """Where each file of an adapter is to be PUT until `expires`."""
+
+    upload_id: str
+    urls: dict[str, str]
+    expires: str
+
+
+class ExternalWeightsUploadFinishRequest(Request):
+    upload_id: Id
+    type: str | None = None
+
+
+class ExternalWeightsUploadFinished(Response):
+    tinker_path: str
+
+
 # Sampling
 
 
@@ -411,7 +435,7 @@ class CancelFutureRequest(Request):
 
 class TryAgain(Response):
     request_id: str
-    queue_state: Literal["active", "paused_capacity"]
+    queue_state: Literal["active", "paused_capacity", "paused_rate_limit"]
     queue_state_reason: str | None = None
     type: Literal["try_again"] = "try_again"
 
