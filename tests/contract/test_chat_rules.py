@@ -213,7 +213,6 @@ def test_a_model_is_the_base_or_a_checkpoint_and_never_another(api: Api, checkpo
         (f"{path}other", 404),
         (f"tiny;{path}other", 404),
         (f"gpt-4;{checkpoint}", 404),
-        (f"tiny;{checkpoint.replace('sampler', 'external')}", 400),
         ("tiny;", 400),
         ("tiny;nonsense", 400),
         ("tinker://nonsense", 400),

@@ -74,8 +74,6 @@ def _require_served(call: Call, name: str) -> str:
 
 async def _require_checkpoint(call: Call, text: str) -> records.Checkpoint:
     path = parse_path(text)
-    if path.kind == "external":
-        raise UserError(f"{path} is an export and cannot be sampled from; use .../sampler_weights/NAME")
     checkpoint = await call.services.database.read_async(records.require_checkpoint, str(path), call.owner)
     call.services.catalog.require_base(checkpoint.base, str(path))
     return checkpoint
