@@ -74,14 +74,19 @@ def _look_up(settings: Settings) -> tuple[tuple[Served, ...], int | None]:
     """What is to be served, and how many keys clients may use (None if any will do). Raises ConfigError."""
     from tinsmith.store.database import Database
     from tinsmith.store.keys import list_keys
+    from tinsmith.store.registry import list_registered
 
     database = Database(settings.effective_database_url, patience=DATABASE_PATIENCE)
     try:
         database.migrate()
-        stored = database.read(list_keys)
+        keys, models = database.read(list_keys), database.read(list_registered)
     finally:
         database.close()
-    return choose_served(settings, ()), _count_keys(settings, stored)
+    registered = [
+        Served(model.name, model.base, model.folder, model.dtype, model.max_context, model.trust_remote_code)
+        for model in models
+    ]
+    return choose_served(settings, registered), _count_keys(settings, keys)
 
 
 def _count_keys(settings: Settings, stored: "Sequence[Key]") -> int | None:

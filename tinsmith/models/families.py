@@ -47,6 +47,8 @@ class Target:
 
 def find_targets(module: Any) -> list[Target]:
     """Every adaptable linear layer, in the order of the module; the unembedding comes last. Raises ConfigError."""
+    if not isinstance(getattr(getattr(module, "model", None), "layers", None), nn.ModuleList):
+        raise ConfigError(f"{type(module).__name__} has no list of decoder layers at model.layers")
     _check_configuration(module.config)
     _check_recurrent_layers(module)
     targets = [target for index in range(len(module.model.layers)) for target in _layer_targets(module, index)]

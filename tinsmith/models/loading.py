@@ -8,7 +8,7 @@ Shapes: `T` rows of a packed batch, `D` hidden size.
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from tinsmith.models.attention import (
     IMPLEMENTATION,
     Attention,
     CacheShape,
+    PackedAttention,
     ShapeRecorder,
 )
 from tinsmith.models.delta_nets import activation_bytes, is_delta_net, run_by_sequence
@@ -44,6 +45,9 @@ from tinsmith.models.probes import packed_logprobs, plain_logprobs, probe_prompt
 from tinsmith.models.quick import quick_layers
 from tinsmith.models.stacks import AdapterStacks
 from tinsmith.protocols import ModelSpec
+
+if TYPE_CHECKING:
+    from tinsmith.models.fused import FusedLayers
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linear layers of one parent that are applied to the same input, and so can be one product."""
@@ -86,6 +90,8 @@ class BaseModel:
         for path, child in list(module.named_modules()):
             if frozen := freeze_norm(child):
                 module.set_submodule(path, frozen)
+        self.fused: FusedLayers | None = None
+        """What packed sequences run through instead of the module's layers; set once these have proved right."""
         self.cache_shape = _observe_cache_shape(self)
         self.quick = quick_layers(self, self._current)
         self.stacks = AdapterStacks()
@@ -116,6 +122,8 @@ class BaseModel:
         """
         owner: Any = self.module if module is None else module
         self._current.segments = segments
+        if self.fused is not None and module is None and type(attention) is PackedAttention:
+            return self.fused.hidden(tokens_T, positions_T, segments, attention)
         embedded = owner.get_input_embeddings()(tokens_T[None])
         if torch.is_grad_enabled() and not embedded.requires_grad:
             embedded.requires_grad_(True)
@@ -159,6 +167,9 @@ class BaseModel:
 
         `module` is a full-parameter model's own.
         """
+        if self.fused is not None and module is None:
+            self.fused.recomputes = enabled
+            return
         owner: Any = self.module if module is None else module
         recompute: Any = _checkpointing(self._current)
         for layer in owner.model.layers:
@@ -278,8 +289,6 @@ def load_base(
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load a causal language model from {str(folder)!r}: {error}") from error
     module = text_part(module).to(device).eval().requires_grad_(False)
-    if not isinstance(getattr(getattr(module, "model", None), "layers", None), nn.ModuleList):
-        raise ConfigError(f"{type(module).__name__} has no list of decoder layers at model.layers")
     targets = find_targets(module)
     on_progress("comparing with the original computation")
     prompts = probe_prompts(module.config.get_text_config().vocab_size, device)
@@ -287,6 +296,10 @@ def load_base(
     module.set_attn_implementation(IMPLEMENTATION)
     model = BaseModel(str(folder), module, targets, device)
     _check_same_results(model, prompts, expected_M)
+    if device.type == "cuda":
+        from tinsmith.models.fused import fused_layers  # what it is written in comes with torch for CUDA only
+
+        model.fused = fused_layers(model, on_progress)
     on_progress(f"loaded {model.architecture}, {model.parameters / 1e6:,.1f} M parameters")
     return model
 

@@ -62,8 +62,8 @@ def unregister(conn: sa.Connection, name: str, *, force: bool) -> RegisteredMode
     depending = count_checkpoints(conn, model.base)
     if depending and not force:
         raise UserError(
-            f"{depending} checkpoints were trained on {name!r} and can be used only while it is served; delete them, or "
-            "remove it with --force (they stay, and can be used again once it is added again from the same place)"
+            f"{depending} checkpoints were trained on {name!r} and can be used only while it is served; delete them, "
+            "or remove it with --force (they stay, and can be used again once it is added again from the same place)"
         )
     conn.execute(sa.delete(base_models).where(base_models.c.name == name))
     return model
