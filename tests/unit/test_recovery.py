@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.unit.test_engine import Bench, lesson
+from tinsmith.engine import residency
 from tinsmith.store import queue, records
 
 
@@ -153,7 +154,10 @@ def test_a_damaged_checkpoint_is_refused_by_name(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_cut_log_of_the_database_loses_no_request_that_was_accepted(bench: Bench, tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("harm", ["cut", "flip"])
+def test_a_harmed_log_of_the_database_loses_no_request_that_was_accepted(
+    bench: Bench, tmp_path: Path, seed: int, harm: str
+) -> None:
     """Answers to submissions wait for the disk, results do not: what they say is computed again."""
     model = bench.create("a")
     lesson(bench, model, range(3))
@@ -174,9 +178,84 @@ def test_a_cut_log_of_the_database_loses_no_request_that_was_accepted(bench: Ben
         shutil.copy(path, copy)
     shutil.copytree(bench.folder / "recovery", copy / "recovery")
     with (copy / log.name).open("r+b") as file:
-        file.truncate(random.Random(seed).randrange(on_disk, log.stat().st_size))
+        place = random.Random(seed).randrange(on_disk, log.stat().st_size)
+        if harm == "cut":
+            file.truncate(place)
+        else:
+            file.seek(place)
+            [byte] = file.read(1)
+            file.seek(place)
+            file.write(bytes([byte ^ 1]))
     later = Bench(copy, next_seq={model: accepted}, fresh=False)
     try:
         np.testing.assert_allclose(later.logprobs(model), expected, atol=2e-6)
     finally:
         later.close()
+
+
+def flip(path: Path, chance: random.Random) -> None:
+    """Changes one bit of a file."""
+    content = bytearray(path.read_bytes())
+    place = chance.randrange(len(content))
+    if path.name == "manifest.json":  # of its bytes, only checksums and names matter
+        place = content.index(b'"sha256": "') + 11 + chance.randrange(64)
+    content[place] ^= 1 << chance.randrange(8)
+    path.write_bytes(content)
+
+
+def harms() -> list[Any]:
+    """Every file of a written folder, cut off and with a bit flipped."""
+    files = ("manifest.json", "adapter_model.safetensors", "optimizer.safetensors", "adapter_config.json")
+    return [pytest.param(harm, name, id=f"{harm.__name__} {name}") for harm in (cut, flip) for name in files]
+
+
+@pytest.mark.parametrize(("harm", "name"), harms())
+def test_whatever_file_of_a_recovery_point_is_harmed_the_model_comes_back_with_the_same_bits(
+    bench: Bench, harm: Any, name: str
+) -> None:
+    """From the point before it: both ways, the log behind the older point is executed again."""
+    model, _ = trained(bench, 3)
+    older, newest = points(bench)
+    shutil.copytree(newest, bench.folder / "whole")
+    shutil.rmtree(newest)
+    bench.new_engine()
+    expected = bench.logprobs(model)
+    shutil.copytree(bench.folder / "whole", newest)
+    harm(newest / name, random.Random(name))
+    bench.new_engine()
+    np.testing.assert_array_equal(bench.logprobs(model), expected)
+    assert older.exists()
+
+
+@pytest.mark.parametrize(("harm", "name"), harms())
+def test_whatever_file_of_a_checkpoint_is_harmed_it_is_refused_by_name_and_its_neighbour_is_not(
+    bench: Bench, harm: Any, name: str
+) -> None:
+    model = bench.create("a")
+    lesson(bench, model, range(1))
+    good, bad = save(bench, model, "good"), save(bench, model, "bad")
+    expected = bench.logprobs(model)
+    [folder] = (bench.folder / "checkpoints").glob("*/weights/bad-*")
+    harm(folder / name, random.Random(name))
+    twin = bench.create("twin")
+    refused, loaded = (
+        bench.submit(twin, "load_weights", {"path": path, "optimizer": True, "create": False}) for path in (bad, good)
+    )
+    bench.run()
+    assert folder.name in (bench.find(refused).error or "")
+    assert bench.find(loaded).state == "done"
+    np.testing.assert_array_equal(bench.logprobs(twin), expected)
+
+
+def test_a_model_that_came_back_by_a_long_way_has_a_shorter_one_next_time(bench: Bench) -> None:
+    """Engines that die often never live to write a recovery point when it is due."""
+    model = bench.create("a")
+    lesson(bench, model, range(residency.LONG_LOG // 2 + 1))
+    expected = bench.logprobs(model)
+    assert points(bench) == []
+    bench.new_engine()
+    np.testing.assert_array_equal(bench.logprobs(model), expected)
+    assert len(points(bench)) == 1
+    bench.new_engine()
+    np.testing.assert_array_equal(bench.logprobs(model), expected)
+    assert len(points(bench)) == 1

@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tinsmith.errors import TinsmithError
@@ -27,10 +27,13 @@ class DiskFullError(TinsmithError):
     """There is no room to write a folder; nothing of it was left behind."""
 
 
-def write_folder(target: Path, fill: Callable[[Path], None]) -> int:
-    """Creates `target` with what `fill(folder)` writes, atomically. Returns its size in bytes. Raises DiskFullError."""
+def write_folder(target: Path, fill: Callable[[Path], None], written_by: str = "") -> int:
+    """Creates `target` with what `fill(folder)` writes, atomically. Returns its size in bytes. Raises DiskFullError.
+
+    `written_by` is the request that wants the folder recorded, for `orphans`.
+    """
     try:
-        return _write_folder(target, fill)
+        return _write_folder(target, fill, written_by)
     except Exception as error:
         if _is_full(error):
             raise DiskFullError(
@@ -40,7 +43,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> int:
         raise
 
 
-def _write_folder(target: Path, fill: Callable[[Path], None]) -> int:
+def _write_folder(target: Path, fill: Callable[[Path], None], written_by: str) -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.part"
     temporary.mkdir()
@@ -49,7 +52,8 @@ def _write_folder(target: Path, fill: Callable[[Path], None]) -> int:
         files = {
             path.name: {"sha256": _digest(path), "bytes": path.stat().st_size} for path in sorted(temporary.iterdir())
         }
-        (temporary / MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=1))
+        manifest = {"format": 1, "written_by": written_by, "files": files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in temporary.iterdir():
             _sync(path)
         _sync(temporary)
@@ -88,6 +92,26 @@ def sweep(root: Path) -> None:
     for pattern in (".*.part", ".*.gone"):
         for leftover in root.rglob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def orphans(root: Path, recorded: Iterable[str], is_known: Callable[[str], bool]) -> list[Path]:
+    """Folders three levels below `root` that nobody can ask for, left by an engine that died before it had them
+    recorded, or after their record had gone.
+
+    `recorded` are paths of folders that have a record, wherever they lay when it was made. A folder counts only if the
+    request that wrote it `is_known`: one that came from another database is left alone.
+    """
+    places = {Path(folder).parts[-3:] for folder in recorded}
+    lost = [folder for folder in root.glob("*/*/[!.]*") if folder.parts[-3:] not in places]
+    return [folder for folder in lost if (request_id := _written_by(folder)) and is_known(request_id)]
+
+
+def _written_by(folder: Path) -> str:
+    """Empty if the folder does not say so."""
+    try:
+        return str(json.loads((folder / MANIFEST).read_text()).get("written_by", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 def folder_name(identifier: str) -> str:

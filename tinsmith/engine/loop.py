@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinsmith.engine.checkpoints import remove_folder, sweep
+from tinsmith.engine.checkpoints import orphans, remove_folder, sweep
 from tinsmith.engine.operations import Operations
 from tinsmith.engine.outcomes import attempt, failed, outcome_of
 from tinsmith.engine.planning import Plan, apart, gaps, plan
@@ -134,11 +134,19 @@ class Engine:
     def take_over(self) -> None:
         """Begins where an engine before this one stopped, however it stopped."""
         sweep(self._data_dir)
+        self._collect_orphans()
         self._shares.weights = self._ledger.weights()
         self._trials.take_over(self._ledger.ended)
         released = self._ledger.release()
         if released:
             log.info("took over %d unfinished jobs", released)
+
+    def _collect_orphans(self) -> None:
+        """Removes checkpoints that were never recorded (their operation runs again), or whose record went first."""
+        recorded = self._ledger.checkpoint_folders()
+        for folder in orphans(self._data_dir / "checkpoints", recorded, self._ledger.knows):
+            log.info("removing %s, which no checkpoint refers to", folder)
+            remove_folder(folder)
 
     def _beat(self, stop: threading.Event, capabilities: dict[str, object]) -> None:
         while not stop.wait(BEAT_SECONDS):
@@ -309,19 +317,26 @@ class Engine:
         bodies = self._ledger.payloads(batch)
         wanted = frozenset(header.subject for header in batch)
         ready: list[Header] = []
+        calls: list[ModelCall] = []
         outcomes: dict[int, Outcome] = {}
         for header in batch:
-            error = attempt(self._trials, header, partial(self._residency.require_model, header.subject, wanted))
+            error = attempt(self._trials, header, partial(self._prepare, header, bodies, wanted, calls))
             if error is None:
                 ready.append(header)
             else:
                 outcomes[header.number] = failed(header, error)
-        calls = [ModelCall(header.subject, TrainCall.from_bytes(bodies[header.number])) for header in ready]
         outcomes |= self._forward_backward(ready, calls)
         self._ledger.complete([outcomes[header.number] for header in batch])
         self._shares.charge(batch)
         for header in batch:
             self._end(header, outcomes[header.number])
+
+    def _prepare(
+        self, header: Header, bodies: dict[int, bytes], wanted: frozenset[str], calls: list[ModelCall]
+    ) -> None:
+        """Adds a job's call to `calls`, with its model on the device."""
+        self._residency.require_model(header.subject, wanted)
+        calls.append(ModelCall(header.subject, TrainCall.from_bytes(bodies[header.number])))
 
     def _forward_backward(self, headers: list[Header], calls: list[ModelCall]) -> dict[int, Outcome]:
         if not calls:

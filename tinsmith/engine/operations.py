@@ -15,7 +15,7 @@ from tinsmith.engine.checkpoints import folder_name, remove_folder, write_folder
 from tinsmith.engine.exports import prepare_export
 from tinsmith.engine.recovery import load_checkpoint, snapshot_of
 from tinsmith.engine.residency import Residency
-from tinsmith.errors import NotFoundError, UserError
+from tinsmith.errors import NotFoundError, UnavailableError, UserError
 from tinsmith.protocols import AdamParams, ModelSpec, Trainer
 from tinsmith.wire.jobs import Header, Outcome
 
@@ -142,11 +142,13 @@ class Operations:
             if prepare is not None:
                 prepare(into)
 
-        size = write_folder(folder, fill)
+        size = write_folder(folder, fill, header.request_id)
         try:
             self._ledger.check_storage(header, kind, path, size)
             checkpoint = self._new_checkpoint(request, kind, folder, size)
             self._finish(header, {"path": path, "size_bytes": size}, checkpoint=checkpoint, model=model)
+        except UnavailableError:  # it may have been recorded; if not, it is collected as an orphan
+            raise
         except BaseException:
             remove_folder(folder)
             raise

@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING
 from tinsmith.engine.checkpoints import folder_name, remove_folder, verify_folder, write_folder
 from tinsmith.engine.exports import readable_folder
 from tinsmith.engine.recovery import Recovery
-from tinsmith.errors import NotFoundError
+from tinsmith.errors import NotFoundError, TinsmithError
 from tinsmith.protocols import BASE_SNAPSHOT, Sampler, Trainer, Weights
 
 if TYPE_CHECKING:
     from tinsmith.store.ledger import Ledger
 
 log = logging.getLogger(__name__)
+
+
+LONG_LOG = 64  # operations behind a recovery point; a model that replayed as many gets a new one at once
 
 
 class Residency:
@@ -90,6 +93,7 @@ class Residency:
             self.make_room(wanted)
             self._models[model_id], self._points[model_id] = self._recovery.restore(record, self.publish)
             self._restored += 1
+            self._shorten_log(model_id)
         self._models.move_to_end(model_id)
 
     def advance(self, model_id: str, seq: int) -> None:
@@ -104,6 +108,15 @@ class Residency:
             self._save_snapshots_of(model_id)
             self._recovery.write_point(model_id, seq)
             self._points[model_id] = seq
+
+    def _shorten_log(self, model_id: str) -> None:
+        """Gives a model that came back by a long way a recovery point: another may be needed before the next is due."""
+        if self._models[model_id] - self._points[model_id] < LONG_LOG:
+            return
+        try:
+            self.write_point(model_id)
+        except TinsmithError as error:  # a full disk, say; the log is there still
+            log.error("no recovery point for %s: %s", model_id, error)
 
     def page_out(self, model_id: str) -> None:
         """Moves a model from the device to disk."""

@@ -33,6 +33,12 @@ def pulse_file(data_dir: Path) -> Path:
     return data_dir / _FOLDER / PULSE
 
 
+def going_on(data_dir: Path) -> frozenset[int | str]:
+    """What an engine is doing, or was when it died: numbers of jobs, or the id of the model that it brings back."""
+    phase, note = _read_note(data_dir / _FOLDER)
+    return frozenset(note[:1] if phase == _RESTORING else note)
+
+
 class DeadlyRequestError(TinsmithError):
     """The engine died twice while running this request, the second time with nothing beside it; it is given up."""
 
@@ -123,7 +129,7 @@ class Trials:
 
     def take_over(self, ended: Callable[[Sequence[int]], Sequence[int]]) -> None:
         """Reads what an engine before this one was doing when it died. `ended` picks the jobs that are over."""
-        phase, note = self._read_note()
+        phase, note = _read_note(self._folder)
         deaths, condemned, restorations = self._read_deaths()
         if phase == _RESTORING:
             model_id, what = note
@@ -168,23 +174,6 @@ class Trials:
         if self._restorations.pop(model_id, None) is not None:
             self._save_deaths()
 
-    def _read_note(self) -> tuple[bytes, list[Any]]:
-        """The phase in which an engine died, and its note: numbers of jobs, or a model's id and what was done to it."""
-        phase = os.pread(self._files[PULSE], 1, 0)
-        name = _NOTES.get(phase)
-        if name is None:
-            return _IDLE, []
-        try:
-            line, _, _ = (self._folder / name).read_bytes().partition(b"\n")
-            note = json.loads(line)
-            if phase == _RESTORING:
-                model_id, what = note
-                return phase, [str(model_id), str(what)]
-            return phase, [int(number) for number in note]
-        except (ValueError, TypeError) as error:
-            log.warning("the note on what the last engine was doing is damaged: %s", error)
-            return _IDLE, []
-
     def _read_deaths(self) -> tuple[dict[int, int], set[int], dict[str, Restoration]]:
         try:
             saved = json.loads((self._folder / _DEATHS).read_bytes())
@@ -208,6 +197,24 @@ class Trials:
             temporary.replace(self._folder / _DEATHS)
         except OSError as error:
             log.warning("cannot note how the last engine died: %s", error)
+
+
+def _read_note(folder: Path) -> tuple[bytes, list[Any]]:
+    """The phase that an engine is in, and its note: numbers of jobs, or a model's id and what is done to it."""
+    try:
+        phase = (folder / PULSE).read_bytes()[:1]
+        name = _NOTES.get(phase)
+        if name is None:
+            return _IDLE, []
+        line, _, _ = (folder / name).read_bytes().partition(b"\n")
+        note = json.loads(line)
+        if phase == _RESTORING:
+            model_id, what = note
+            return phase, [str(model_id), str(what)]
+        return phase, [int(number) for number in note]
+    except (OSError, ValueError, TypeError) as error:
+        log.warning("the note on what the last engine was doing cannot be read: %s", error)
+        return _IDLE, []
 
 
 def _count(numbers: Sequence[int], deaths: dict[int, int], condemned: set[int]) -> None:

@@ -138,6 +138,14 @@ class Ledger:
     def find_checkpoint(self, path: str) -> records.Checkpoint | None:
         return self._database.read(records.find_checkpoint, path)
 
+    def checkpoint_folders(self) -> list[str]:
+        """The folders of all checkpoints, also of expired ones."""
+        return self._database.read(records.checkpoint_folders)
+
+    def knows(self, request_id: str) -> bool:
+        """Whether there was such a job, and is not forgotten."""
+        return self._database.read(queue.find, request_id) is not None
+
     def check_storage(self, header: Header, kind: str, path: str, size_bytes: int | None = None) -> None:
         """Raises LimitError if a job's checkpoint is more than its owner may store; its size may not be known yet."""
         self._database.read(keys.check_storage, header.owner, header.subject, kind, path, size_bytes)

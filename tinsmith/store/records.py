@@ -300,6 +300,11 @@ def expired_checkpoints(conn: sa.Connection, now: float) -> list[Checkpoint]:
     return [Checkpoint(**row) for row in rows]
 
 
+def checkpoint_folders(conn: sa.Connection) -> list[str]:
+    """Of every checkpoint that has a record."""
+    return list(conn.scalars(sa.select(checkpoints.c.folder)))
+
+
 def put_engine(conn: sa.Connection, engine: EngineRecord) -> None:
     """Writes the engine's record (an upsert by base), but for its counts, which are kept here.
 
