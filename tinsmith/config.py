@@ -49,6 +49,10 @@ class Settings:
     train_tokens: int = 0  # tokens in one micro-batch; 0: from free memory
     train_micro_batch_size: int = 0  # sequences in one training micro-batch at most; 0: only train_tokens bounds it
     gradient_checkpointing: str = "auto"  # auto (in passes that memory could not hold otherwise), on, off
+    max_outstanding: int = 65_536  # requests accepted and not ended, of all keys; more are told to come again
+    max_outstanding_per_key: int = 32_768
+    max_outstanding_bytes: int = 8 * 2**30  # of what those requests hold
+    max_outstanding_bytes_per_key: int = 4 * 2**30
     future_hours: float = 24.0  # how long a finished result can be read
     poll_seconds: float = 30.0  # how long retrieve_future holds a request
     stuck_minutes: float = 15.0  # an engine that has not moved for so long is restarted; 0: never
@@ -96,6 +100,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "kv_cache_tokens": (0, 2**40),
     "train_tokens": (0, 2**31 - 1),
     "train_micro_batch_size": (0, 2**31 - 1),
+    "max_outstanding": (1, 2**31 - 1),
+    "max_outstanding_per_key": (1, 2**31 - 1),
+    "max_outstanding_bytes": (2**10, 2**50),
+    "max_outstanding_bytes_per_key": (2**10, 2**50),
     "future_hours": (0.01, 24 * 365),
     "poll_seconds": (0.1, 40.0),  # the client gives up after 45
     "stuck_minutes": (0.0, 60 * 24 * 7),

@@ -169,6 +169,7 @@ class Api:
         self.routes = app.routes
         self.waiters, self.access, self.pacing = services.waiters, services.access, services.pacing
         self.backlog = services.backlog
+        self.backlog = services.backlog
         self.settings, self.database, self.engine = services.settings, services.database, engine
         self.doorbell, self.chat = services.doorbell, app.state.chat
         self.http = self.client("tml-test")

@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from tinsmith.api import downloads, futures, identity, runs, sampling, service, sessions, training, uploads, weights
 from tinsmith.api.auth import Access
+from tinsmith.api.backlog import Backlog
 from tinsmith.api.calls import Handler, Services, answer, endpoint
 from tinsmith.api.catalog import Catalog
 from tinsmith.api.chat.errors import dialect_of, error_body
@@ -79,7 +80,9 @@ log = logging.getLogger(__name__)
 def create_app(settings: Settings, served: Sequence[Served], database: Database, doorbell: Doorbell) -> Starlette:
     """The application. Database and doorbell are the caller's to open, migrate and close."""
     catalog, access = Catalog(served, settings.aliases, database, doorbell), Access(settings, database)
-    services = Services(settings, database, doorbell, catalog, Waiters(doorbell), access, Pacing())
+    services = Services(
+        settings, database, doorbell, catalog, Waiters(doorbell), access, Pacing(), Backlog(settings, database)
+    )
 
     chat = Chat.over(TokenStreams(doorbell))
 

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tinsmith.api.auth import Access, Caller
+from tinsmith.api.backlog import Backlog
 from tinsmith.api.bodies import SMALL_BODY, decode_json, plain, read_raw
 from tinsmith.api.catalog import Catalog
 from tinsmith.api.pacing import Pacing
@@ -40,6 +41,7 @@ class Services:
     waiters: Waiters
     access: Access
     pacing: Pacing
+    backlog: Backlog
 
     bases: dict[tuple[str, str], str] = field(default_factory=dict)  # (model or sampler, owner) → base, as it was found
 
@@ -82,9 +84,14 @@ class Call:
         """Whose objects the call may list and describe: an admin's call, everybody's. For nothing else."""
         return records.EVERYBODY if self.caller.is_admin else self.caller.owner
 
-    def spend(self, tokens: int) -> None:
-        """Counts a request's tokens against its caller's rate. Raises BusyError, LimitError."""
-        self.services.pacing.spend(self.caller.owner, tokens, self.caller.tokens_per_second)
+    async def admit(self, subject: str, seq: int, size: int, tokens: int = 0, *, ordered: bool = True) -> None:
+        """Counts a request of `size` bytes against what may be under way, and its tokens against its caller's rate.
+
+        `ordered` says that the subject's later requests wait for it. Raises BusyError, LimitError.
+        """
+        await self.services.backlog.admit(self.owner, subject, seq, size, ordered=ordered)
+        if tokens:  # a debt is no reason to hold up what costs nothing
+            self.services.pacing.spend(self.owner, tokens, self.caller.tokens_per_second)
 
     async def content(self, limit: int) -> bytes:
         """The body, decompressed. Raises TooLargeError beyond `limit` bytes, UserError."""

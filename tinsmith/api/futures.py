@@ -8,7 +8,8 @@ from starlette.responses import Response
 from tinsmith.api.bodies import compute
 from tinsmith.api.calls import Call, answer
 from tinsmith.errors import GoneError, NotFoundError
-from tinsmith.store import queue
+from tinsmith.store import backlog, queue
+from tinsmith.store.backlog import Waiting
 from tinsmith.wire.codec import encode_train_output
 from tinsmith.wire.jobs import Future
 from tinsmith.wire.packing import SampleOutput, TrainOutput
@@ -71,8 +72,27 @@ def _result(future: Future) -> Response:
 
 
 async def _try_again(call: Call, request_id: str) -> Response:
-    base = await call.services.base_of(request_id.rpartition(":")[0], call.owner)
-    state, progress = call.services.catalog.state_of(base)
-    if state == "ready":
-        return answer(TryAgain(request_id, "active"), 408)
-    return answer(TryAgain(request_id, "paused_capacity", f"the engine is {state}: {progress}"), 408)
+    subject, _, seq = request_id.rpartition(":")
+    base = await call.services.base_of(subject, call.owner)
+    engine, progress = call.services.catalog.state_of(base)
+    if engine != "ready":
+        return answer(TryAgain(request_id, "paused_capacity", f"the engine is {engine}: {progress}"), 408)
+    waiting = await call.services.database.read_async(backlog.waiting, subject, int(seq))
+    if waiting is not None and waiting.kind == "sample" and waiting.is_queued:
+        reason = f"the sampler is full; {waiting.others + waiting.own} requests are before this one"
+        return answer(TryAgain(request_id, "paused_capacity", reason), 408)
+    if seconds := call.services.pacing.debt(call.owner, call.caller.tokens_per_second):
+        rate = f"this key's {call.caller.tokens_per_second:g} tokens per second are used up for {seconds:.0f} s"
+        return answer(TryAgain(request_id, "paused_rate_limit", f"{rate}; {_progress(waiting)}"), 408)
+    return answer(TryAgain(request_id, "active", _progress(waiting)), 408)
+
+
+def _progress(waiting: Waiting | None) -> str:
+    """Why a request has not ended while the engine works."""
+    if waiting is None:
+        return "the request has just ended"
+    if waiting.missing:
+        return "an earlier request of this model has not arrived, and this one waits for it"
+    if waiting.own or waiting.others:
+        return f"before it came, and have not ended, {waiting.own} requests of its own and {waiting.others} of others"
+    return "it is being worked on"

@@ -35,10 +35,17 @@ class Pacing:
                 f"count at most {int(per_second * LARGEST_SECONDS)}: send smaller ones (or set max_tokens)"
             )
         now = self._clock()
-        full = per_second * BURST_SECONDS
-        left, at = self._buckets.get(owner, (full, now))
-        left = min(full, left + (now - at) * per_second)
+        left = self._left(owner, per_second, now)
         if left <= 0:
             wait = min(1 + math.floor(-left / per_second), LONGEST_WAIT)
             raise BusyError(f"this key's {per_second:g} tokens per second are used up; try again in {wait:g} s", wait)
         self._buckets[owner] = left - tokens, now
+
+    def debt(self, owner: str, per_second: float | None) -> float:
+        """For how many seconds the owner's further requests will be told to wait; 0.0 if they will not."""
+        return 0.0 if per_second is None else max(0.0, -self._left(owner, per_second, self._clock()) / per_second)
+
+    def _left(self, owner: str, per_second: float, now: float) -> float:
+        full = per_second * BURST_SECONDS
+        left, at = self._buckets.get(owner, (full, now))
+        return min(full, left + (now - at) * per_second)

@@ -73,7 +73,7 @@ async def asample(call: Call) -> Response:
     request = await compute(len(content), decode_json, content, SampleRequest)
     limits = services.limits(await services.base_of(request.sampling_session_id, call.owner))
     job = await compute(len(content), _job, request, limits, call.owner)
-    call.spend(job.tokens)
+    await call.admit(job.subject, job.seq, len(job.body), job.tokens, ordered=False)
     request_id = await services.database.write_async(_submit, services.catalog, job)
     services.doorbell.ring("jobs")
     sequence_ids = [f"{request_id}-{index}" for index in range(request.num_samples)]

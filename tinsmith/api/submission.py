@@ -69,6 +69,7 @@ async def submit_json(
     try:
         content = await call.content(SMALL_BODY)
         body = decode_json(content, body_type)
+        await call.admit(body.model_id, body.seq_id, len(content))
         return await submit(call, Address(body.model_id, body.seq_id), partial(prepare, body))
     except UserError as refusal:
         return await refuse(call, kind, json_address(content), refusal)

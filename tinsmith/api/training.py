@@ -145,7 +145,7 @@ async def forward_backward(call: Call) -> Response:
     try:
         raw = await read_raw(call.request, limit)
         address, draft = await _decoded(call, partial(plain, call.request, raw, limit), len(raw))
-        call.spend(draft.tokens)
+        await call.admit(address.model_id, address.seq, len(draft.body), draft.tokens)
         return await submit(call, address, lambda _conn, _model: draft)
     except UserError as refusal:
         beginning = refusal.beginning if isinstance(refusal, OverlongBodyError) else raw

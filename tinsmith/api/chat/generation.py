@@ -143,10 +143,11 @@ class Generation:
         request = ask.to_request("", 0)
         packed = replace(sample_call(request, limits), stop_at_eos=True, stream=stream)
         tokens = sample_cost(packed, limits.max_context)
-        call.spend(tokens)
         sampler_id = await self._sampler(call, target)
         seq = secrets.randbelow(types.MAX_SEQ)
-        return Job(sampler_id, seq, "sample", call.owner, target.base, packed.to_bytes(), tokens)
+        job = Job(sampler_id, seq, "sample", call.owner, target.base, packed.to_bytes(), tokens)
+        await call.admit(job.subject, job.seq, len(job.body), tokens, ordered=False)
+        return job
 
     async def _submit(self, call: Call, job: Job) -> None:
         await call.services.database.write_async(queue.submit, job)
