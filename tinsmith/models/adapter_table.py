@@ -51,14 +51,14 @@ def _places(layout: AdapterLayout, linears: tuple[int, ...]) -> list[int]:
 
 
 class AdapterTable:
-    """The adapters of a pass, and how they are applied to all its rows."""
+    """The adapters of a pass (perhaps none), and how they are applied to all its rows."""
 
     def __init__(self, segments: Sequence[Segment], places: AdapterPlaces, device: torch.device) -> None:
         self._segments, self._places, self._device = segments, places, device
         self.adapters: list[Adapter] = list(dict.fromkeys(each.adapter for each in segments if each.adapter))
         self._numbers = {adapter: number for number, adapter in enumerate(self.adapters)}
         ranks = [adapter.spec.rank for adapter in self.adapters]
-        self._max_rank = max(ranks)
+        self._max_rank = max(ranks, default=_LEAST)
         self._rows = 64 if segments[-1].end >= _MANY_ROWS else 32
         self._aligned = all(rank % 8 == 0 for rank in ranks) and all(
             not ((place := places.of(adapter.layout))[place >= 0] % 8).any() for adapter in self.adapters

@@ -1,0 +1,114 @@
+"""The fused layers against the module's own, and both against float32: outputs and gradients of several tenants."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not (torch.cuda.is_available() or INTERPRETED):
+    pytest.skip("neither a CUDA device nor Triton's interpreter", allow_module_level=True)
+
+from tests.parity.conftest import load  # noqa: E402
+from tinsmith.models.attention import Heads, PackedAttention  # noqa: E402
+from tinsmith.models.fused import FusedLayers  # noqa: E402
+from tinsmith.models.fused_attention import AttentionChoice, FusedAttention  # noqa: E402
+from tinsmith.models.loading import BaseModel  # noqa: E402
+from tinsmith.models.lora import Adapter, Segment  # noqa: E402
+from tinsmith.protocols import ModelSpec  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cpu" if INTERPRETED else "cuda"
+SPECS = (
+    ModelSpec(8, 1),
+    ModelSpec(16, 2, train_mlp=False, train_unembed=False),
+    ModelSpec(3, 3, train_attn=False),
+    ModelSpec(32, 4, train_unembed=False),
+)
+
+
+class PlainAttention:
+    """Stands in for the device's kernels where there are none: each sequence by torch's reference, and autograd."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self._attention = PackedAttention(torch.tensor([0, *lengths]).cumsum(0).tolist())
+
+    def _attend(self, inputs: Sequence[Tensor], scale: float) -> Tensor:
+        query, key, value = (each.transpose(0, 1) for each in inputs)
+        return self._attention(0, Heads(query, key, value, scale))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, list[Tensor]]:
+        return self._attend((query, key, value), scale), []
+
+    def backward(
+        self, dout: Tensor, inputs: Sequence[Tensor], out: Tensor, saved: Sequence[Tensor], scale: float
+    ) -> tuple[Tensor, ...]:
+        leaves = [each.detach().requires_grad_() for each in inputs]
+        with torch.enable_grad():
+            return torch.autograd.grad(self._attend(leaves, scale), leaves, dout)
+
+
+class PlainChoice(AttentionChoice):
+    def of(self, lengths: Sequence[int], device: torch.device) -> FusedAttention:
+        return PlainAttention(lengths)
+
+
+def adapters(base: BaseModel) -> list[Adapter]:
+    found = [base.new_adapter(spec) for spec in SPECS]
+    for number, adapter in enumerate(found):
+        generator = torch.Generator().manual_seed(number)
+        adapter.weights.copy_(0.1 * torch.randn(adapter.weights.shape, generator=generator))
+        adapter.weights_changed()
+    return found
+
+
+def run(base: BaseModel, fused: FusedLayers | None, lengths: Sequence[int]) -> list[Tensor]:
+    """The hidden states of a packed batch of four tenants and nobody, and every tenant's gradient."""
+    base.fused, base.groups_adapters = fused, False
+    tenants = adapters(base)
+    ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    cuts = [ends[number * (len(lengths)) // 6] for number in range(7)]
+    owners = [tenants[0], tenants[1], None, tenants[2], tenants[3], tenants[0]]
+    segments = [Segment(*each) for each in zip(owners, cuts, cuts[1:], strict=False)]
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(base.vocab_size, (ends[-1],), generator=generator).to(base.device)
+    positions = torch.cat([torch.arange(length) for length in lengths]).to(base.device)
+    hidden = base.hidden(tokens, positions, segments, PackedAttention(ends))
+    upstream = torch.randn(hidden.shape, generator=generator).to(base.device, hidden.dtype)
+    for adapter in tenants:
+        adapter.require_grad()
+    hidden.backward(upstream)
+    assert all(adapter.grad is not None for adapter in tenants)
+    return [each.double().cpu() for each in (hidden.detach(), *(adapter.grad for adapter in tenants))]
+
+
+def fused_layers(base: BaseModel) -> FusedLayers:
+    fused = FusedLayers(base.module, [layer.self_attn.scaling for layer in base.module.model.layers])
+    if INTERPRETED:
+        fused._attention = PlainChoice()
+    return fused
+
+
+def distance(ours: Tensor, expected: Tensor) -> float:
+    return float((ours - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("recomputes", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("family", ["llama", "qwen2-biases", "qwen3-tied"])
+def test_fused_layers_compute_what_the_module_does(
+    family: str, recomputes: bool, folders: Callable[[str], Path]
+) -> None:
+    """In bfloat16 they are as far from float32 as the layers one by one, times 1.3. The interpreter runs float32."""
+    lengths = [5, 9, 14, 3, 20, 40]
+    exact = run(load(folders(family), torch.float32, DEVICE), None, lengths)
+    base = load(folders(family), torch.float32 if INTERPRETED else torch.bfloat16, DEVICE)
+    plain = run(base, None, lengths)
+    fused = fused_layers(base)
+    fused.recomputes = recomputes
+    ours = run(base, fused, lengths)
+    for mine, theirs, true in zip(ours, plain, exact, strict=True):
+        assert distance(mine, true) <= (1e-4 if INTERPRETED else max(1.3 * distance(theirs, true), 0.01))

@@ -1,0 +1,242 @@
+"""The decoder layers of the plainest families as few operations, forward and backward, for training on a CUDA device.
+
+A layer is one step of autograd, written by hand: matrix products by the library, everything between them by our own
+kernels, all tenants' adapters in the same launches. Backward keeps a layer's input, its projections before the norms
+and activations, and attention's output; it computes the rest again. Which families the layers may stand in for is a
+list, and checked by comparing results.
+
+Shapes: `T` rows of a packed batch, `D` hidden size, `O` outputs of a group of linear layers, `P` width of the
+feed-forward network, `R` ranks of all layers of a group, `H` query heads, `G` key/value heads, `d` head dimension.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinsmith.models.adapter_table import AdapterPlaces, AdapterTable
+from tinsmith.models.attention import PackedAttention
+from tinsmith.models.fused_attention import AttentionChoice, FusedAttention
+from tinsmith.models.kernels import add_rms_norm, norm_rope, norm_rope_backward, rms_norm_backward
+from tinsmith.models.lora import LinearGroup, Segment
+from tinsmith.models.norms import FrozenRMSNorm
+from tinsmith.models.quick import FAMILIES, AttentionObserver
+
+_PROBE_LENGTHS = (7, 4)
+_TOLERANCE = 0.1  # of the final hidden states, which are normalised, in bfloat16
+_LEAST_CAPABILITY = (8, 0)  # of the device: what the kernels for attention and bfloat16 need
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What all layers of one pass share."""
+
+    adapters: AdapterTable
+    attention: FusedAttention
+    cos_Td: Tensor
+    sin_Td: Tensor
+    recomputes: bool  # whether a layer keeps its input only
+
+
+class FusedLayers:
+    """Stands in for a base model between its embedding and its final norm.
+
+    `recomputes` says whether backward computes each layer again, in passes that begin from now on.
+    """
+
+    def __init__(self, module: Any, scalings: Sequence[float]) -> None:
+        """`scalings` are those of each layer's attention scores."""
+        self._embedding = module.get_input_embeddings()
+        self._rotary = module.model.rotary_emb
+        self._norm = module.model.norm
+        self._layers = [_Layer(layer, scale) for layer, scale in zip(module.model.layers, scalings, strict=True)]
+        self._places = AdapterPlaces([group for layer in self._layers for group in layer.groups])
+        self._attention = AttentionChoice()
+        self.recomputes = False
+
+    def hidden(
+        self, tokens_T: Tensor, positions_T: Tensor, segments: Sequence[Segment], attention: PackedAttention
+    ) -> Tensor:
+        """[T, D] after the final norm, as `BaseModel.hidden`."""
+        device = tokens_T.device
+        hidden_TD: Tensor = self._embedding(tokens_T)
+        cos_1Td, sin_1Td = self._rotary(hidden_TD[None], positions_T[None])
+        hidden_TD.requires_grad_(torch.is_grad_enabled())
+        table = AdapterTable(segments, self._places, device)
+        kernels = self._attention.of(attention.lengths, device)
+        this = Pass(table, kernels, cos_1Td[0], sin_1Td[0], self.recomputes)
+        for layer in self._layers:
+            hidden_TD = _LayerFunction.apply(hidden_TD, layer, this)
+        normed: Tensor = self._norm(hidden_TD)
+        return normed
+
+
+@torch.no_grad()
+def fused_layers(model: Any, on_progress: Callable[[str], None]) -> FusedLayers | None:
+    """The fused layers of a loaded base model; None, with the reason told, where they would not compute the same."""
+    if model.architecture not in FAMILIES or model.dtype != torch.bfloat16:
+        return None
+    if torch.cuda.get_device_capability(model.device) < _LEAST_CAPABILITY:
+        on_progress("training uses the slower layers: this device is older than they are made for")
+        return None
+    tokens_T = torch.arange(sum(_PROBE_LENGTHS), device=model.device) % model.vocab_size
+    positions_T = torch.cat([torch.arange(length, device=model.device) for length in _PROBE_LENGTHS])
+    segments = [Segment(None, 0, len(tokens_T))]
+    observer = AttentionObserver([0, _PROBE_LENGTHS[0], len(tokens_T)])
+    expected_TD = model.hidden(tokens_T, positions_T, segments, observer)
+    scalings, windows = zip(*(observer.calls[layer] for layer in range(model.num_layers)), strict=True)
+    if any(window is not None and window < model.max_context for window in windows):
+        on_progress("training uses the slower layers: attention has a window")
+        return None
+    fused = FusedLayers(model.module, scalings)
+    hidden_TD = fused.hidden(tokens_T, positions_T, segments, observer)
+    if torch.allclose(hidden_TD, expected_TD, atol=_TOLERANCE, rtol=_TOLERANCE):
+        return fused
+    difference = (hidden_TD - expected_TD).abs().max().item()
+    on_progress(f"training uses the slower layers: the fused ones differ by {difference:.3g}")
+    return None
+
+
+class _LayerFunction(torch.autograd.Function):
+    """Hidden states through one layer; the adapters' gradients go to the adapters."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, layer: "_Layer", this: Pass) -> Tensor:
+        out_TD, saved = layer.forward(x_TD, this)
+        ctx.save_for_backward(x_TD, *(() if this.recomputes else saved))
+        ctx.layer, ctx.this = layer, this
+        return out_TD
+
+    @staticmethod
+    def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, *saved = ctx.saved_tensors
+        layer, this = ctx.layer, ctx.this
+        if this.recomputes:
+            _, saved = layer.forward(x_TD, this)
+        return layer.backward(dout_TD.contiguous(), x_TD, saved, this), None, None
+
+
+class _Layer:
+    """One decoder layer: attention and a gated feed-forward network, each behind a norm and added to what came in."""
+
+    def __init__(self, layer: Any, scale: float) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self._scale = scale
+        self._before, self._between = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
+        self._heads: LinearGroup = attention.q_proj.group
+        self._out: LinearGroup = attention.o_proj.group
+        self._gate_up: LinearGroup = mlp.gate_proj.group
+        self._down: LinearGroup = mlp.down_proj.group
+        self._width: int = attention.head_dim
+        self._counts = [outputs // self._width for outputs in self._heads.outputs]
+        has_norms = hasattr(attention, "q_norm")
+        self._q_weight_d: Tensor | None = attention.q_norm.original.weight if has_norms else None
+        self._k_weight_d: Tensor | None = attention.k_norm.original.weight if has_norms else None
+        self._head_eps: float = attention.q_norm.eps if has_norms else 0.0
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        return self._heads, self._out, self._gate_up, self._down
+
+    def forward(self, x_TD: Tensor, this: Pass) -> tuple[Tensor, list[Tensor]]:
+        """(what comes out [T, D], what `backward` needs beside what came in)."""
+        normed_TD = self._before(x_TD)
+        heads_TO, heads_z = _product(self._heads, normed_TD, this.adapters, None)
+        attended_THd, kept = this.attention.forward(*self._turned(heads_TO, this), self._scale)
+        attended_TO = attended_THd.flatten(1)
+        middle_TD, out_z = _product(self._out, attended_TO, this.adapters, x_TD)
+        normed_TD = self._between(middle_TD)
+        gate_up_z = this.adapters.inner_of_inputs(self._gate_up, normed_TD)
+        gate_up_TO = F.linear(normed_TD, self._gate_up.weight_OI, self._gate_up.bias_O)
+        active_TP = this.adapters.swiglu(self._gate_up, gate_up_TO, gate_up_z)
+        y_TD, down_z = _product(self._down, active_TP, this.adapters, middle_TD)
+        inner = [heads_z, out_z, gate_up_z, down_z]
+        return y_TD, [*inner, heads_TO, attended_TO, middle_TD, gate_up_TO, *kept]
+
+    def _turned(self, heads_TO: Tensor, this: Pass) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, H, d] and keys [T, G, d], normalised and rotated, and values [T, G, d]."""
+        query, key, _ = self._counts
+        turned_TO = heads_TO.new_empty(len(heads_TO), (query + key) * self._width)
+        weights = (self._q_weight_d, self._k_weight_d)
+        eps, width = self._head_eps, self._width
+        norm_rope(heads_TO, this.cos_Td, this.sin_Td, *weights, eps, query, key, width, turned_TO)
+        query_THd, key_TGd = turned_TO.unflatten(1, (-1, self._width)).split([query, key], 1)
+        return query_THd, key_TGd, heads_TO.unflatten(1, (-1, self._width))[:, query + key :]
+
+    def backward(self, dy_TD: Tensor, x_TD: Tensor, saved: Sequence[Tensor], this: Pass) -> Tensor:
+        """The gradient in what came in; what was saved is overwritten."""
+        heads_z, out_z, gate_up_z, down_z, heads_TO, attended_TO, middle_TD, gate_up_TO, *kept = saved
+        dmiddle_TD = self._feed_forward_backward(dy_TD, middle_TD, gate_up_TO, (gate_up_z, down_z), this)
+        table = this.adapters
+        dout_z = table.inner_of_gradient(self._out, dmiddle_TD)
+        dattended_TO = _product_backward(self._out, dmiddle_TD, dout_z, table)
+        table.add_gradients(self._out, attended_TO, out_z, dmiddle_TD, dout_z)
+        inputs = self._turned(heads_TO, this)
+        dattended_THd, attended_THd = (each.unflatten(1, (-1, self._width)) for each in (dattended_TO, attended_TO))
+        dinputs = this.attention.backward(dattended_THd, inputs, attended_THd, kept, self._scale)
+        del inputs, dattended_TO, dattended_THd
+        weights = (self._q_weight_d, self._k_weight_d)
+        dheads_TO = norm_rope_backward(dinputs, heads_TO, this.cos_Td, this.sin_Td, *weights, self._head_eps)
+        del dinputs
+        dheads_z = table.inner_of_gradient(self._heads, dheads_TO)
+        dnormed_TD = _product_backward(self._heads, dheads_TO, dheads_z, table)
+        dx_TD, normed_TD = self._before.backward(dnormed_TD, x_TD, dmiddle_TD)
+        table.add_gradients(self._heads, normed_TD, heads_z, dheads_TO, dheads_z)
+        return dx_TD
+
+    def _feed_forward_backward(
+        self, dy_TD: Tensor, middle_TD: Tensor, gate_up_TO: Tensor, inner: tuple[Tensor, Tensor], this: Pass
+    ) -> Tensor:
+        """The gradient [T, D] in what goes into the feed-forward network's norm, and past it."""
+        table, (gate_up_z, down_z) = this.adapters, inner
+        ddown_z = table.inner_of_gradient(self._down, dy_TD)
+        dactive_TP = dy_TD @ self._down.weight_OI
+        groups = (self._gate_up, self._down)
+        active_TP = table.swiglu_backward(groups, gate_up_TO, gate_up_z, dactive_TP, ddown_z)
+        dgate_up_TO = gate_up_TO
+        table.add_gradients(self._down, active_TP, down_z, dy_TD, ddown_z)
+        del active_TP, dactive_TP
+        dgate_up_z = table.inner_of_gradient(self._gate_up, dgate_up_TO)
+        dnormed_TD = _product_backward(self._gate_up, dgate_up_TO, dgate_up_z, table)
+        dmiddle_TD, normed_TD = self._between.backward(dnormed_TD, middle_TD, dy_TD)
+        table.add_gradients(self._gate_up, normed_TD, gate_up_z, dgate_up_TO, dgate_up_z)
+        return dmiddle_TD
+
+
+class _Norm:
+    """A frozen RMS norm."""
+
+    def __init__(self, norm: FrozenRMSNorm) -> None:
+        original: Any = norm.original
+        self._weight_D: Tensor = original.weight
+        self._eps = norm.eps
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        return add_rms_norm(x_TD, None, self._weight_D, self._eps)[0]
+
+    def backward(self, dy_TD: Tensor, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """(the gradient in x, plus the residual's; the normalised x once more)."""
+        return rms_norm_backward(dy_TD, x_TD, self._weight_D, self._eps, residual_TD)
+
+
+def _product(
+    group: LinearGroup, x_TI: Tensor, adapters: AdapterTable, residual_TO: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(x Wᵀ + b + what the adapters add + the residual [T, O], x Aᵀ [T, R]).
+
+    The adapters come first: the library's product adds to what is there, which costs less than adding to its result.
+    """
+    z_TR = adapters.inner_of_inputs(group, x_TI)
+    base_TO = residual_TO
+    if group.bias_O is not None:
+        base_TO = group.bias_O.expand(len(x_TI), -1) if residual_TO is None else residual_TO + group.bias_O
+    y_TO = adapters.outputs(group, z_TR, base_TO)
+    return y_TO.addmm_(x_TI, group.weight_OI.t()), z_TR
+
+
+def _product_backward(group: LinearGroup, dy_TO: Tensor, dz_TR: Tensor, adapters: AdapterTable) -> Tensor:
+    """The gradient [T, I] in what went in."""
+    return adapters.gradient_of_inputs(group, dz_TR).addmm_(dy_TO, group.weight_OI)
