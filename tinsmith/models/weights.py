@@ -81,13 +81,14 @@ def save_adapter(adapter: Adapter, base: str, folder: Path) -> None:
     """Writes adapter_model.safetensors (fp32) and adapter_config.json."""
     tensors = {peft_name(name): view for name, view in adapter.layout.named_views(adapter.weights).items()}
     write_tensors(tensors, folder / ADAPTER_FILE)
-    modules, parameters = _peft_targets(list(tensors))
+    modules, parameters = peft_targets(list(tensors))
+    alpha = float(adapter.spec.alpha)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": adapter.spec.rank,
-        "lora_alpha": int(adapter.spec.alpha) if adapter.spec.alpha.is_integer() else adapter.spec.alpha,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": modules,
@@ -97,7 +98,7 @@ def save_adapter(adapter: Adapter, base: str, folder: Path) -> None:
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _peft_targets(names: Sequence[str]) -> tuple[list[str], list[str] | None]:
+def peft_targets(names: Sequence[str]) -> tuple[list[str], list[str] | None]:
     """PEFT's target_modules and target_parameters of the names in an adapter file.
 
     Beside experts, an MLP's linear layers are named as parameters: as modules, PEFT takes them for the experts'.
@@ -178,6 +179,13 @@ def read_adapter(folder: Path, layout: Layout) -> Tensor:
             if name in stored:
                 _copy(path, file, stored[name], view)
     return flat
+
+
+def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter folder under PEFT's names, without copies of frozen weights. Raises UserError."""
+    check_adapter_config(_read_json(folder / ADAPTER_CONFIG), ADAPTER_CONFIG)
+    with _open(folder / ADAPTER_FILE) as file:
+        return {peft_name(ours): file.get_tensor(name) for ours, name in _stored_names(file).items()}
 
 
 def _stored_names(file: Any) -> dict[str, str]:
