@@ -7,9 +7,10 @@ import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import httpx
 import pytest
@@ -22,7 +23,8 @@ from tinsmith.store import keys, records
 PREFIX = "/api/v1"
 ANNA, BEN = "tml-anna", "tml-ben"
 
-OPEN = {f"{PREFIX}/healthz": 200} | {f"{PREFIX}/{each}/{{token}}/{{name}}": 404 for each in ("files", "uploads")}
+OPEN = {f"{PREFIX}/healthz": 200, f"{PREFIX}/traces/{{token}}": 404}
+OPEN |= {f"{PREFIX}/{each}/{{token}}/{{name}}": 404 for each in ("files", "uploads")}
 """Routes that take no key, and their answer: health, and downloads and uploads, whose address is the permission."""
 
 NOBODYS = {
@@ -47,8 +49,14 @@ CHATS = {
 MODEL_LISTS = {"/oai/api/v1/models", "/anthropic/api/v1/models", "/v1/models"}
 """Of what one may name, where a chat's clients look; nobody sees others' there."""
 
-LISTS = {"/sessions", "/training_runs", "/checkpoints"}
+LISTS = {"/sessions", "/training_runs", "/checkpoints", "/audit", "/billing/usage/checkpoints/current"}
+LISTS |= {"/sessions/search", "/billing/usage/events"}
+TODAY = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+WINDOW = {"starting_on": TODAY.isoformat(), "ending_before": (TODAY + timedelta(hours=2)).isoformat()}
+QUERIES = {"/billing/usage/events": f"?{urlencode(WINDOW)}"}
+
 READ_BY_ADMINS = LISTS | {
+    "/sessions/{session_id}/trace_export",
     *("/sessions/{session_id}", "/training_runs/{run_id}", "/training_runs/{run_id}/checkpoints"),
     *("/samplers/{sampler_id}", "/get_info", "/weights_info"),
 }
@@ -111,6 +119,11 @@ def requests(mine: Belongings, own_session: str) -> dict[str, Any]:
         "/forward_backward": message(mine.model, 9),
         "/optim_step": training | {"adam_params": {}},
         "/session_heartbeat": {"session_id": mine.session},
+        "/sessions/search": {"owner": {"type": "accessible"}},
+        "/sessions/{session_id}/project": {"project_id": "theirs"},
+        "/join_sampling_session": {"sampling_session_id": mine.sampler},
+        "/retrieve_futures": {"target": {"sampling_session_id": mine.sampler}, "timeout": 0},
+        "/copy_weights": {"source_path": mine.path, "destination_project_id": "theirs"},
         "/sessions/{session_id}/finish": {"reason": {"type": "errored"}},
         "/create_model": {"session_id": mine.session, "model_seq_id": 9, "base_model": "tiny"},
         "/get_info": {"model_id": mine.model},
@@ -164,7 +177,8 @@ def statuses(api: Api, mine: Belongings, client: httpx.Client) -> dict[tuple[str
     for method, full in walk(api.routes):
         path = full.removeprefix(PREFIX)
         if full not in OPEN and path not in NOBODYS:
-            answers[method, path] = ask(client, api.base_url, method, mine.fill(full), bodies.get(path))
+            filled = mine.fill(full) + QUERIES.get(path, "")
+            answers[method, path] = ask(client, api.base_url, method, filled, bodies.get(path))
     return answers
 
 
@@ -202,8 +216,10 @@ def test_an_admin_sees_everything_and_touches_nothing(api: Api, belongings: Belo
     for (method, path), answer in answers.items():
         may = path in READ_BY_ADMINS | MODEL_LISTS
         assert answer.status_code == (200 if may else 404), (method, path, answer.text)
-    assert all(belongings.session in answers["GET", path].text for path in LISTS)
     assert all(belongings.session not in answers["GET", path].text for path in MODEL_LISTS)
+    by_session = LISTS - {"/billing/usage/checkpoints/current"}
+    lists = {path: answer.text for (method, path), answer in answers.items() if path in by_session and method != "HEAD"}
+    assert [path for path, text in lists.items() if belongings.session not in text] == []
     assert_untouched(api, belongings)
 
 

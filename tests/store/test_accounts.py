@@ -119,11 +119,11 @@ def test_what_is_kept_is_listed_by_project_and_owner(conn: sa.Connection) -> Non
     assert usage.shelves(conn, "bob", None) == usage.shelves(conn, None, "q") == []
 
 
-def test_metadata_of_any_number_of_sessions_is_found(conn: sa.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_projects_and_metadata_of_any_number_of_sessions_are_found(conn: sa.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(usage, "_AT_ONCE", 2)
     for name in "abcde":
         records.create_session(conn, session(name))
-    assert usage.sessions_metadata(conn, list("abcdex")) == {name: {"k": [1]} for name in "abcde"}
+    assert usage.sessions_about(conn, list("abcdex")) == {name: (None, {"k": [1]}) for name in "abcde"}
 
 
 def test_a_server_secret_is_made_once_for_each_purpose(conn: sa.Connection) -> None:

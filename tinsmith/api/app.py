@@ -10,7 +10,23 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tinsmith.api import downloads, futures, identity, runs, sampling, service, sessions, training, uploads, weights
+from tinsmith.api import (
+    accounts,
+    clients,
+    copies,
+    downloads,
+    futures,
+    identity,
+    runs,
+    sampling,
+    search,
+    service,
+    sessions,
+    traces,
+    training,
+    uploads,
+    weights,
+)
 from tinsmith.api.auth import Access
 from tinsmith.api.backlog import Backlog
 from tinsmith.api.calls import Handler, Services, answer, endpoint
@@ -50,6 +66,9 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/sessions/{session_id}/finish", sessions.finish_session),
     ("GET", "/sessions", sessions.list_sessions),
     ("GET", "/sessions/{session_id}", sessions.get_session),
+    ("POST", "/sessions/search", search.search_sessions),
+    ("PUT", "/sessions/{session_id}/project", search.assign_project),
+    ("GET", "/sessions/{session_id}/trace_export", traces.export_trace),
     ("POST", "/create_model", training.create_model),
     ("POST", "/get_info", training.get_info),
     ("POST", "/create_custom_loss", training.create_custom_loss),
@@ -60,8 +79,11 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/external_weights_upload_finish", uploads.finish),
     ("POST", "/load_weights", weights.load_weights),
     ("POST", "/weights_info", weights.weights_info),
+    ("POST", "/copy_weights", copies.copy_weights),
     ("POST", "/create_sampling_session", sampling.create_sampling_session),
     ("GET", "/samplers/{sampler_id}", sampling.get_sampler),
+    ("POST", "/join_sampling_session", clients.join_sampling_session),
+    ("POST", "/retrieve_futures", clients.retrieve_futures),
     ("POST", "/cancel_future", sampling.cancel_future),
     ("GET", "/training_runs", runs.list_runs),
     ("GET", "/training_runs/{run_id}", runs.get_run),
@@ -71,6 +93,9 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", f"{_CHECKPOINT}/publish", runs.publish),
     ("DELETE", f"{_CHECKPOINT}/publish", runs.unpublish),
     ("PUT", f"{_CHECKPOINT}/ttl", runs.set_ttl),
+    ("GET", "/audit", accounts.audit_log),
+    ("GET", "/billing/usage/events", accounts.usage_events),
+    ("GET", "/billing/usage/checkpoints/current", accounts.current_storage),
     ("GET", f"{_RUN}/checkpoints/external_weights/{{name}}/external_weights_urls", downloads.external_weights_urls),
 )
 
@@ -95,6 +120,9 @@ def create_app(settings: Settings, served: Sequence[Served], database: Database,
     async def upload(request: Request) -> Response:
         return await uploads.put(services, request)
 
+    async def trace(request: Request) -> Response:
+        return await traces.download_trace(services, request)
+
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         services.catalog.start()
@@ -110,6 +138,7 @@ def create_app(settings: Settings, served: Sequence[Served], database: Database,
         Route(f"{PREFIX}/healthz", health, methods=["GET"]),
         Route(f"{PREFIX}{downloads.FILES}/{{token}}/{{name}}", download, methods=["GET"]),
         Route(f"{PREFIX}{uploads.FILES}/{{token}}/{{name}}", upload, methods=["PUT"]),
+        Route(f"{PREFIX}{traces.FILES}/{{token}}", trace, methods=["GET"]),
     ]
     ours = [(method, PREFIX + path, handler) for method, path, handler in ROUTES]
     for method, path, handler in (*ours, *chat_routes(chat)):

@@ -84,6 +84,10 @@ class Call:
         """Whose objects the call may list and describe: an admin's call, everybody's. For nothing else."""
         return records.EVERYBODY if self.caller.is_admin else self.caller.owner
 
+    async def reader(self, token: str | None) -> str:
+        """As whom checkpoints may be read: the caller, or who has the given key or token. Raises UnauthorizedError."""
+        return self.owner if token is None else (await self.services.access.holder(token)).owner
+
     async def admit(self, subject: str, seq: int, size: int, tokens: int = 0, *, ordered: bool = True) -> None:
         """Counts a request of `size` bytes against what may be under way, and its tokens against its caller's rate.
 

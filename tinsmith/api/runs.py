@@ -14,7 +14,7 @@ from tinsmith.api.paths import KINDS, CheckpointPath
 from tinsmith.api.sessions import labels
 from tinsmith.errors import NotFoundError
 from tinsmith.protocols import ModelSpec
-from tinsmith.store import records
+from tinsmith.store import audit, records
 from tinsmith.wire import types
 
 _RECENT = 100  # checkpoints of a run among which its last ones are looked for
@@ -92,13 +92,13 @@ def _delete(conn: sa.Connection, path: str, owner: str) -> records.Checkpoint:
 
 async def publish(call: Call) -> Response:
     """POST …/publish: everybody on this server may load the checkpoint."""
-    await call.services.database.write_async(_change, _path(call), call.owner, public=True)
+    await call.services.database.write_async(_change, _path(call), call.owner, "publish", public=True)
     return answer({})
 
 
 async def unpublish(call: Call) -> Response:
     """DELETE …/publish."""
-    await call.services.database.write_async(_change, _path(call), call.owner, public=False)
+    await call.services.database.write_async(_change, _path(call), call.owner, "unpublish", public=False)
     return answer({})
 
 
@@ -106,13 +106,14 @@ async def set_ttl(call: Call) -> Response:
     """PUT …/ttl: seconds from now, or null for ever."""
     body = await call.json(types.TtlRequest)
     expires_at = None if body.ttl_seconds is None else time.time() + body.ttl_seconds
-    await call.services.database.write_async(_change, _path(call), call.owner, expires_at=expires_at)
+    await call.services.database.write_async(_change, _path(call), call.owner, "set_ttl", expires_at=expires_at)
     return answer({})
 
 
-def _change(conn: sa.Connection, /, path: str, owner: str, **changes: object) -> None:
+def _change(conn: sa.Connection, /, path: str, owner: str, action: str, **changes: object) -> None:
     _require_own(conn, path, owner)
     records.update_checkpoint(conn, path, **changes)
+    audit.note(conn, owner, f"checkpoint_{action}", tinker_path=path, **changes)
 
 
 def _require_own(conn: sa.Connection, path: str, owner: str) -> None:

@@ -41,7 +41,7 @@ class Waiters:
 
     @contextmanager
     def watch(self, request_id: str) -> Iterator[asyncio.Event]:
-        """An event that is set whenever the job is said to have ended."""
+        """An event that is set whenever the job, or (for a sampler's id) any of its jobs, is said to have ended."""
         event = asyncio.Event()
         self._events[request_id].add(event)
         try:
@@ -63,5 +63,6 @@ class Waiters:
 
     def _wake(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
-            for event in self._events.get(request_id, ()):
-                event.set()
+            for key in (request_id, request_id.rpartition(":")[0]):
+                for event in self._events.get(key, ()):
+                    event.set()

@@ -119,7 +119,8 @@ async def load_weights(call: Call) -> Response:
         if body.session_id is not None and body.model_seq_id is not None:
             return await _load_into_new(call, body, body.session_id, body.model_seq_id)
         if body.model_id is not None and body.seq_id is not None:
-            return await submit(call, Address(body.model_id, body.seq_id), partial(_prepare_load, body))
+            reader = await call.reader(body.weights_access_token)
+            return await submit(call, Address(body.model_id, body.seq_id), partial(_prepare_load, body, reader))
         raise UserError("load_weights needs model_id and seq_id, or session_id and model_seq_id (for a new model)")
     except UserError as refusal:
         return await refuse(call, "load_weights", json_address(content), refusal)
@@ -131,15 +132,13 @@ def _check_load(body: types.LoadWeightsRequest) -> None:
         raise UserError(f"model_id {body.model_id!r} and session_id {body.session_id!r} exclude each other; give one")
     if path.kind != "training" and body.optimizer:
         raise UserError(f"{path} holds no optimizer state to train on from; load a checkpoint of .../weights/NAME")
-    if body.weights_access_token is not None:
-        raise UserError("weights_access_token is not supported; publish the checkpoint under its owner's key instead")
     check_optimizer(body.optimizer_config)
 
 
-def _prepare_load(body: types.LoadWeightsRequest, conn: sa.Connection, model: records.Model) -> Draft:
+def _prepare_load(body: types.LoadWeightsRequest, reader: str, conn: sa.Connection, model: records.Model) -> Draft:
     # A checkpoint of the model itself may still be on its way: its save can be queued in front of this request.
     if parse_path(body.path).model_id != model.id:
-        checkpoint = records.require_checkpoint(conn, body.path, model.owner)
+        checkpoint = records.require_checkpoint(conn, body.path, reader)
         if checkpoint.base != model.base:
             raise UserError(
                 f"{body.path} belongs to base model {checkpoint.base_name!r}, and the model that it was to be "
@@ -150,7 +149,8 @@ def _prepare_load(body: types.LoadWeightsRequest, conn: sa.Connection, model: re
 
 async def _load_into_new(call: Call, body: types.LoadWeightsRequest, session_id: str, number: int) -> Response:
     services = call.services
-    checkpoint = await services.database.read_async(records.require_checkpoint, body.path, call.owner)
+    reader = await call.reader(body.weights_access_token)
+    checkpoint = await services.database.read_async(records.require_checkpoint, body.path, reader)
     check_base(call, checkpoint, body.base_model)
     model = new_model(
         call,

@@ -132,6 +132,11 @@ def finish_session(conn: sa.Connection, session_id: str, owner: str, reason: str
     conn.execute(sa.update(sessions).where(is_open).values(state="finished", finish_reason=reason))
 
 
+def update_session(conn: sa.Connection, /, session_id: str, **changes: Any) -> None:
+    """Sets columns of a session. Raises NotFoundError."""
+    _update(conn, sessions.c.id, session_id, changes)
+
+
 def list_sessions(conn: sa.Connection, owner: str, limit: int, offset: int) -> tuple[list[Session], int]:
     """Newest first, with the total count."""
     return _page(conn, Session, sessions, sessions.c.id, _of(sessions, owner), limit, offset)

@@ -16,6 +16,7 @@ from tinsmith.store.tables import checkpoints, insert, models, sessions, storage
 from tinsmith.wire.jobs import Usage
 
 HOUR = 3600
+About = dict[str, tuple[str | None, dict[str, object]]]
 _AT_ONCE = 1000  # parameters of one query
 TOKEN_KINDS = ("train", "prefill", "cached_prefill", "sample")
 
@@ -157,10 +158,12 @@ def shelves(conn: sa.Connection, owner: str | None, project_id: str | None) -> l
     return [Shelf(project, each, count, int(size)) for project, each, count, size in conn.execute(statement)]
 
 
-def sessions_metadata(conn: sa.Connection, session_ids: Sequence[str]) -> dict[str, dict[str, object]]:
-    """The user's metadata of these sessions."""
-    found: dict[str, dict[str, object]] = {}
-    for some in (session_ids[start : start + _AT_ONCE] for start in range(0, len(session_ids), _AT_ONCE)):
-        statement = sa.select(sessions.c.id, sessions.c.user_metadata).where(sessions.c.id.in_(some))
-        found |= {row.id: row.user_metadata for row in conn.execute(statement)}
+def sessions_about(conn: sa.Connection, session_ids: Sequence[str]) -> About:
+    """The project and the user's metadata of each of these sessions."""
+    found: About = {}
+    for start in range(0, len(session_ids), _AT_ONCE):
+        some = session_ids[start : start + _AT_ONCE]
+        columns = (sessions.c.id, sessions.c.project_id, sessions.c.user_metadata)
+        statement = sa.select(*columns).where(sessions.c.id.in_(some))
+        found |= {session_id: (project_id, metadata) for session_id, project_id, metadata in conn.execute(statement)}
     return found
