@@ -119,7 +119,7 @@ def test_what_is_kept_is_listed_by_project_and_owner(conn: sa.Connection) -> Non
     assert usage.shelves(conn, "bob", None) == usage.shelves(conn, None, "q") == []
 
 
-def test_projects_and_metadata_of_any_number_of_sessions_are_found(conn: sa.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_sessions_are_described_at_once(conn: sa.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(usage, "_AT_ONCE", 2)
     for name in "abcde":
         records.create_session(conn, session(name))
