@@ -59,13 +59,17 @@ class ThrowawayPostgres:
     def database(self, template: str | None = None) -> Iterator[str]:
         """The URL of a new database, empty or a copy of the one at `template`; it goes at the end."""
         name = f"test_{uuid.uuid4().hex[:12]}"
+        original = conninfo_to_dict(template)["dbname"] if template else "template1"
+        self._execute(f"CREATE DATABASE {name} TEMPLATE {original}")
+        try:
+            yield self.url(name)
+        finally:
+            self._execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+    def _execute(self, statement: str) -> None:
+        """On a connection of its own: the server may be restarted between two."""
         with psycopg.connect(self.url(), autocommit=True) as conn:
-            original = conninfo_to_dict(template)["dbname"] if template else "template1"
-            conn.execute(f"CREATE DATABASE {name} TEMPLATE {original}")
-            try:
-                yield self.url(name)
-            finally:
-                conn.execute(f"DROP DATABASE {name} WITH (FORCE)")
+            conn.execute(statement.encode())
 
     def _initialise(self) -> None:
         user = _unprivileged_user()

@@ -7,7 +7,7 @@ tenants), gives sampling the same share of time, and keeps house. Knows no tenso
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from tinsmith.engine.checkpoints import orphans, remove_folder, sweep
 from tinsmith.engine.operations import Operations
 from tinsmith.engine.outcomes import attempt, failed, outcome_of
 from tinsmith.engine.planning import Plan, apart, gaps, plan
+from tinsmith.engine.points import PointSchedule
 from tinsmith.engine.recovery import Recovery
 from tinsmith.engine.residency import Residency
 from tinsmith.engine.sampling_turns import SamplingTurns
@@ -41,7 +42,6 @@ CLAIM_LIMIT = 256
 IDLE_SECONDS = 1.0  # how long to sleep when nobody rings
 BEAT_SECONDS = 5.0
 KEEP_HOUSE_SECONDS = 10.0
-POINT_SECONDS = 60.0  # how often a training model gets a recovery point
 SILENT_SECONDS = 24 * 3600.0  # a session without heartbeats (a sleeping laptop, a dead client) is kept this long
 PATIENCE_SECONDS = 900.0  # after so long without them, its samples are given up and its models leave the device
 SNAPSHOTS_PER_MODEL = 8  # on the device at most, of as many models as may be there; the sampler bounds their bytes
@@ -94,6 +94,7 @@ class Engine:
         self._operations = Operations(ledger, trainer, self._residency, data_dir / "checkpoints", new_checkpoint)
         self._lanes: dict[str, Lane] = {}
         self._shares = Shares()
+        self._points = PointSchedule()
         self._watch = Watch(sampler, self._residency)
         self._sampling = SamplingTurns(ledger, sampler, self._residency, self._trials, self._watch, self._shares)
         self._astray = False  # the store failed in the middle of something: memory may differ from the log
@@ -104,7 +105,6 @@ class Engine:
         self._samples_queued = False
         self._pruning = False
         self._kept_house_at = time.monotonic()
-        self._pointed_at = time.monotonic()
         self._began_at = time.time()
 
     # The loop
@@ -390,9 +390,10 @@ class Engine:
 
     def _keep_house(self) -> None:
         now = time.monotonic()
-        if now - self._pointed_at > POINT_SECONDS:
-            self._pointed_at = now
-            self.write_points()
+        model_id = self._points.due(self._unwritten(), now)
+        if model_id is not None:
+            self._write_point(model_id)
+            self._points.wrote(model_id, now, time.monotonic())
         if now - self._kept_house_at > KEEP_HOUSE_SECONDS:
             self._kept_house_at = now
             self._shares.weights = self._ledger.weights()
@@ -412,9 +413,18 @@ class Engine:
 
     def write_points(self) -> None:
         """Gives every model that has stepped since its last recovery point a new one."""
+        for model_id in list(self._unwritten()):
+            self._write_point(model_id)
+
+    def _unwritten(self) -> Iterator[str]:
+        """Models on the device that have stepped since their last recovery point."""
+        resident = frozenset(self._residency.models)
         for model_id, lane in self._lanes.items():
-            if lane.stepped and model_id in self._residency.models:
-                lane.stepped = not self._to_disk(self._residency.write_point, model_id)
+            if lane.stepped and model_id in resident:
+                yield model_id
+
+    def _write_point(self, model_id: str) -> None:
+        self._lanes[model_id].stepped = not self._to_disk(self._residency.write_point, model_id)
 
     def close_models(self) -> None:
         """Frees the models of sessions that are over, once nothing of theirs waits."""
@@ -426,6 +436,7 @@ class Engine:
             self._ledger.update_model(model_id, state="closed", recovery_seq=None, recovery_folder=None)
             self._lanes.pop(model_id, None)
             self._shares.forget(model_id)
+            self._points.forget(model_id)
 
     def rest_silent_models(self) -> None:
         """Moves what silent clients have on the device to disk; it comes back with their next request."""
