@@ -31,6 +31,12 @@ class LimitError(UserError):
     status = 403
 
 
+class ForbiddenError(UserError):
+    """The caller is known, and may not do this whatever the circumstances."""
+
+    status = 403
+
+
 class NotFoundError(UserError):
     """There is no such object, or it belongs to somebody else."""
 

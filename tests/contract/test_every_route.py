@@ -49,6 +49,9 @@ CHATS = {
 MODEL_LISTS = {"/oai/api/v1/models", "/anthropic/api/v1/models", "/v1/models"}
 """Of what one may name, where a chat's clients look; nobody sees others' there."""
 
+OPERATORS = {"/metrics", "/status"}
+"""Of the whole server, for admins alone."""
+
 LISTS = {"/sessions", "/training_runs", "/checkpoints", "/audit", "/billing/usage/checkpoints/current"}
 LISTS |= {"/sessions/search", "/billing/usage/events"}
 TODAY = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
@@ -201,6 +204,8 @@ def test_to_another_tenant_nothing_of_annas_exists(api: Api, belongings: Belongi
         if path in LISTS | MODEL_LISTS:
             assert answer.status_code == 200
             assert belongings.session not in answer.text, (method, path)
+        elif path in OPERATORS:
+            assert answer.status_code == 403
         else:
             assert answer.status_code == 404, (method, path, answer.text)
     assert_untouched(api, belongings)
@@ -214,7 +219,7 @@ def test_an_admin_sees_everything_and_touches_nothing(api: Api, belongings: Belo
             time.sleep(0.05)
         answers = statuses(api, belongings, admin)
     for (method, path), answer in answers.items():
-        may = path in READ_BY_ADMINS | MODEL_LISTS
+        may = path in READ_BY_ADMINS | MODEL_LISTS | OPERATORS
         assert answer.status_code == (200 if may else 404), (method, path, answer.text)
     assert all(belongings.session not in answers["GET", path].text for path in MODEL_LISTS)
     by_session = LISTS - {"/billing/usage/checkpoints/current"}

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -35,11 +36,14 @@ from tinsmith.api.chat.errors import dialect_of, error_body
 from tinsmith.api.chat.parts import Chat
 from tinsmith.api.chat.routes import chat_routes
 from tinsmith.api.chat.streams import TokenStreams
+from tinsmith.api.metrics import metrics, status
+from tinsmith.api.observation import HEADER, HttpCounts, Observed, trace_of
 from tinsmith.api.pacing import Pacing
 from tinsmith.api.tokens import InvalidTokenError
 from tinsmith.api.waiting import Waiters
 from tinsmith.config import Settings
 from tinsmith.errors import BusyError, TinsmithError
+from tinsmith.observe import REQUESTS, note
 from tinsmith.served import Served
 from tinsmith.store.database import Database
 from tinsmith.store.doorbell import Doorbell
@@ -141,10 +145,12 @@ def create_app(settings: Settings, served: Sequence[Served], database: Database,
         Route(f"{PREFIX}{traces.FILES}/{{token}}", trace, methods=["GET"]),
     ]
     ours = [(method, PREFIX + path, handler) for method, path, handler in ROUTES]
+    ours += [("GET", "/metrics", metrics), ("GET", "/status", status)]
     for method, path, handler in (*ours, *chat_routes(chat)):
         routes.append(Route(path, endpoint(services, handler), methods=[method]))
     app = Starlette(
         routes=routes,
+        middleware=[Middleware(Observed, counts=HttpCounts(services.registry, routes))],
         lifespan=lifespan,
         exception_handlers={
             TinsmithError: _on_error,
@@ -160,7 +166,10 @@ def create_app(settings: Settings, served: Sequence[Served], database: Database,
 async def _on_error(request: Request, error: Exception) -> Response:
     status = error.status if isinstance(error, TinsmithError) else 500
     if status >= 500:
-        log.warning("%s %s: %d %s", request.method, request.url.path, status, error)
+        log.warning("%s %s: %d %s (trace %s)", request.method, request.url.path, status, error, trace_of(request))
+    else:
+        path = request.url.path
+        note(REQUESTS, logging.INFO, "refused", trace=trace_of(request), path=path, status=status, error=str(error))
     response = _explain(request, str(error), status)
     if status in (429, 503):
         response.headers["x-should-retry"] = "true"
@@ -185,8 +194,11 @@ async def _on_disconnect(request: Request, _error: Exception) -> Response:
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return _explain(request, "the server failed on this request; its log says why", 500)
+    trace = trace_of(request)
+    log.error("%s %s failed (trace %s)", request.method, request.url.path, trace, exc_info=error)
+    response = _explain(request, f"the server failed on this request; its log says why (trace {trace})", 500)
+    response.headers[HEADER] = trace  # made outside of what gives the others theirs
+    return response
 
 
 def _explain(request: Request, reason: str, status: int) -> Response:

@@ -4,11 +4,13 @@ Who may do what is decided here: a handler uses and changes objects as `Call.own
 the store finds nothing that does not belong to whom it is given.
 """
 
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
+from prometheus_client import CollectorRegistry
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -16,10 +18,12 @@ from tinsmith.api.auth import Access, Caller
 from tinsmith.api.backlog import Backlog
 from tinsmith.api.bodies import SMALL_BODY, decode_json, plain, read_raw
 from tinsmith.api.catalog import Catalog
+from tinsmith.api.observation import new_registry, trace_of
 from tinsmith.api.pacing import Pacing
 from tinsmith.api.waiting import Waiters
 from tinsmith.config import Settings
 from tinsmith.errors import NotFoundError, UserError
+from tinsmith.observe import REQUESTS, note
 from tinsmith.store import records
 from tinsmith.store.database import Database
 from tinsmith.store.doorbell import Doorbell
@@ -44,6 +48,7 @@ class Services:
     backlog: Backlog
 
     bases: dict[tuple[str, str], str] = field(default_factory=dict)  # (model or sampler, owner) → base, as it was found
+    registry: CollectorRegistry = field(default_factory=new_registry)
 
     def limits(self, base: str) -> Limits:
         """Bounds for requests with tokens. Raises UnavailableError until the engine has said what it takes."""
@@ -78,6 +83,16 @@ class Call:
     def owner(self) -> str:
         """To whom everything belongs that the call makes, uses or changes."""
         return self.caller.owner
+
+    @property
+    def trace(self) -> str:
+        """The id that log lines about the request, and about its job, name."""
+        return trace_of(self.request)
+
+    def accepted(self, request_id: str) -> None:
+        """Notes that the request has become a job."""
+        path = self.request.url.path
+        note(REQUESTS, logging.INFO, "accepted", trace=self.trace, request=request_id, path=path, owner=self.owner)
 
     @property
     def viewer(self) -> str:

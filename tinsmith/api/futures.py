@@ -1,13 +1,16 @@
 """retrieve_future: holds the request until its job has ended, then gives the result in the form its kind has."""
 
 import asyncio
+import logging
 import time
 
 from starlette.responses import Response
 
 from tinsmith.api.bodies import compute
 from tinsmith.api.calls import Call, answer
+from tinsmith.api.observation import answer_for
 from tinsmith.errors import GoneError, NotFoundError
+from tinsmith.observe import REQUESTS, note
 from tinsmith.store import backlog, queue
 from tinsmith.store.backlog import Waiting
 from tinsmith.wire.codec import encode_train_output
@@ -27,6 +30,8 @@ async def retrieve_future(call: Call) -> Response:
     future = await ended(call, body.request_id)
     if future is None:
         return await _try_again(call, body.request_id)
+    answer_for(call.request, future.trace)
+    note(REQUESTS, logging.INFO, "answered", trace=future.trace, request=future.request_id, state=future.state)
     return await compute(len(future.body or b""), _result, future)
 
 

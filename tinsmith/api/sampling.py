@@ -72,19 +72,21 @@ async def asample(call: Call) -> Response:
     content = await call.content(services.settings.max_body_bytes)
     request = await compute(len(content), decode_json, content, SampleRequest)
     limits = services.limits(await services.base_of(request.sampling_session_id, call.owner))
-    job = await compute(len(content), _job, request, limits, call.owner)
+    job = await compute(len(content), _job, request, limits, call)
     await call.admit(job.subject, job.seq, len(job.body), job.tokens, ordered=False)
     request_id = await services.database.write_async(_submit, services.catalog, job)
     services.doorbell.ring("jobs")
+    call.accepted(request_id)
     sequence_ids = [f"{request_id}-{index}" for index in range(request.num_samples)]
     return answer(types.SampleFuture(request_id, sequence_ids))
 
 
-def _job(request: SampleRequest, limits: Limits, owner: str) -> Job:
+def _job(request: SampleRequest, limits: Limits, call: Call) -> Job:
     """The job as far as the request says it: the base is the sampler's."""
     packed = sample_call(request, limits)
     tokens = sample_cost(packed, limits.max_context)
-    return Job(request.sampling_session_id, request.seq_id, "sample", owner, "", packed.to_bytes(), tokens)
+    subject, seq = request.sampling_session_id, request.seq_id
+    return Job(subject, seq, "sample", call.owner, "", packed.to_bytes(), tokens, call.trace)
 
 
 def _submit(conn: sa.Connection, catalog: Catalog, job: Job) -> str:

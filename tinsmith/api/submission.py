@@ -16,7 +16,6 @@ from starlette.responses import Response
 
 from tinsmith.api.bodies import SMALL_BODY, decode_json
 from tinsmith.api.calls import Call, answer
-from tinsmith.api.catalog import Catalog
 from tinsmith.errors import GoneError, UserError
 from tinsmith.store import queue, records
 from tinsmith.wire.codec import Address
@@ -44,8 +43,9 @@ Prepare = Callable[[sa.Connection, records.Model], Draft]
 async def submit(call: Call, address: Address, prepare: Prepare) -> Response:
     """Accepts a request for a model of the caller's, and answers with its future. Raises UserError."""
     services = call.services
-    request_id = await services.database.write_async(_accept, services.catalog, call.owner, address, prepare)
+    request_id = await services.database.write_async(_accept, call, address, prepare)
     services.doorbell.ring("jobs")
+    call.accepted(request_id)
     return answer(UntypedFuture(request_id, address.model_id))
 
 
@@ -54,7 +54,7 @@ async def refuse(call: Call, kind: str, address: Address | None, refusal: UserEr
     if address is None:
         raise refusal
     services = call.services
-    accepted = await services.database.write_async(_reject, call.owner, kind, address, str(refusal))
+    accepted = await services.database.write_async(_reject, call, kind, address, str(refusal))
     services.doorbell.ring("jobs")
     if not accepted:
         raise refusal
@@ -95,15 +95,15 @@ def require_open_session(conn: sa.Connection, session_id: str, owner: str) -> No
         raise GoneError(f"session {session_id!r} is finished ({session.finish_reason}); create a new one")
 
 
-def _accept(conn: sa.Connection, catalog: Catalog, owner: str, address: Address, prepare: Prepare) -> str:
-    model = records.require_model(conn, address.model_id, owner)
-    catalog.require_base(model.base, f"model {model.id!r}")
+def _accept(conn: sa.Connection, call: Call, address: Address, prepare: Prepare) -> str:
+    model = records.require_model(conn, address.model_id, call.owner)
+    call.services.catalog.require_base(model.base, f"model {model.id!r}")
     _check_usable(model)
     draft = prepare(conn, model)
     now = time.time()
     if now - model.used_at > _USE_SECONDS:
         records.update_model(conn, model.id, used_at=now)
-    job = Job(model.id, address.seq, draft.kind, owner, model.base, draft.body, draft.tokens)
+    job = Job(model.id, address.seq, draft.kind, call.owner, model.base, draft.body, draft.tokens, call.trace)
     return queue.submit(conn, job)
 
 
@@ -114,12 +114,12 @@ def _check_usable(model: records.Model) -> None:
         raise GoneError(f"model {model.id!r} ended with its session; go on from a checkpoint of it, in a new session")
 
 
-def _reject(conn: sa.Connection, owner: str, kind: str, address: Address, error: str) -> bool:
+def _reject(conn: sa.Connection, call: Call, kind: str, address: Address, error: str) -> bool:
     """Whether the request had been accepted earlier. Somebody else's model is left alone."""
     model = records.find_model(conn, address.model_id)
-    if model is None or model.owner != owner:
+    if model is None or model.owner != call.owner:
         return False
     earlier = queue.find(conn, f"{model.id}:{address.seq}")
     if earlier is None:
-        queue.reject(conn, Job(model.id, address.seq, kind, owner, model.base, b""), error)
+        queue.reject(conn, Job(model.id, address.seq, kind, call.owner, model.base, b"", trace=call.trace), error)
     return earlier is not None and earlier.state != "failed"

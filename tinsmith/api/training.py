@@ -42,8 +42,10 @@ async def create_model(call: Call) -> Response:
     named = (base, body.base_model)
     model = new_model(call, body.session_id, body.model_seq_id, named, spec=spec, metadata=body.user_metadata)
     draft = json_draft("create_model")
-    request_id = await services.database.write_async(create_with_job, model, draft, call.caller.max_models)
+    most = call.caller.max_models
+    request_id = await services.database.write_async(create_with_job, model, draft, most, call.trace)
     services.doorbell.ring("jobs")
+    call.accepted(request_id)
     return answer(types.UntypedFuture(request_id, model.id))
 
 
@@ -74,7 +76,9 @@ def new_model(
     )
 
 
-def create_with_job(conn: sa.Connection, model: records.Model, draft: Draft, most: int | None) -> str:
+def create_with_job(
+    conn: sa.Connection, model: records.Model, draft: Draft, most: int | None, trace: str | None = None
+) -> str:
     """Adds the model and its first job, or finds both; returns the request id.
 
     `most` is how many models its owner may have open, this one included. Raises NotFoundError, GoneError, LimitError.
@@ -83,7 +87,7 @@ def create_with_job(conn: sa.Connection, model: records.Model, draft: Draft, mos
     if most is not None and records.find_model(conn, model.id) is None:
         _check_number(records.open_models(conn, model.owner), most)
     records.create_model(conn, model)
-    return queue.submit(conn, Job(model.id, 0, draft.kind, model.owner, model.base, draft.body))
+    return queue.submit(conn, Job(model.id, 0, draft.kind, model.owner, model.base, draft.body, trace=trace))
 
 
 def _check_number(models: Sequence[records.Model], most: int) -> None:

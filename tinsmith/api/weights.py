@@ -161,8 +161,10 @@ async def _load_into_new(call: Call, body: types.LoadWeightsRequest, session_id:
         metadata=body.user_metadata,
     )
     draft = json_draft("load_weights", path=body.path, optimizer=body.optimizer, create=True)
-    request_id = await services.database.write_async(create_with_job, model, draft, call.caller.max_models)
+    most = call.caller.max_models
+    request_id = await services.database.write_async(create_with_job, model, draft, most, call.trace)
     services.doorbell.ring("jobs")
+    call.accepted(request_id)
     return answer(types.UntypedFuture(request_id, model.id))
 
 

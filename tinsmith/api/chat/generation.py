@@ -145,12 +145,13 @@ class Generation:
         tokens = sample_cost(packed, limits.max_context)
         sampler_id = await self._sampler(call, target)
         seq = secrets.randbelow(types.MAX_SEQ)
-        job = Job(sampler_id, seq, "sample", call.owner, target.base, packed.to_bytes(), tokens)
+        job = Job(sampler_id, seq, "sample", call.owner, target.base, packed.to_bytes(), tokens, call.trace)
         await call.admit(job.subject, job.seq, len(job.body), tokens, ordered=False)
         return job
 
     async def _submit(self, call: Call, job: Job) -> None:
         await call.services.database.write_async(queue.submit, job)
+        call.accepted(job.request_id)
         call.services.doorbell.ring("jobs")
 
     async def _result(self, call: Call, request_id: str) -> SampleOutput:
