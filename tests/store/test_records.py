@@ -189,5 +189,9 @@ def test_starts_of_engines_are_counted_and_those_after_a_death_apart(conn: sa.Co
     assert [counts("a", state) for state in ("loading", "ready", "stopped")] == [(1, 0)] * 3
     assert [counts("b", state) for state in ("loading", "ready")] == [(2, 0)] * 2
     assert counts("c", "loading") == (3, 1)
+    records.retire_engines(conn, before=2.0)
+    assert records.find_engine(conn, "tiny").state == "lost"  # type: ignore[union-attr]
     assert counts("d", "failed") == (4, 2)
+    records.retire_engines(conn, before=2.0)
+    assert records.find_engine(conn, "tiny").state == "failed"  # type: ignore[union-attr]
     assert counts("e", "ready") == (5, 2)

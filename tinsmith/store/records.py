@@ -329,8 +329,8 @@ def put_engine(conn: sa.Connection, engine: EngineRecord) -> None:
 
 def retire_engines(conn: sa.Connection, before: float) -> None:
     """Engines that were killed with an earlier server left word that they are ready; that is no longer so."""
-    stale = (engines.c.beat_at < before) & (engines.c.state != "stopped")
-    conn.execute(sa.update(engines).where(stale).values(state="stopped", progress=""))
+    stale = (engines.c.beat_at < before) & engines.c.state.in_(["loading", "ready"])
+    conn.execute(sa.update(engines).where(stale).values(state="lost", progress="it was killed with its server"))
 
 
 def find_engine(conn: sa.Connection, base: str) -> EngineRecord | None:
