@@ -1,4 +1,4 @@
-"""The command line: `tinsmith serve` and `version`; the groups of commands are in `commands/`.
+"""The command line: `tinsmith serve` and `version`; all other commands are in `commands/`.
 
 Light: `--help` imports neither torch nor the web framework. Knows how to ask, not how anything is done.
 """
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tinsmith import __version__
-from tinsmith.commands import keys
+from tinsmith.commands import keys, weights
 from tinsmith.commands import models as models_commands
 from tinsmith.config import describe, load_settings, read_environment
 from tinsmith.errors import TinsmithError
@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 app.add_typer(models_commands.app, name="models")
 app.add_typer(keys.app, name="keys")
+app.command("export")(weights.export)
+app.command("import")(weights.import_)
 
 
 @app.command()

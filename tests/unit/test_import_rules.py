@@ -37,7 +37,9 @@ ALLOWED: dict[str, set[str]] = {
     "sampling": {"errors", "lost_device", "protocols", "models", "wire.packing", "wire.losses", "wire.progress"},
     "demo": set(),
     "cli": {"errors", "config", "commands", "serve"},
-    "commands": {"errors", "config", "served", "model_files", "models", "store", "demo"},
+    "importing": {"errors", "models.peft_format"},
+    "exporting": {"errors", "served", "model_files", "models", "engine.exports"},
+    "commands": {"errors", "config", "served", "model_files", "models", "store", "importing", "exporting", "demo"},
     "exclusive": {"errors"},
     "supervised": set(),
     "backend": {
