@@ -108,9 +108,13 @@ def trainable_tokens(sizes: ModelSizes, free_bytes: int, *, checkpointing: bool)
 
 
 def context_tokens(sizes: ModelSizes, free_bytes: int, *, checkpointing: bool) -> int:
-    """The longest sequence that can be both sampled and trained in its share of memory; at least 256."""
+    """The longest sequence that can be both sampled and trained in its share of memory; at least 256.
+
+    But never longer than what the model was made for.
+    """
     cached = int(free_bytes * KV_SHARE) // sizes.kv_bytes
-    return max(256, min(sizes.max_context, cached, trainable_tokens(sizes, free_bytes, checkpointing=checkpointing)))
+    fitting = min(cached, trainable_tokens(sizes, free_bytes, checkpointing=checkpointing))
+    return min(sizes.max_context, max(256, fitting))
 
 
 def divide(total_bytes: int, weights: Mapping[str, int], shares: Mapping[str, float]) -> dict[str, int]:

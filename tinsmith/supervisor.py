@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ CRASH_WINDOW = 300.0  # seconds
 STACK_SECONDS = 5.0  # for a stuck process to write where its threads stand
 FIRST_DELAY = 0.25  # seconds; doubles with every crash in the window
 LONGEST_DELAY = 15.0
+HOPELESS_DELAY = 300.0  # before another try with one that restarting did not help, while others of its kind work
 
 
 @dataclass
@@ -37,6 +38,9 @@ class Child:
     `environment` takes the place of this process's own. A process that has begun to change its file `pulse` must go
     on doing so at least every `patience` seconds (0: it is never taken for stuck). The file's first line is any byte,
     then a number: how much the process has got done.
+
+    A `spare` child is one of several of its kind: as long as another one of them works, it alone stands still when
+    restarting does not help, is tried again after HOPELESS_DELAY, and `stands_still` is told why.
     """
 
     name: str
@@ -47,16 +51,22 @@ class Child:
     environment: Mapping[str, str] | None = None
     pulse: Path | None = None
     patience: float = 0.0
+    spare: bool = False
+    stands_still: Callable[[str], None] | None = None
+    hopeless: bool = False  # restarting it did not help, and it has not been tried again
     process: subprocess.Popen[bytes] | None = None
     pulse_before: int | None = None  # this process: when an earlier one last changed it
     moving_since: float | None = None  # when its first change was noticed; without a pulse: its start
     crashed_at: deque[float] = field(default_factory=deque)
     useless: int = 0  # processes in a row that crashed and had been of no use
+    starts: int = 0
 
     def start(self) -> subprocess.Popen[bytes]:
         """A new process, in a session of its own so that Ctrl-C reaches only the supervisor."""
         self.pulse_before = self.last_change()
         self.moving_since = time.monotonic() if self.pulse is None else None
+        self.starts += 1
+        self.hopeless = False
         self.process = subprocess.Popen(
             self.command,
             stdin=subprocess.PIPE,
@@ -198,18 +208,34 @@ class Supervisor:
     def _handle_exit(self, child: Child, code: int) -> int | None:
         child.end_input()
         child.process = None
-        if code == EXIT_CONFIG:
+        if code == EXIT_CONFIG and (child.starts == 1 or not child.spare):
             return 2
-        delay = child.next_delay(time.monotonic())
+        delay = child.next_delay(time.monotonic()) if code != EXIT_CONFIG else None
+        child.hopeless = delay is None
         if delay is None:
-            message = "%s %s; %d times in a row it has got nothing done, giving up"
-            logger.error(message, child.name, _describe(code), child.useless)
-            return 1
+            return self._without(child, code)
         logger.warning("%s %s%s; restarting in %.2g s", child.name, _describe(code), _history(child), delay)
+        self._restart_after(child, delay)
+        return None
+
+    def _without(self, child: Child, code: int) -> int | None:
+        """Goes on without a child that restarting does not help, if others of its kind work; else an exit code."""
+        reason = f"{_describe(code)}, {child.useless} times in a row without having got anything done"
+        if code == EXIT_CONFIG:
+            reason = "cannot work with its settings any more, as its last lines in the log say"
+        if not child.spare or all(other.hopeless or not other.spare for other in self._children):
+            logger.error("%s %s; giving up", child.name, reason)
+            return 1
+        logger.error("%s %s; the others go on, and it is tried again in %g s", child.name, reason, HOPELESS_DELAY)
+        if child.stands_still is not None:
+            child.stands_still(reason)
+        self._restart_after(child, HOPELESS_DELAY)
+        return None
+
+    def _restart_after(self, child: Child, delay: float) -> None:
         timer = threading.Timer(delay, self._events.put, (_RestartDue(child),))
         timer.daemon = True
         timer.start()
-        return None
 
     def _stop_all(self) -> None:
         patient = True

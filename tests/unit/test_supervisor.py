@@ -247,3 +247,59 @@ def test_a_child_that_stops_moving_is_ended_and_started_again_but_never_while_it
     assert [line for line in lines(log) if line != "stands"][:4] == ["loads", "moves", "loads", "moves"]
     assert "alive but has not moved for 0.5 s" in caplog.text
     assert "was killed by SIGABRT" in caplog.text
+
+
+CRASH = [sys.executable, "-c", "raise SystemExit(3)"]
+
+
+def test_one_of_several_that_cannot_be_kept_running_leaves_the_others_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log"
+    monkeypatch.setattr(supervisor, "MAX_CRASHES", 1)
+    monkeypatch.setattr(supervisor, "HOPELESS_DELAY", 0.05)
+    reasons: list[str] = []
+    api, one = child("api", log), child("engine one", log)
+    other = Child("engine other", CRASH, "", spare=True, stands_still=reasons.append)
+    one.spare = True
+
+    def stop_when_it_was_tried_again() -> None:
+        wait_for(log, 2)
+        while other.starts < 4:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    in_background(stop_when_it_was_tried_again)
+    assert Supervisor([api, one, other]).run() == 0
+    assert [line.partition(" began")[0] for line in lines(log)[:2]].count("engine one") == 1
+    assert lines(log)[2:] == ["engine one ended", "api ended"]
+    assert "ended with code 3, 2 times in a row" in reasons[0]
+
+
+@pytest.mark.parametrize("command", [CRASH, [sys.executable, "-c", f"raise SystemExit({EXIT_CONFIG})"]])
+def test_when_none_of_them_is_left_the_server_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setattr(supervisor, "MAX_CRASHES", 1)
+    engines = [Child(f"engine {name}", command, "", spare=True) for name in "ab"]
+    assert Supervisor([child("api", tmp_path / "log"), *engines]).run() == (1 if command is CRASH else 2)
+
+
+def test_settings_that_stop_working_later_make_only_that_one_stand_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, mark = tmp_path / "log", tmp_path / "mark"
+    reasons: list[str] = []
+    crash_then_refuse = (
+        f"import os; first = not os.path.exists({str(mark)!r}); open({str(mark)!r}, 'w'); raise SystemExit"
+    )
+    command = [sys.executable, "-c", f"{crash_then_refuse}(3 if first else {EXIT_CONFIG})"]
+
+    def hear(reason: str) -> None:
+        reasons.append(reason)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    one, other = child("engine one", log), Child("engine other", command, "", spare=True, stands_still=hear)
+    one.spare = True
+    assert Supervisor([one, other]).run() == 0
+    assert "settings" in reasons[0]

@@ -22,7 +22,8 @@ from tinsmith.store.database import Database
 from tinsmith.store.doorbell import Doorbell
 
 _LOOK_SECONDS = 1.0
-_SETTLED = ("ready", "failed")
+FAILED = "failed"
+_SETTLED = ("ready", FAILED)
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +67,10 @@ class Catalog:
         return [name for name, model in self._by_name.items() if model.base == base and name != ANY_NAME]
 
     def require(self, name: str) -> Served:
-        """The model that is served under `name`, as it is or up to a colon. Raises UserError."""
+        """The model that is served under `name`, as it is or up to a colon. Raises UserError, UnavailableError."""
         for known in (name, name.partition(":")[0], ANY_NAME):
             if known in self._by_name:
-                return self._by_name[known]
+                return self._working(self._by_name[known])
         names = [known for known in self._by_name if known != ANY_NAME]
         raise UserError(
             f"this server does not serve {name!r}; it serves {', '.join(names)} "
@@ -77,13 +78,23 @@ class Catalog:
         )
 
     def require_base(self, base: str, what: str) -> Served:
-        """The served model with this key, to which `what` belongs. Raises UserError if it is not served now."""
+        """The served model with this key, to which `what` belongs.
+
+        Raises UserError if it is not served now, UnavailableError if it should be, but its engine cannot run.
+        """
         if base not in self._by_base:
             serves = ", ".join(repr(model.name) for model in self.served)
             raise UserError(
                 f"{what} belongs to base model {base!r}, which this server does not serve; it serves {serves}"
             )
-        return self._by_base[base]
+        return self._working(self._by_base[base])
+
+    def _working(self, model: Served) -> Served:
+        """Nothing is queued for an engine that nobody can say will ever run."""
+        state, progress = self.state_of(model.base)
+        if state == FAILED:
+            raise UnavailableError(f"the engine of {model.name} has failed: {progress}; other models are served")
+        return model
 
     def tokenizer(self, base: str) -> str:
         """Where clients on this machine find the tokenizer: a folder, or a hub name."""
@@ -111,6 +122,15 @@ class Catalog:
         if engine is None:
             return "starting", "the engine has not reported yet"
         return engine.state, engine.progress
+
+    def contexts(self) -> dict[str, int]:
+        """The longest sequence of every model, in tokens, by its base. Raises UnavailableError until all are known.
+
+        Models whose engines failed before they knew are left out, unless there are no others.
+        """
+        lost = [b for b, known in self._known.items() if known.capabilities is None and self.state_of(b)[0] == FAILED]
+        bases = [base for base in self._known if base not in lost] or lost
+        return {base: self.capabilities(base).max_context for base in bases}
 
     def capabilities(self, base: str) -> Capabilities:
         """What a loaded model can do. Raises UnavailableError until its engine has said so once."""

@@ -32,11 +32,8 @@ async def client_dynamic_config(call: Call) -> Response:
 async def server_capabilities(call: Call) -> Response:
     """GET /get_server_capabilities: every served model, once under each of its names."""
     catalog = call.services.catalog
-    supported = [
-        types.SupportedModel(name, catalog.capabilities(model.base).max_context)
-        for model in catalog.served
-        for name in catalog.names(model.base)
-    ]
+    contexts = catalog.contexts()
+    supported = [types.SupportedModel(name, contexts[base]) for base in contexts for name in catalog.names(base)]
     return answer(types.ServerCapabilities(supported))
 
 

@@ -28,7 +28,7 @@ CLIENT_ENVIRONMENT = {"TINKER_API_KEY": "tml-local", "NO_PROXY": "127.0.0.1,loca
 class LocalServer:
     """One server on a free loopback port. `log` collects the output of all its processes.
 
-    `arguments` follow `tinsmith serve MODEL` on the command line. After `stop` it can be started again, on the same
+    `arguments` follow `tinsmith serve MODEL` on the command line (further models, perhaps). After `stop` it can be started again, on the same
     data and a new port. Raises RuntimeError, with the end of the log, if it does not become ready.
     """
 
@@ -82,14 +82,21 @@ class LocalServer:
             return self._process.wait()
 
     def processes(self) -> dict[str, psutil.Process]:
-        """The running processes by role: server (the supervisor), api, engine."""
-        assert self._process is not None, "the server was not started"
-        supervisor = psutil.Process(self._process.pid)
-        found = {"server": supervisor}
-        for child in supervisor.children():
+        """The running processes by role: server (the supervisor), api, engine (of several models: one of them)."""
+        found = {"server": self._supervisor()}
+        for child in found["server"].children():
             words = child.cmdline()
             found |= {role: child for role in ("api", "engine") if role in words}
         return found
+
+    def engines(self) -> dict[str, psutil.Process]:
+        """The running engines by the names of their models."""
+        commands = [(child, child.cmdline()) for child in self._supervisor().children()]
+        return {words[-1]: child for child, words in commands if "engine" in words}
+
+    def _supervisor(self) -> psutil.Process:
+        assert self._process is not None, "the server was not started"
+        return psutil.Process(self._process.pid)
 
     def is_ready(self) -> bool:
         """Whether the server says that it can serve."""

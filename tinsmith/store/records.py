@@ -333,6 +333,12 @@ def retire_engines(conn: sa.Connection, before: float) -> None:
     conn.execute(sa.update(engines).where(stale).values(state="lost", progress="it was killed with its server"))
 
 
+def fail_engine(conn: sa.Connection, base: str, reason: str) -> None:
+    """Notes why a base model's engine does not run; it may have said so itself already."""
+    silent = (engines.c.base == base) & (engines.c.state != "failed")
+    conn.execute(sa.update(engines).where(silent).values(state="failed", progress=reason))
+
+
 def find_engine(conn: sa.Connection, base: str) -> EngineRecord | None:
     return _find(conn, EngineRecord, _ENGINE, base)
 

@@ -50,7 +50,7 @@ class Subject:
 
 async def read_body(call: Call, kind: type[Body]) -> Body:
     """Raises UserError, TooLargeError."""
-    longest = max(call.services.catalog.capabilities(one.base).max_context for one in call.services.catalog.served)
+    longest = max(call.services.catalog.contexts().values())
     return await call.json(kind, min(SMALL_BODY + _CHARACTERS * longest, call.services.settings.max_body_bytes))
 
 

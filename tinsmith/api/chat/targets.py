@@ -85,7 +85,7 @@ async def list_named(call: Call, began_at: float) -> list[Named]:
     Raises UnavailableError while an engine has not said what it takes.
     """
     catalog = call.services.catalog
-    contexts = {model.base: catalog.capabilities(model.base).max_context for model in catalog.served}
+    contexts = catalog.contexts()
     page, _ = await call.services.database.read_async(records.list_checkpoints, call.owner, _LISTED, 0)
     served = [Named(name, began_at, context) for base, context in contexts.items() for name in catalog.names(base)]
     mine = [one for one in page if one.kind == "sampler" and one.base in contexts]
