@@ -195,3 +195,22 @@ def test_starts_of_engines_are_counted_and_those_after_a_death_apart(conn: sa.Co
     records.retire_engines(conn, before=2.0)
     assert records.find_engine(conn, "tiny").state == "failed"  # type: ignore[union-attr]
     assert counts("e", "ready") == (5, 2)
+
+
+def test_two_engines_that_clear_away_what_has_expired_never_meet(database: Database, migrated_url: str) -> None:
+    def make(conn: sa.Connection) -> None:
+        make_model(conn, "m")
+        for name in "ab":
+            records.create_checkpoint(conn, checkpoint(f"tinker://m/weights/{name}", expires_at=1.0))
+
+    def drop(conn: sa.Connection) -> list[str]:
+        expired = [each.path for each in records.expired_checkpoints(conn, 2.0)]
+        if len(expired) == 2 and conn.dialect.name == "postgresql":  # SQLite lets only one write at a time
+            assert other.write(drop) == []
+        return [records.delete_checkpoint(conn, path).path for path in expired]
+
+    database.write(make)
+    other = Database(migrated_url)
+    assert len(database.write(drop)) == 2
+    assert other.write(drop) == []
+    other.close()

@@ -300,9 +300,12 @@ def update_checkpoint(conn: sa.Connection, /, path: str, **changes: Any) -> None
 
 
 def expired_checkpoints(conn: sa.Connection, now: float) -> list[Checkpoint]:
-    """Those whose time was over before `now`: for somebody to remove their files and records."""
-    rows = conn.execute(sa.select(checkpoints).where(checkpoints.c.expires_at <= now)).mappings()
-    return [Checkpoint(**row) for row in rows]
+    """Those whose time was over before `now`, for the caller to remove their files and records in this transaction.
+
+    Others who ask at the same time are not given them.
+    """
+    expired = sa.select(checkpoints).where(checkpoints.c.expires_at <= now).with_for_update(skip_locked=True)
+    return [Checkpoint(**row) for row in conn.execute(expired).mappings()]
 
 
 def checkpoint_folders(conn: sa.Connection) -> list[str]:
