@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from tests.contract.api_fixtures import Api, running_api
+from tests.store import makers
 from tinsmith.api.waiting import Waiters
 from tinsmith.store import queue
 from tinsmith.store.doorbell import Doorbell
@@ -109,7 +110,7 @@ def test_a_failed_job_answers_with_its_error_and_whose_fault_it_was(api: Api, mo
 def test_an_expired_result_is_gone(api: Api, model: str) -> None:
     request_id = step(api, model, 1)
     retrieve(api, request_id)
-    api.database.write(queue.prune, 2e10)
+    api.database.write(makers.prune, 2e10)
     assert retrieve(api, request_id).status_code == 410
 
 

@@ -2,7 +2,7 @@
 
 import sqlalchemy as sa
 
-from tinsmith.store import queue, records, tables
+from tinsmith.store import pruning, queue, records, tables
 from tinsmith.wire.jobs import Job, Outcome
 
 
@@ -35,3 +35,11 @@ def model(id: str = "m", session_id: str = "s", owner: str = "alice", created_at
 def make_model(conn: sa.Connection, id: str) -> None:
     records.create_session(conn, session())
     records.create_model(conn, model(id))
+
+
+def prune(conn: sa.Connection, finished_before: float) -> None:
+    """Deletes all that can be deleted, however many steps that takes."""
+    place, more, found = pruning.Place(), True, pruning.Prunable()
+    while more or found or place.jobs:
+        found, place, more = pruning.find(conn, finished_before, place)
+        pruning.delete(conn, found)

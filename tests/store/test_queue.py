@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import sqlalchemy as sa
 
-from tests.store.makers import finish, job, make_model
+from tests.store.makers import finish, job, make_model, prune
 from tinsmith.store import queue, records, tables
 from tinsmith.store.database import Database
 from tinsmith.wire.jobs import Header, Outcome
@@ -230,7 +230,7 @@ def test_history_says_how_jobs_ended_even_when_their_results_have_expired(conn: 
     queue.reject(conn, job("m", 2), "refused")
     before = queue.history(conn, "m", -1)
     assert [past.state for past in before] == ["done", "failed", "failed"]
-    queue.prune(conn, FUTURE)
+    prune(conn, FUTURE)
     assert queue.history(conn, "m", -1) == before
 
 
@@ -273,7 +273,7 @@ def test_old_results_expire_and_young_ones_stay(conn: sa.Connection) -> None:
     finish(conn, "m", 1, body=b"old")
     conn.execute(sa.update(tables.jobs).values(finished_at=100.0))
     finish(conn, "m", 2, body=b"young")
-    queue.prune(conn, 200.0)
+    prune(conn, 200.0)
     old, young = queue.find(conn, "m:1"), queue.find(conn, "m:2")
     assert old is not None and (old.state, old.body) == ("expired", None)
     assert young is not None and (young.state, young.body) == ("done", b"young")
@@ -287,7 +287,7 @@ def test_pruning_keeps_the_payloads_that_a_recovery_needs(conn: sa.Connection) -
     queue.submit(conn, job("m", 5))
     finish(conn, "sampler", 0)
     records.update_model(conn, "m", recovery_seq=1)
-    queue.prune(conn, 0.0)
+    prune(conn, 0.0)
     kept = conn.execute(sa.select(tables.jobs.c.subject, tables.jobs.c.seq).join(tables.payloads)).all()
     assert sorted(kept) == [("m", 2), ("m", 3), ("m", 5)]
 
@@ -297,10 +297,10 @@ def test_a_model_that_is_over_leaves_nothing_behind_but_its_record(conn: sa.Conn
     make_model(conn, "m")
     finish(conn, "m", 0)
     finish(conn, "m", 1, error="diverged")
-    queue.prune(conn, FUTURE)
+    prune(conn, FUTURE)
     assert count(conn, tables.jobs) == 2 and count(conn, tables.payloads) == 1
     records.update_model(conn, "m", state=state)
-    queue.prune(conn, FUTURE)
+    prune(conn, FUTURE)
     assert [count(conn, table) for table in (tables.jobs, tables.payloads, tables.results)] == [0, 0, 0]
     assert records.find_model(conn, "m") is not None
 
@@ -308,21 +308,11 @@ def test_a_model_that_is_over_leaves_nothing_behind_but_its_record(conn: sa.Conn
 def test_expired_jobs_of_samplers_are_forgotten_a_week_later(conn: sa.Connection) -> None:
     finish(conn, "sampler", 0)
     now = time.time()
-    queue.prune(conn, now + 60)
+    prune(conn, now + 60)
     future = queue.find(conn, "sampler:0")
     assert future is not None and future.state == "expired"
-    queue.prune(conn, now + 8 * 86400)
+    prune(conn, now + 8 * 86400)
     assert queue.find(conn, "sampler:0") is None
-
-
-def test_pruning_is_bounded_and_says_whether_there_is_more(conn: sa.Connection) -> None:
-    for seq in range(25):
-        finish(conn, "m", seq)
-    pruned = []
-    while not pruned or pruned[-1]:
-        pruned.append(queue.prune(conn, time.time() + 60, limit=10))
-    assert pruned == [20, 20, 10, 0], "ten results and ten payloads a call"
-    assert count(conn, tables.results) == count(conn, tables.payloads) == 0
 
 
 # Plans

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from tests.store.makers import job, make_model
+from tests.store.makers import job, make_model, prune
 from tinsmith.store import queue, tables
 from tinsmith.store.database import Database
 from tinsmith.wire.jobs import Outcome
@@ -93,7 +93,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule()
     def prune_everything_old(self) -> None:
-        queue.prune(self.conn, 2e9, limit=100)
+        prune(self.conn, 2e9)
         for key, expected in list(self.jobs.items()):
             if expected.state in ("done", "failed", "expired"):
                 expected.state, expected.result = "expired", None

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.store import makers
 from tests.unit.test_engine import Bench, lesson
 from tinsmith.engine import residency
 from tinsmith.store import queue, records
@@ -39,7 +40,7 @@ def cut_one_file(folder: Path, seed: int) -> None:
 
 def prune(bench: Bench) -> None:
     """What house-keeping does with payloads that no recovery needs."""
-    bench.database.write(queue.prune, 0.0)
+    bench.database.write(makers.prune, 0.0)
 
 
 def trained(bench: Bench, rounds: int) -> tuple[str, np.ndarray[Any, Any]]:

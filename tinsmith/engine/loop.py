@@ -45,7 +45,6 @@ KEEP_HOUSE_SECONDS = 10.0
 SILENT_SECONDS = 24 * 3600.0  # a session without heartbeats (a sleeping laptop, a dead client) is kept this long
 PATIENCE_SECONDS = 900.0  # after so long without them, its samples are given up and its models leave the device
 SNAPSHOTS_PER_MODEL = 8  # on the device at most, of as many models as may be there; the sampler bounds their bytes
-PRUNE_LIMIT = 1_000  # rows of old results deleted at a time
 GAP_SECONDS = 330.0  # clients give up on a submission after 300 s; then what waits behind it goes on
 
 
@@ -404,7 +403,7 @@ class Engine:
                 remove_folder(folder)
             self._pruning = True
         if self._pruning:  # a little every turn, so that nobody waits for it
-            self._pruning = self._ledger.prune(time.time() - self._future_seconds, PRUNE_LIMIT) >= PRUNE_LIMIT
+            self._pruning = self._ledger.prune(time.time() - self._future_seconds)
 
     def _silent_since(self, seconds: float) -> float:
         """Clients not heard since then have been silent for `seconds`; nobody has before they could find the server."""

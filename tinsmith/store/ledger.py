@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from tinsmith.store import keys, queue, records, usage
+from tinsmith.store import keys, pruning, queue, records, usage
 from tinsmith.store.database import Database
 from tinsmith.store.doorbell import Bell, Doorbell
 from tinsmith.wire.jobs import Header, Job, Outcome, Past
@@ -39,6 +39,7 @@ class Ledger:
         self.engine_id = secrets.token_hex(8)
         self._database = database
         self._doorbell = doorbell
+        self._place = pruning.Place()
 
     def listen(self) -> Bell:
         """Rings when work was submitted."""
@@ -105,9 +106,12 @@ class Ledger:
         lost = Job(header.subject, seq, "lost", header.owner, self.base, b"")
         self._database.write(queue.reject, lost, f"request {lost.request_id} did not arrive in time and was skipped")
 
-    def prune(self, finished_before: float, limit: int) -> int:
-        """Deletes old results and unneeded payloads, up to `limit` of each. Returns how many."""
-        return self._database.write(queue.prune, finished_before, limit)
+    def prune(self, finished_before: float) -> bool:
+        """Deletes some old results, needless payloads and forgotten jobs. Returns whether to go on soon."""
+        found, self._place, more = self._database.read(pruning.find, finished_before, self._place)
+        if found:
+            self._database.write(pruning.delete, found)
+        return more
 
     def _ring_done(self, request_ids: list[str]) -> None:
         self._doorbell.ring("done", request_ids)

@@ -18,22 +18,19 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from tinsmith.store.prepared import Prepared
-from tinsmith.store.tables import jobs, models, results, samplers, sessions
+from tinsmith.store.tables import jobs, results, samplers, sessions
 from tinsmith.store.tables import payloads as payloads_table
 from tinsmith.wire.jobs import Future, Header, Job, Outcome, Past
 
 TERMINAL = ("done", "failed", "expired")
 
 _CHUNKS = 1000  # more chunks than any single call has
-_FORGET_SECONDS = 7 * 86400.0
 
 # Conditions are spelt out instead of parameters: only then do the databases use the partial indexes.
 _QUEUED = sa.text("jobs.state = 'queued'")
 _RUNNING = sa.text("jobs.state = 'running'")
-_OPEN = jobs.c.state.in_([sa.literal_column("'queued'"), sa.literal_column("'running'")])
-_FINISHED = sa.text("jobs.state IN ('done', 'failed')")
-_EXPIRED = sa.text("jobs.state = 'expired'")
-_IS_OVER = models.c.id.is_(None) | models.c.state.in_(["closed", "failed"])  # the subject is no living model
+OPEN = jobs.c.state.in_([sa.literal_column("'queued'"), sa.literal_column("'running'")])
+FINISHED = sa.text("jobs.state IN ('done', 'failed')")
 
 _HEADER = tuple(jobs.c[name] for name in ("number", "subject", "seq", "kind", "owner", "tokens", "created_at", "trace"))
 _SUBJECT = sa.bindparam("of_subject", type_=sa.Text)
@@ -42,8 +39,8 @@ _NOW = sa.bindparam("now", type_=sa.Float)
 _ERROR = sa.bindparam("with_error", type_=sa.Text)
 
 
-def _for_numbers(statement: sa.Select[Any] | sa.Update | sa.Delete, table: sa.Table) -> Prepared:
-    """`statement` for the rows of `table` whose numbers are in the parameter `numbers`, made by `_listed`."""
+def for_numbers(statement: sa.Select[Any] | sa.Update | sa.Delete, table: sa.Table) -> Prepared:
+    """`statement` for the rows of `table` whose numbers are in the parameter `numbers`, made by `listed`."""
     as_json = sa.func.json_each(sa.bindparam("numbers", type_=sa.Text)).table_valued("value")
     as_array = sa.bindparam("numbers", type_=postgresql.ARRAY(sa.BigInteger))
     return Prepared(
@@ -70,7 +67,7 @@ _ADD_JOB_WITH_PAYLOAD = Prepared(
     postgresql=sa.insert(payloads_table).from_select(["number", "body"], sa.select(_ADDED.c.number, _BODY))
 )
 _ADD_RESULT = Prepared(any=sa.insert(results))
-_PAYLOADS = _for_numbers(sa.select(payloads_table.c.number, payloads_table.c.body), payloads_table)
+_PAYLOADS = for_numbers(sa.select(payloads_table.c.number, payloads_table.c.body), payloads_table)
 
 _PICKED = (
     sa.select(jobs.c.number)
@@ -87,16 +84,16 @@ _CLAIM = Prepared(
     .values(state="running", engine=sa.bindparam("by_engine", type_=sa.Text))
     .returning(*_HEADER)
 )
-_FINISH = _for_numbers(
+_FINISH = for_numbers(
     sa.update(jobs)
-    .where(_OPEN)
+    .where(OPEN)
     .values(state="done", finished_at=_NOW)
     .returning(jobs.c.number, jobs.c.subject, jobs.c.seq),
     jobs,
 )
 _FAIL = Prepared(
     any=sa.update(jobs)
-    .where(jobs.c.number == sa.bindparam("of_number", type_=sa.BigInteger), _OPEN)
+    .where(jobs.c.number == sa.bindparam("of_number", type_=sa.BigInteger), OPEN)
     .values(state="failed", finished_at=_NOW, error=_ERROR, category=sa.bindparam("whose_fault", type_=sa.Text))
     .returning(jobs.c.number, jobs.c.subject, jobs.c.seq)
 )
@@ -115,22 +112,7 @@ _ARRIVALS = (
     .where(jobs.c.subject == _SUBJECT, jobs.c.seq.between(sa.bindparam("first"), sa.bindparam("last")))
     .order_by(jobs.c.seq)
 )
-_UNNEEDED_PAYLOADS = (
-    sa.select(payloads_table.c.number)
-    .join(jobs, jobs.c.number == payloads_table.c.number)
-    .outerjoin(models, models.c.id == jobs.c.subject)
-    .where(~_OPEN, _IS_OVER | (jobs.c.seq <= models.c.recovery_seq) | jobs.c.category.is_not(None))
-)
-_ENDED = _for_numbers(sa.select(jobs.c.number).where(~_OPEN), jobs)
-_EXPIRE = _for_numbers(sa.update(jobs).values(state="expired"), jobs)
-_DELETE_RESULTS = _for_numbers(sa.delete(results), results)
-_DELETE_PAYLOADS = _for_numbers(sa.delete(payloads_table), payloads_table)
-_DELETE_JOBS = _for_numbers(sa.delete(jobs), jobs)
-_FORGETTABLE = (
-    sa.select(jobs.c.number)
-    .outerjoin(models, models.c.id == jobs.c.subject)
-    .where(_EXPIRED, _IS_OVER, ~sa.exists().where(payloads_table.c.number == jobs.c.number))
-)
+_ENDED = for_numbers(sa.select(jobs.c.number).where(~OPEN), jobs)
 
 
 def submit(conn: sa.Connection, job: Job) -> str:
@@ -162,7 +144,7 @@ def release(conn: sa.Connection, base: str) -> int:
 
 def payloads(conn: sa.Connection, numbers: Sequence[int]) -> dict[int, bytes]:
     """The packed requests of these jobs."""
-    return dict(_PAYLOADS(conn, {"numbers": _listed(conn, numbers)}))
+    return dict(_PAYLOADS(conn, {"numbers": listed(conn, numbers)}))
 
 
 def complete(conn: sa.Connection, outcomes: Sequence[Outcome]) -> list[str]:
@@ -172,7 +154,7 @@ def complete(conn: sa.Connection, outcomes: Sequence[Outcome]) -> list[str]:
     """
     now = time.time()
     bodies = {outcome.number: outcome.body for outcome in outcomes if outcome.error is None}
-    ended = _FINISH(conn, {"numbers": _listed(conn, bodies), "now": now}) if bodies else []
+    ended = _FINISH(conn, {"numbers": listed(conn, bodies), "now": now}) if bodies else []
     stored = [{"number": number, "body": body} for number, _, _ in ended if (body := bodies[number]) is not None]
     if stored:
         _ADD_RESULT.many(conn, stored)
@@ -211,7 +193,7 @@ def _expire(conn: sa.Connection, which: sa.ColumnElement[bool]) -> list[str]:
 
 def ended(conn: sa.Connection, numbers: Sequence[int]) -> list[int]:
     """Those of these jobs that are over."""
-    return [number for (number,) in _ENDED(conn, {"numbers": _listed(conn, numbers)})]
+    return [number for (number,) in _ENDED(conn, {"numbers": listed(conn, numbers)})]
 
 
 def find(conn: sa.Connection, request_id: str) -> Future | None:
@@ -241,24 +223,6 @@ def history(conn: sa.Connection, subject: str, after: int) -> list[Past]:
 def was_chunked(conn: sa.Connection, subject: str, seq: int) -> bool:
     """Whether a neighbour's arrival shows that this request was one chunk of a larger call."""
     return seq in _chunked(conn, subject, [seq])
-
-
-def prune(conn: sa.Connection, finished_before: float, limit: int = 1000) -> int:
-    """Deletes old results (their futures are `expired`) and the payloads that no recovery needs. Returns how many.
-
-    A week later the expired jobs themselves go, unless they are a living model's: its seqs stay consumed. Each of the
-    three kinds is limited to `limit` rows a call; call again while the return value is at least that.
-    """
-    old = sa.select(jobs.c.number).where(_FINISHED, jobs.c.finished_at < finished_before)
-    expired = _numbers(conn, old.order_by(jobs.c.finished_at).limit(limit))
-    _DELETE_RESULTS(conn, {"numbers": _listed(conn, expired)})
-    _EXPIRE(conn, {"numbers": _listed(conn, expired)})
-    idle = _numbers(conn, _UNNEEDED_PAYLOADS.limit(limit))
-    _DELETE_PAYLOADS(conn, {"numbers": _listed(conn, idle)})
-    forgettable = _FORGETTABLE.where(jobs.c.finished_at < finished_before - _FORGET_SECONDS)
-    forgotten = _numbers(conn, forgettable.order_by(jobs.c.finished_at).limit(limit))
-    _DELETE_JOBS(conn, {"numbers": _listed(conn, forgotten)})
-    return len(expired) + len(idle) + len(forgotten)
 
 
 def _row(job: Job, state: str) -> dict[str, object]:
@@ -313,11 +277,7 @@ def _storable(text: str) -> str:
     return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
 
 
-def _listed(conn: sa.Connection, numbers: Iterable[int]) -> list[int] | str:
+def listed(conn: sa.Connection, numbers: Iterable[int]) -> list[int] | str:
     """Any number of numbers as one parameter."""
     listed = list(numbers)
     return listed if conn.dialect.name == "postgresql" else json.dumps(listed)
-
-
-def _numbers(conn: sa.Connection, statement: sa.Select[int]) -> Sequence[int]:
-    return conn.scalars(statement).all()
