@@ -155,7 +155,7 @@ def run_api(
     import uvicorn
 
     from tinsmith.api.app import create_app
-    from tinsmith.api.connections import BoundedConnection
+    from tinsmith.api.connections import BoundedConnection, connection_limit
     from tinsmith.store import records
     from tinsmith.store.database import Database
     from tinsmith.store.doorbell import Doorbell
@@ -163,6 +163,7 @@ def run_api(
     database, doorbell = Database(settings.effective_database_url), Doorbell(settings.effective_database_url)
     database.migrate()
     database.write(records.retire_engines, server_began)
+    BoundedConnection.limit = connection_limit()
     config = uvicorn.Config(
         create_app(settings, served, database, doorbell),
         http=BoundedConnection,

@@ -163,7 +163,7 @@ def saying(call: SampleCall, tokens: list[int]) -> SampleOutput:
 class Api:
     """One running API, its store and its engine."""
 
-    def __init__(self, port: int, app: Starlette, engine: CannedEngine) -> None:
+    def __init__(self, port: int, app: Starlette, engine: CannedEngine, server: uvicorn.Server) -> None:
         services: Services = app.state.services
         self.base_url = f"http://127.0.0.1:{port}"
         self.routes = app.routes
@@ -171,7 +171,7 @@ class Api:
         self.backlog = services.backlog
         self.backlog = services.backlog
         self.settings, self.database, self.engine = services.settings, services.database, engine
-        self.doorbell, self.chat = services.doorbell, app.state.chat
+        self.doorbell, self.chat, self.server = services.doorbell, app.state.chat, server
         self.http = self.client("tml-test")
 
     def client(self, key: str | None) -> httpx.Client:
@@ -222,7 +222,7 @@ def running_api(folder: Path, capabilities: Capabilities | None = CAPABILITIES, 
     server = uvicorn.Server(uvicorn.Config(app, http=BoundedConnection, **quiet))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    api = Api(listener.getsockname()[1], app, engine)
+    api = Api(listener.getsockname()[1], app, engine, server)
     try:
         _await(api, 200 if capabilities else 503)
         yield api

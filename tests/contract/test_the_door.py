@@ -3,6 +3,7 @@
 import http.client
 import json
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import quote, urlsplit
@@ -12,7 +13,8 @@ import zstandard
 
 from tests.contract.api_fixtures import Api, running_api
 from tests.contract.test_api_rules import message
-from tinsmith.api.connections import MAX_HEAD_BYTES
+from tinsmith.api import connections
+from tinsmith.api.connections import MAX_HEAD_BYTES, BoundedConnection
 from tinsmith.api.paths import check_name, parse_path
 from tinsmith.errors import UserError
 
@@ -89,6 +91,161 @@ def test_large_bodies_and_many_requests_on_one_connection_are_no_large_heads(api
             connection.sendall(HEAD + b"\r\n")
             assert answered(connection) == 200
         assert len(body) > 8 * MAX_HEAD_BYTES
+
+
+def drip(connection: socket.socket, piece: bytes, pause: float = 0.05) -> None:
+    """Sends a little at a time until the server has had enough of it."""
+    connection.settimeout(0.001)
+    for _ in range(400):
+        time.sleep(pause)
+        try:
+            connection.sendall(piece)
+            if connection.recv(1, socket.MSG_PEEK) is not None:
+                break
+        except TimeoutError:
+            continue
+        except OSError:
+            break
+    else:
+        raise AssertionError("the server took all of it")
+    connection.settimeout(20)
+
+
+BODY = b"POST /api/v1/create_session HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n"
+CHUNKED = b"POST /api/v1/create_session HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("beginning", "piece", "said"),
+    [
+        (HEAD, b"X: y\r\n", "the first line and the headers did not arrive within 0.5 seconds"),
+        (b"GET /", b"y", "the first line and the headers did not arrive within 0.5 seconds"),
+        (BODY, b" ", "less than 4096 bytes of the body arrived within 0.5 seconds"),
+        (CHUNKED, b"1\r\n \r\n", "less than 4096 bytes of the body arrived within 0.5 seconds"),
+        (CHUNKED + b"0\r\n", b"X: y\r\n", "less than 4096 bytes of the body arrived within 0.5 seconds"),
+    ],
+    ids=["headers", "a line", "a body", "chunks", "trailers"],
+)
+def test_who_sends_a_byte_at_a_time_is_cut_off(
+    api: Api, monkeypatch: pytest.MonkeyPatch, beginning: bytes, piece: bytes, said: str
+) -> None:
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "BODY_SECONDS", 0.5)
+    for before in (b"", HEAD + b"\r\n"):  # also on a connection that has been good for something
+        with connected(api) as connection:
+            if before:
+                connection.sendall(before)
+                assert answered(connection) == 200
+            connection.sendall(beginning)
+            drip(connection, piece)
+            response = http.client.HTTPResponse(connection)
+            response.begin()
+            assert (response.status, json.loads(response.read())["detail"]) == (408, said)
+
+
+@pytest.mark.parametrize("before", [b"", HEAD + b"\r\n"], ids=["new", "used"])
+def test_who_sends_nothing_but_empty_lines_or_nothing_at_all_is_cut_off(
+    api: Api, monkeypatch: pytest.MonkeyPatch, before: bytes
+) -> None:
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.5)
+    for piece in (b"\r\n", b""):
+        with connected(api) as connection:
+            if before:
+                connection.sendall(before)
+                assert answered(connection) == 200
+            if piece:
+                drip(connection, piece)
+            elif not before:  # an idle connection that was good for something may stay for two minutes
+                assert connection.recv(1) == b""
+
+
+def test_a_slow_body_that_moves_is_read_to_its_end(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "BODY_SECONDS", 0.4)
+    monkeypatch.setattr(connections, "BODY_BYTES", 1000)
+    with connected(api) as connection:
+        connection.sendall(BODY)
+        for _ in range(20):
+            connection.sendall(b" " * 5000)
+            time.sleep(0.05)
+        assert answered(connection) == 400  # no JSON
+
+
+def test_a_waiting_answer_is_no_slow_request(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HEAD_SECONDS", "BODY_SECONDS", "READ_SECONDS"):
+        monkeypatch.setattr(connections, name, 0.2)
+    sampler = api.sampler(api.session())
+    body = {"sampling_session_id": sampler, "seq_id": 0, "sampling_params": {}}
+    prompt = {"chunks": [{"type": "encoded_text", "tokens": [1]}]}
+    with api.engine.working:
+        request_id = api.post("/asample", prompt=prompt, **body).json()["request_id"]
+        waiting = json.dumps({"request_id": request_id}).encode()
+        head = f"POST /api/v1/retrieve_future HTTP/1.1\r\nHost: x\r\nContent-Length: {len(waiting)}\r\n\r\n"
+        with connected(api) as connection:
+            connection.sendall(head.encode() + waiting)
+            time.sleep(1)
+            api.engine.working.release()
+            assert answered(connection) == 200
+            api.engine.working.acquire()
+
+
+def test_who_does_not_read_an_answer_is_cut_off(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "READ_SECONDS", 0.5)
+    api.http.get("/healthz")  # its connection is there already
+    assert left(api, before := 1)
+    with connected(api) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        asked = b"GET /" + b"y" * 60_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n"  # its refusal is as long
+        assert sent(connection, asked, 500) < 500
+    assert left(api, before)
+
+
+def connected_now(api: Api) -> set[object]:
+    connections_now: set[object] = api.server.server_state.connections
+    return connections_now
+
+
+def left(api: Api, count: int) -> bool:
+    """Whether the server has no more than so many connections, soon."""
+    for _ in range(200):
+        if len(connected_now(api)) <= count:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_one_connection_too_many_is_told_to_try_again(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    api.http.get("/healthz")
+    assert left(api, 1)
+    monkeypatch.setattr(BoundedConnection, "limit", 1 + 3)
+    with connected(api) as first, connected(api) as second, connected(api) as third, connected(api) as fourth:
+        for connection in (first, second, third):
+            connection.sendall(HEAD + b"\r\n")
+            assert answered(connection) == 200
+        fourth.sendall(HEAD + b"\r\n")
+        response = http.client.HTTPResponse(fourth)
+        response.begin()
+        assert (response.status, response.headers["retry-after"]) == (503, "1")
+        assert "connections, as many as it takes" in json.loads(response.read())["detail"]
+        assert fourth.recv(1) == b""
+        monkeypatch.setattr(connections, "_TURNED_AWAY", 0)
+        with connected(api) as fifth:
+            assert sent(fifth, HEAD + b"\r\n", 100) < 100 or fifth.recv(1) == b""
+        first.sendall(HEAD + b"\r\n")
+        assert answered(first) == 200
+
+
+@pytest.mark.parametrize(
+    ("files", "most", "raised", "limit"),
+    [(1024, 2048, 2048, 1536), (1024, -1, 8704, 8192), (20_000, 20_000, None, 8192), (256, 256, None, 64)],
+)
+def test_connections_leave_files_for_everything_else(
+    monkeypatch: pytest.MonkeyPatch, files: int, most: int, raised: int | None, limit: int
+) -> None:
+    set_to: list[tuple[int, int]] = []
+    monkeypatch.setattr("resource.getrlimit", lambda which: (files, most))
+    monkeypatch.setattr("resource.setrlimit", lambda which, limits: set_to.append(limits))
+    assert connections.connection_limit() == limit
+    assert set_to == ([] if raised is None else [(raised, most)])
 
 
 def test_a_small_request_cannot_become_a_large_one(api: Api) -> None:
