@@ -258,7 +258,23 @@ def _engine_child(settings: Settings, served: Served, command: list[str], lock_f
         engine_environment(settings),
         pulse=pulse_file(_engine_folder(settings, served)),
         patience=60 * settings.stuck_minutes,
+        spare=served.neighbours > 0,
+        stands_still=partial(_tell_clients, settings, served),
     )
+
+
+def _tell_clients(settings: Settings, served: Served, reason: str) -> None:
+    """Notes that a model's engine stands still, so that requests for it are refused with the reason."""
+    from tinsmith.store import records
+    from tinsmith.store.database import Database
+
+    database = Database(settings.effective_database_url)
+    try:
+        database.write(records.fail_engine, served.base, reason)
+    except TinsmithError as error:
+        logger.error("clients cannot be told that the engine of %s stands still: %s", served.name, error)
+    finally:
+        database.close()
 
 
 def _engine_name(served: Served) -> str:
