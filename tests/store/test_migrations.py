@@ -1,6 +1,7 @@
 """Migrations make exactly the tables that the queries are written for."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -8,7 +9,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from tinsmith.errors import ConfigError
-from tinsmith.store import tables
+from tinsmith.store import migrations, tables, trying
 from tinsmith.store.database import Database
 
 
@@ -58,3 +59,41 @@ def test_a_database_of_a_newer_version_is_refused(database: Database) -> None:
     database.write(lambda conn: conn.exec_driver_sql("UPDATE alembic_version SET version_num = 'future'") and None)
     with pytest.raises(ConfigError, match="newer version"):
         database.migrate()
+
+
+def test_a_database_says_which_version_it_is_of(database_url: str) -> None:
+    def become(revision: str) -> None:
+        database.write(
+            lambda conn: conn.exec_driver_sql(f"UPDATE alembic_version SET version_num = '{revision}'") and None
+        )
+
+    database = Database(database_url)
+    assert database.read(migrations.level) == migrations.EMPTY
+    database.migrate()
+    assert database.read(migrations.level) == migrations.CURRENT
+    for revision, level in (("0001", migrations.OLDER), ("future", migrations.NEWER)):
+        become(revision)
+        assert database.read(migrations.level) == level
+    database.close()
+
+
+def test_trying_a_database_leaves_no_trace(database: Database) -> None:
+    before = database.read(schema)
+    for _ in range(2):
+        database.write(trying.try_to_write)
+        assert database.read(trying.damage, 2**40) == ""
+    assert database.read(schema) == before
+
+
+def test_a_damaged_file_is_found_unless_it_is_too_large_to_read(sqlite_url: str) -> None:
+    database = Database(sqlite_url)
+    database.migrate()
+    database.close()
+    file = Path(sqlite_url.removeprefix("sqlite:///"))
+    content = bytearray(file.read_bytes())
+    content[8192:12288] = bytes(4096)
+    file.write_bytes(content)
+    database = Database(sqlite_url)
+    assert database.read(trying.damage, 2**40)
+    assert database.read(trying.damage, 1000) == ""
+    database.close()
