@@ -9,6 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from tests.unit.test_engine import Bench, lesson
+from tests.unit.test_recovery import save
 from tinsmith.engine import loop, sampling_turns
 from tinsmith.store import records
 from tinsmith.store.tables import sessions
@@ -84,7 +85,8 @@ def test_what_a_silent_client_has_on_the_device_waits_on_disk_until_it_comes_bac
 
 def test_a_session_that_is_silent_for_a_day_ends_unless_the_server_was_away_itself(bench: Bench) -> None:
     model = bench.create("m")
-    bench.run()
+    lesson(bench, model, range(2))
+    kept, expected = save(bench, model, "kept"), bench.logprobs(model)
     bench.database.write(fall_silent, loop.SILENT_SECONDS + 1)
     bench.engine.close_models()
     assert held(bench)["models"] == 1
@@ -92,6 +94,9 @@ def test_a_session_that_is_silent_for_a_day_ends_unless_the_server_was_away_itse
     bench.engine.close_models()
     assert not any(held(bench).values()), held(bench)
     assert "session is over" in bench.error(bench.train(model, [1, 2, 3]))
+    heir = bench.create("heir")
+    bench.result(bench.submit(heir, "load_weights", {"path": kept, "optimizer": True, "create": False}))
+    np.testing.assert_array_equal(bench.logprobs(heir), expected)
 
 
 def fall_silent(conn: sa.Connection, seconds: float) -> None:
