@@ -1,6 +1,11 @@
 """A device that is lost ends the engine's process; every other error stays with its request."""
 
+import json
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +14,10 @@ import torch
 
 from tests.unit.test_engine import Bench, embedded
 from tests.unit.test_trials import CURSED, ask, failure
+from tinsmith.config import Settings
 from tinsmith.engine.trials import Trials
 from tinsmith.lost_device import DeviceLostError, raise_if_lost
+from tinsmith.served import Served
 from tinsmith.training.trainer import TorchTrainer
 
 ASSERTED = "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported"
@@ -135,11 +142,34 @@ def test_an_engine_that_breaks_off_writes_no_recovery_point_and_leaves_its_note(
     bench.train(model, [5, 6, 7])
     bench.result(bench.step(model))
     bench.train(model, [5, CURSED, 7])
-    import threading
-
     with pytest.raises(DeviceLostError):
         bench.engine.run(threading.Event())
     assert list((bench.folder / "recovery").rglob("*.safetensors")) == []
     later = Trials(bench.folder)
     later.take_over(lambda numbers: [])
     assert len(later.suspects) == 1
+
+
+BREAKS = """
+import threading
+from tinsmith import serve
+from tinsmith.lost_device import DeviceLostError
+
+def run_engine(*_):
+    threading.Thread(target=threading.Event().wait).start()
+    raise DeviceLostError("the device is lost: device-side assert")
+
+serve.run_engine = run_engine
+serve._child_main("engine", "tiny")
+"""
+
+
+def test_an_engines_process_ends_with_its_device_whatever_its_threads_wait_for() -> None:
+    line = json.dumps({"settings": Settings().to_json(), "served": [asdict(Served("tiny", "tiny"))]})
+    command = [sys.executable, "-c", BREAKS]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(line.encode() + b"\n")
+    process.stdin.flush()  # and not closed: that would tell it to stop
+    assert b"device-side assert" in process.stdout.read()
+    assert process.wait() == 1
