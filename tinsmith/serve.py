@@ -32,7 +32,7 @@ from tinsmith.lost_device import DeviceLostError
 from tinsmith.model_files import count_parameters, model_folder
 from tinsmith.observe import configure_logging
 from tinsmith.served import Served, choose_served, shares_by_name
-from tinsmith.supervised import read_first_line, stop_at_end_of_input
+from tinsmith.supervised import read_first_line, stop_at_end_of_input, tell_progress
 from tinsmith.supervisor import EXIT_CONFIG, Child, Supervisor
 
 if TYPE_CHECKING:
@@ -164,8 +164,9 @@ def run_api(
     database.migrate()
     database.write(records.retire_engines, server_began)
     BoundedConnection.limit = connection_limit()
+    app = create_app(settings, served, database, doorbell)
     config = uvicorn.Config(
-        create_app(settings, served, database, doorbell),
+        app,
         http=BoundedConnection,
         access_log=False,
         log_config=None,
@@ -180,6 +181,8 @@ def run_api(
         server.should_exit = True
 
     threading.Thread(target=stop_server, daemon=True).start()
+    progress = (_api_pulse(settings), lambda: app.state.counts.answered, stop)
+    threading.Thread(target=tell_progress, args=progress, daemon=True).start()
     server.run(sockets=[socket.socket(fileno=listener_fd)])
     doorbell.close()
     database.close()
@@ -229,8 +232,14 @@ def _no_collections() -> Iterator[None]:
 def _report(ledger: "Ledger", stop: threading.Event, progress: str) -> None:
     """Says what a starting engine is doing; ends the process if it was told to stop meanwhile."""
     if stop.is_set():
+        ledger.announce("stopped", "")
         raise SystemExit(0)
     ledger.announce("loading", progress)
+
+
+def _api_pulse(settings: Settings) -> Path:
+    """Where the API says how many requests it has answered."""
+    return settings.data_dir / "api" / "answered"
 
 
 def _engine_folder(settings: Settings, served: Served) -> Path:
@@ -242,7 +251,9 @@ def _children(settings: Settings, served: tuple[Served, ...], listener_fd: int, 
     """The API first, so that requests are taken while models load; they stop in reverse order."""
     # -P: nothing in the user's current folder may shadow an installed package.
     command, line = [sys.executable, "-P", "-m", "tinsmith.serve"], _first_line(settings, served)
-    api = Child("api", [*command, "api", str(listener_fd), str(time.time())], line, (listener_fd, lock_fd), API_GRACE)
+    began, fds = str(time.time()), (listener_fd, lock_fd)
+    command_of_api = [*command, "api", str(listener_fd), began]
+    api = Child("api", command_of_api, line, fds, API_GRACE, pulse=_api_pulse(settings))
     return [api, *(_engine_child(settings, model, command, lock_fd) for model in served)]
 
 

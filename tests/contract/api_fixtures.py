@@ -168,6 +168,7 @@ class Api:
         self.base_url = f"http://127.0.0.1:{port}"
         self.routes = app.routes
         self.waiters, self.access, self.pacing = services.waiters, services.access, services.pacing
+        self.counts = app.state.counts
         self.backlog = services.backlog
         self.backlog = services.backlog
         self.settings, self.database, self.engine = services.settings, services.database, engine

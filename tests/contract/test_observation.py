@@ -80,6 +80,14 @@ def test_requests_are_counted_by_route_method_and_status(api: Api) -> None:
     assert len(seconds) <= len(api.routes) + 1
 
 
+def test_what_the_supervisor_is_told_of_leaves_out_questions_how_the_server_is(api: Api) -> None:
+    answered = api.counts.answered
+    api.session()
+    for path in ("/api/v1/healthz", "/metrics", "/status", "/nothing"):
+        api.http.get(api.base_url + path)
+    assert api.counts.answered == answered + 1
+
+
 def test_a_request_that_breaks_the_server_is_counted_and_named(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("a bug")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tinsmith import supervisor
+from tinsmith.supervised import tell_progress
 from tinsmith.supervisor import EXIT_CONFIG, Child, Supervisor
 
 UNTIL_END_OF_INPUT = "import sys; first = sys.stdin.readline(); {begin}; sys.stdin.read(); {end}"
@@ -200,6 +201,17 @@ def test_a_process_was_of_use_if_its_own_pulse_says_that_something_got_done(
     assert not engine.was_of_use(time.monotonic())
     pulse.write_bytes(note)
     assert engine.was_of_use(time.monotonic()) == of_use
+
+
+def test_what_a_process_tells_of_its_progress_is_understood(tmp_path: Path) -> None:
+    api = Child("api", [sys.executable, "-c", ""], "", pulse=tmp_path / "api" / "answered")
+    api.start().wait()
+    stop = threading.Event()
+    stop.set()
+    for done, of_use in ((0, False), (3, True)):
+        assert api.pulse is not None
+        tell_progress(api.pulse, lambda done=done: done, stop)
+        assert api.was_of_use(time.monotonic()) == of_use
 
 
 def test_a_child_that_crashes_after_some_work_each_time_never_ends_the_server(

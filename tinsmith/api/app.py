@@ -148,9 +148,10 @@ def create_app(settings: Settings, served: Sequence[Served], database: Database,
     ours += [("GET", "/metrics", metrics), ("GET", "/status", status)]
     for method, path, handler in (*ours, *chat_routes(chat)):
         routes.append(Route(path, endpoint(services, handler), methods=[method]))
+    counts = HttpCounts(services.registry, routes)
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(Observed, counts=HttpCounts(services.registry, routes))],
+        middleware=[Middleware(Observed, counts=counts)],
         lifespan=lifespan,
         exception_handlers={
             TinsmithError: _on_error,
@@ -159,7 +160,7 @@ def create_app(settings: Settings, served: Sequence[Served], database: Database,
             Exception: _on_bug,
         },
     )
-    app.state.services, app.state.chat = services, chat
+    app.state.services, app.state.chat, app.state.counts = services, chat, counts
     return app
 
 

@@ -17,6 +17,8 @@ from tinsmith.observe import trace_id
 HEADER = "x-trace-id"
 _KEY = "tinsmith.trace"  # in the ASGI scope
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 45.0)
+_NONE = "none"  # in place of a path that is no route's
+_ABOUT_THE_SERVER = frozenset({_NONE, "/api/v1/healthz", "/metrics", "/status"})
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 
 
@@ -51,6 +53,8 @@ class HttpCounts:
             "tinsmith_http_request_seconds", help_text, ["route"], buckets=_SECONDS, registry=registry
         )
         self._known: dict[tuple[Any, str, int], Callable[[float], None]] = {}
+        self.answered = 0
+        """Requests that were of use to somebody: neither questions how the server is, nor the server's own failures."""
 
     def count(self, scope: Scope, status: int, seconds: float) -> None:
         """One request that was answered, or broke."""
@@ -60,11 +64,14 @@ class HttpCounts:
 
     def _learn(self, endpoint: Any, method: str, status: int) -> Callable[[float], None]:
         """Finds the counters of a route, once: the look-up costs more than the counting."""
-        path = self._paths.get(endpoint, "none")
+        path = self._paths.get(endpoint, _NONE)
         counter = self._requests.labels(path, method if method in _METHODS else "other", str(status))
         histogram = self._seconds.labels(path)
 
+        is_of_use = int(status < 500 and path not in _ABOUT_THE_SERVER)
+
         def count(seconds: float) -> None:
+            self.answered += is_of_use
             counter.inc()
             histogram.observe(seconds)
 
