@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from tests.store import makers
-from tests.unit.test_engine import Bench, lesson
+from tests.unit.test_engine import SESSION, Bench, lesson
 from tinsmith.engine import residency
 from tinsmith.store import queue, records
+from tinsmith.wire.packing import SampleCall
 
 
 @pytest.fixture
@@ -246,6 +247,25 @@ def test_whatever_file_of_a_checkpoint_is_harmed_it_is_refused_by_name_and_its_n
     assert folder.name in (bench.find(refused).error or "")
     assert bench.find(loaded).state == "done"
     np.testing.assert_array_equal(bench.logprobs(twin), expected)
+
+
+def test_a_snapshot_harmed_on_disk_is_refused_by_name_and_its_model_and_other_snapshots_are_not(bench: Bench) -> None:
+    model = bench.create("a")
+    samplers = [bench.sampler(name, f"{SESSION}:sample:{name}", model) for name in ("whole", "harmed")]
+    for sampler in samplers:
+        request = {"name": None, "path": None, "sampler_id": sampler, "kind": "snapshot"}
+        bench.result(bench.submit(model, "save_weights_for_sampler", request))
+    lesson(bench, model, range(1))
+    expected, drawn = bench.logprobs(model), bench.greedy(samplers[0])
+    bench.engine.write_points()
+    [folder] = (bench.folder / "snapshots").glob("*/*harmed")
+    flip(folder / "adapter_model.safetensors", random.Random(1))
+    bench.new_engine()
+    call = SampleCall(np.array([40, 41, 42], np.int32), seed=1, max_tokens=8, temperature=0.0, stop_at_eos=False)
+    asked = bench.submit(samplers[1], "sample", call.to_bytes())
+    assert bench.greedy(samplers[0]) == drawn
+    assert folder.name in (bench.find(asked).error or "")
+    np.testing.assert_allclose(bench.logprobs(model), expected, atol=1e-6)
 
 
 def test_a_model_that_came_back_by_a_long_way_has_a_shorter_one_next_time(bench: Bench) -> None:

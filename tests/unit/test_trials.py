@@ -94,6 +94,25 @@ def test_a_sample_that_kills_the_engine_fails_and_the_other_samples_do_not(bench
     assert [bench.find(request).state for request in before + behind] == ["done"] * 4
 
 
+def test_a_snapshot_that_kills_the_engine_when_it_is_loaded_fails_its_samples_and_no_others(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, base = bench.create("a"), bench.sampler("base", "base", None)
+    path = f"tinker://{model}/sampler_weights/one"
+    request = {"name": "one", "path": path, "sampler_id": None, "kind": "snapshot"}
+    bench.result(bench.submit(model, "save_weights_for_sampler", request))
+
+    def die(*_: object) -> None:
+        raise EngineDied
+
+    monkeypatch.setattr("tinsmith.sampling.sampler.TorchSampler.publish", die)
+    deadly = ask(bench, bench.sampler("named", path, model), [5, 6, 7])
+    fine = ask(bench, base, [5, 6, 7])
+    assert run_to_the_end(bench) == 2
+    assert "died 2 times" in failure(bench, deadly)
+    assert bench.find(fine).state == "done"
+
+
 def test_a_step_that_kills_the_engine_fails_and_leaves_the_weights_alone(
     bench: Bench,
     monkeypatch: pytest.MonkeyPatch,

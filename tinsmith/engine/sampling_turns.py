@@ -130,7 +130,8 @@ class SamplingTurns:
         record = self._ledger.find_sampler(header.subject)
         if record is None:
             raise UserError(f"no sampling session {header.subject}")
-        snapshot_id = self._residency.require_snapshot(record.snapshot, record.model_id)
+        with self._trials.sampling([header.number]):
+            snapshot_id = self._residency.require_snapshot(record.snapshot, record.model_id)
         call = SnapshotCall(
             header.request_id,
             snapshot_id,
