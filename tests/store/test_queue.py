@@ -3,6 +3,7 @@
 import multiprocessing
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
@@ -264,6 +265,18 @@ def test_a_refused_chunk_is_a_chunk(conn: sa.Connection) -> None:
         (2, True),
     ]
     assert [past.chunked for past in queue.history(conn, "m", 1)] == [True], "also when its first part is further back"
+
+
+# Crowds
+
+
+def test_samples_of_owners_in_a_crowd_stay_queued_and_all_else_passes_them(conn: sa.Connection) -> None:
+    asked = [("loud", "sample"), ("loud", "forward"), ("calm", "sample"), ("noisy", "sample"), ("loud", "sample")]
+    for seq, (owner, kind) in enumerate(asked):
+        queue.submit(conn, replace(job(kind, seq, kind=kind), owner=owner))
+    first = queue.claim(conn, "tiny", "engine", 10, ["loud", "noisy"])
+    assert [(header.owner, header.kind) for header in first] == [("loud", "forward"), ("calm", "sample")]
+    assert [header.owner for header in claimed(conn)] == ["loud", "noisy", "loud"]
 
 
 # Pruning

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from tests.unit.test_engine import SESSION, Bench, datums, lesson
+from tests.unit.test_engine import BASE, SESSION, Bench, datums, lesson
 from tinsmith.store import queue, records
 from tinsmith.store.tables import jobs, sessions
+from tinsmith.wire.jobs import Job
 from tinsmith.wire.packing import SampleCall
 
 LONG = 40
@@ -62,6 +63,23 @@ def test_training_passes_the_samples_that_a_full_sampler_leaves_in_the_queue(
     while bench.engine.turn(claim=False):
         pass
     assert states(bench, samples) == ["done"] * 6
+
+
+def test_another_owners_request_is_not_hidden_behind_thousands(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tinsmith.engine.sampling_turns.MAX_SAMPLING", 4)
+    monkeypatch.setattr("tinsmith.engine.loop.CLAIM_LIMIT", 2)
+    model, sampler = bench.create("a"), bench.sampler("base", "base", None)
+    bench.run()
+    flood = [ask(bench, sampler, seq) for seq in range(12)]
+    bench.engine.turn()
+    assert states(bench, flood) == ["running"] * 4 + ["queued"] * 8
+    trained = [bench.train(model, [1, 2, 3]) for _ in range(7)]
+    other = bench.sampler("other", "base", None)
+    call = SampleCall(np.array([5, 6, 7], np.int32), seed=1, max_tokens=1, stop_at_eos=False)
+    small = bench.database.write(queue.submit, Job(other, 0, "sample", "other", BASE, call.to_bytes(), 4))
+    bench.engine.turn()
+    assert states(bench, [small, *trained]) == ["done"] * 8
+    assert states(bench, flood) == ["running"] * 4 + ["queued"] * 8
 
 
 # A broken sampler

@@ -208,17 +208,22 @@ class Engine:
         return bool(messages)
 
     def _claim(self) -> None:
-        """Takes in what is queued. While the sampler is full, samples stay in the queue, and training passes them."""
-        room = self._sampling.room()
-        limit = min(CLAIM_LIMIT, room) if room else CLAIM_LIMIT
-        headers = self._ledger.claim(limit, but="" if room else "sample")
+        """Takes in what is queued, so that nobody's work is hidden behind another's, however much that is.
+
+        While the sampler is full, samples of owners that have many in it stay in the queue, and all else passes them.
+        """
+        self._more_queued = True
+        while self._more_queued:
+            room = self._sampling.room()
+            limit = min(CLAIM_LIMIT, room) if room else CLAIM_LIMIT
+            headers = self._ledger.claim(limit, crowded=() if room else self._sampling.crowded())
+            self._more_queued = len(headers) == limit
+            self._samples_queued = not room
+            for header in headers:
+                if header.kind != "sample":
+                    self._enqueue(header)
+            self._sampling.hold(header for header in headers if header.kind == "sample")
         self._claimed_at = time.monotonic()
-        self._more_queued = len(headers) == limit
-        self._samples_queued = not room
-        for header in headers:
-            if header.kind != "sample":
-                self._enqueue(header)
-        self._sampling.hold(header for header in headers if header.kind == "sample")
 
     def _enqueue(self, header: Header) -> None:
         lane = self._lanes.get(header.subject)

@@ -6,6 +6,7 @@ Knows neither training nor the sampler's own scheduling.
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 MAX_SAMPLING = 4_096  # requests inside the sampler; further ones stay in the queue
 MAX_SAMPLING_TOKENS = 2**26  # of their prompts and what they may generate, at about 40 bytes each
+KEPT_FREE = 16  # an owner may always have one part in so many inside, however full the sampler is
 TELL_SECONDS = 0.03  # how often clients that read along hear of new tokens, at most
 
 
@@ -61,9 +63,23 @@ class SamplingTurns:
 
     def room(self) -> int:
         """How many further requests may enter the sampler."""
-        if sum(header.tokens for header in self._inside.values()) >= MAX_SAMPLING_TOKENS:
+        taken = [*self._inside.values(), *self._held]
+        if sum(header.tokens for header in taken) >= MAX_SAMPLING_TOKENS:
             return 0
-        return max(0, MAX_SAMPLING - self._sampler.load - len(self._held))
+        return max(0, MAX_SAMPLING - len(taken))
+
+    def crowded(self) -> list[str]:
+        """Owners that have so much in the full sampler that they must wait for room; any other may still enter."""
+        requests: Counter[str] = Counter()
+        tokens: Counter[str] = Counter()
+        for header in (*self._inside.values(), *self._held):
+            requests[header.owner] += 1
+            tokens[header.owner] += header.tokens
+        return [
+            owner
+            for owner in requests
+            if requests[owner] * KEPT_FREE >= MAX_SAMPLING or tokens[owner] * KEPT_FREE >= MAX_SAMPLING_TOKENS
+        ]
 
     def under_way(self) -> dict[int, str]:
         """Job number → request id of what is inside the sampler."""

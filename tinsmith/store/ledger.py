@@ -51,9 +51,9 @@ class Ledger:
         """Queues again what a dead engine was running. Returns how many jobs."""
         return self._database.write(queue.release, self.base)
 
-    def claim(self, limit: int, *, but: str = "") -> list[Header]:
-        """Takes up to `limit` queued jobs, oldest first, but none of kind `but`."""
-        return self._database.write(queue.claim, self.base, self.engine_id, limit, but)
+    def claim(self, limit: int, *, crowded: Sequence[str] = ()) -> list[Header]:
+        """Takes up to `limit` queued jobs, oldest first, but no samples of the owners in `crowded`."""
+        return self._database.write(queue.claim, self.base, self.engine_id, limit, crowded)
 
     def abandoned(self, numbers: Sequence[int], silent_since: float) -> list[int]:
         """Gives up the samples of clients that have been silent since; returns which of these jobs are over."""

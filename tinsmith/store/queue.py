@@ -69,20 +69,31 @@ _ADD_JOB_WITH_PAYLOAD = Prepared(
 _ADD_RESULT = Prepared(any=sa.insert(results))
 _PAYLOADS = for_numbers(sa.select(payloads_table.c.number, payloads_table.c.body), payloads_table)
 
-_PICKED = (
-    sa.select(jobs.c.number)
-    .where(jobs.c.base == sa.bindparam("of_base", type_=sa.Text), _QUEUED)
-    .where(jobs.c.kind != sa.bindparam("but_kind", type_=sa.Text))
-    .order_by(jobs.c.number)
-    .limit(sa.bindparam("at_most", type_=sa.Integer))
-    .with_for_update(skip_locked=True)
-    .cte("picked")
-)
-_CLAIM = Prepared(
-    any=sa.update(jobs)
-    .where(jobs.c.number.in_(sa.select(_PICKED.c.number)))
-    .values(state="running", engine=sa.bindparam("by_engine", type_=sa.Text))
-    .returning(*_HEADER)
+
+def _claiming(*passed_over: sa.ColumnElement[bool]) -> sa.Update:
+    picked = (
+        sa.select(jobs.c.number)
+        .where(jobs.c.base == sa.bindparam("of_base", type_=sa.Text), _QUEUED, *(~which for which in passed_over))
+        .order_by(jobs.c.number)
+        .limit(sa.bindparam("at_most", type_=sa.Integer))
+        .with_for_update(skip_locked=True)
+        .cte("picked")
+    )
+    return (
+        sa.update(jobs)
+        .where(jobs.c.number.in_(sa.select(picked.c.number)))
+        .values(state="running", engine=sa.bindparam("by_engine", type_=sa.Text))
+        .returning(*_HEADER)
+    )
+
+
+_CROWDED_JSON = sa.func.json_each(sa.bindparam("crowded", type_=sa.Text)).table_valued("value")
+_CROWDED_ARRAY = sa.bindparam("crowded", type_=postgresql.ARRAY(sa.Text))
+_IS_SAMPLE = jobs.c.kind == sa.literal_column("'sample'")
+_CLAIM = Prepared(any=_claiming())
+_CLAIM_BUT = Prepared(
+    sqlite=_claiming(_IS_SAMPLE & jobs.c.owner.in_(sa.select(_CROWDED_JSON.c.value))),
+    postgresql=_claiming(_IS_SAMPLE & (jobs.c.owner == sa.any_(_CROWDED_ARRAY))),
 )
 _FINISH = for_numbers(
     sa.update(jobs)
@@ -130,9 +141,14 @@ def reject(conn: sa.Connection, job: Job, error: str) -> None:
     _ADD_JOB(conn, _row(job, "failed") | {"error": _storable(error), "category": "user", "finished_at": time.time()})
 
 
-def claim(conn: sa.Connection, base: str, engine: str, limit: int, but: str = "") -> list[Header]:
-    """Takes up to `limit` queued jobs, oldest first, as running under `engine`; those of kind `but` stay queued."""
-    rows = _CLAIM(conn, {"of_base": base, "by_engine": engine, "at_most": limit, "but_kind": but})
+def claim(conn: sa.Connection, base: str, engine: str, limit: int, crowded: Sequence[str] = ()) -> list[Header]:
+    """Takes up to `limit` queued jobs, oldest first, as running under `engine`.
+
+    Samples of the owners in `crowded` stay queued.
+    """
+    statement = _CLAIM_BUT if crowded else _CLAIM
+    values = {"of_base": base, "by_engine": engine, "at_most": limit}
+    rows = statement(conn, values | ({"crowded": listed(conn, crowded)} if crowded else {}))
     return sorted((Header(*row) for row in rows), key=lambda header: header.number)
 
 
@@ -277,7 +293,7 @@ def _storable(text: str) -> str:
     return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
 
 
-def listed(conn: sa.Connection, numbers: Iterable[int]) -> list[int] | str:
-    """Any number of numbers as one parameter."""
-    listed = list(numbers)
+def listed(conn: sa.Connection, values: Iterable[int] | Iterable[str]) -> list[int] | list[str] | str:
+    """Any number of numbers, or of names, as one parameter."""
+    listed: Any = list(values)
     return listed if conn.dialect.name == "postgresql" else json.dumps(listed)
