@@ -189,3 +189,12 @@ def test_a_folder_that_is_no_model_is_refused(new_trainer: NewTrainer, tmp_path:
     checkpoint = saved(new_trainer("qwen3-untied"), SPECS["mlp"], tmp_path / "adapter")
     with pytest.raises(ConfigError, match="cannot load"):
         merged(tmp_path, checkpoint, tmp_path / "merged")
+
+
+def test_a_quantized_base_is_refused(new_trainer: NewTrainer, folders: Folders, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(folders("qwen3-untied"), tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    checkpoint = saved(new_trainer("qwen3-untied"), SPECS["mlp"], tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="is quantized"):
+        merged(base, checkpoint, tmp_path / "merged")

@@ -73,11 +73,11 @@ def merge(
     `weights` is an adapter, or all weights of a full-parameter model. Without a `dtype` the files have the base's own.
     Needs about 4 bytes of memory for each parameter. Raises ConfigError, UserError, NotTheSameError.
     """
+    if "quantization_config" in _config(base):
+        raise ConfigError(f"{base} is quantized; merging needs weights in float32, bfloat16 or float16")
     prompts, expected_M, effect = _expected(base, weights, on_progress)
     on_progress("merging")
     module = _load(base, dtype or "auto")
-    if getattr(module.config, "quantization_config", None) is not None:
-        raise ConfigError(f"{base} is quantized; merging needs weights in float32, bfloat16 or float16")
     untied = _merge(module, weights)
     on_progress("writing")
     module.save_pretrained(out, max_shard_size="4GB")
@@ -113,13 +113,20 @@ def _expected(base: Path, weights: Path, on_progress: Callable[[str], None]) -> 
 
 def _load(folder: Path, dtype: torch.dtype | str) -> Any:
     """The model of a folder as it was saved, with whatever else it consists of beside its text part."""
-    (name, *_) = json.loads((folder / "config.json").read_text()).get("architectures") or [""]
+    (name, *_) = _config(folder).get("architectures") or [""]
     own: Any = getattr(transformers, name, None)
     is_model = isinstance(own, type) and issubclass(own, PreTrainedModel)
     module: Any = (own if is_model else AutoModelForCausalLM).from_pretrained(
         folder, dtype=dtype, attn_implementation="eager", local_files_only=True, use_safetensors=True
     )
     return module.eval().requires_grad_(False)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load a model from {folder}: its config.json is missing or no JSON") from error
 
 
 def _merge(module: Any, weights: Path) -> bool:
