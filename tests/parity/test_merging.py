@@ -43,7 +43,7 @@ def logprobs_of(trainer: TorchTrainer, datum: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "family", ["qwen3-tied", "qwen3-untied", "qwen2-biases", "phi3-fused", "qwen3-moe-mixed", *BEYOND_LLAMA]
+    "family", ["qwen3-tied", "qwen3-untied", "qwen2-biases", "phi3-fused", *BEYOND_LLAMA]
 )
 def test_a_merged_model_computes_what_the_adapter_does(
     family: str, new_trainer: NewTrainer, folders: Folders, tmp_path: Path
