@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tinsmith import __version__
+from tinsmith.backend_config import check_tensor_parallel, merge, translate
 from tinsmith.commands import keys, operations, weights
 from tinsmith.commands import models as models_commands
 from tinsmith.config import describe, load_settings, read_environment
@@ -35,7 +36,7 @@ def serve(
     context: typer.Context,
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL]...", help="Registered names, 'tiny' (embedded), model folders, hub names."),
+        typer.Argument(metavar="MODEL", help="Registered names, 'tiny' (embedded), model folders, hub names."),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 picks a free one.")] = None,
@@ -67,16 +68,20 @@ def serve(
     gradient_checkpointing: Annotated[
         str | None, typer.Option(help="Less memory, a third more time in training: auto, on or off.")
     ] = None,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Devices that share a model: 1.")] = 1,
+    backend_config: Annotated[
+        str, typer.Option(metavar="JSON", help="SkyRL's keys as a JSON object; docs/migration.md has them.")
+    ] = "{}",
     log: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json: one JSON object per line.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of the settings.")] = None,
     show_settings: Annotated[bool, typer.Option("--show-settings", help="Print all settings and end.")] = False,
 ) -> None:
     """Serve one or more models to Tinker clients, until Ctrl-C: those named, else all registered ones, else 'tiny'."""
-    given = {name: value for name, value in context.params.items() if value not in (None, (), [])}
-    given.pop("config", None)
-    given.pop("show_settings")
-    settings = load_settings(config, read_environment(), given)
+    check_tensor_parallel(tensor_parallel_size)
+    others = ("config", "show_settings", "backend_config", "tensor_parallel_size")
+    said = {name: value for name, value in context.params.items() if value not in (None, (), []) and name not in others}
+    settings = load_settings(config, read_environment(), merge(said, translate(backend_config)))
     if show_settings:
         for name, value in describe(settings):
             typer.echo(f"{name:<18} {value}")
