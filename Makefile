@@ -11,10 +11,10 @@ export UV_FIND_LINKS := $(PIP_FIND_LINKS)
 # Without compiled modules, each start of a process that uses torch takes ten seconds more.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test check format bench proto
+.PHONY: help setup demo test compat check format bench proto
 
 help:
-	@echo "make setup | demo | test | check | format | bench | proto"
+	@echo "make setup | demo | test | compat | check | format | bench | proto"
 
 setup: .venv/installed
 
@@ -37,6 +37,16 @@ demo: setup
 
 test: setup
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadgroup
+
+# Writes docs/compatibility.md from what works: every method, every command, and earlier versions of the SDK.
+compat: setup
+	@for version in $$($(PYTHON) -m tests.contract.sdk_versions); do \
+	  folder=".venv/sdk/$$version"; \
+	  [[ -x "$$folder/bin/python" ]] || $(PYTHON) -m venv --without-pip "$$folder"; \
+	  .venv/bin/uv pip install --quiet --python "$$folder/bin/python" "tinker==$$version" numpy; \
+	done
+	@TINSMITH_TEST_WRITE_COMPATIBILITY=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest \
+	  tests/contract/test_compatibility.py tests/contract/test_sdk_versions.py tests/contract/test_tinker_cli.py
 
 check: setup
 	.venv/bin/ruff check

@@ -134,7 +134,11 @@ def test_a_compressed_body_is_read(api: Api, model: str) -> None:
         ("/save_weights_for_sampler", {}, "sampling_session_seq_id"),
         ("/save_weights_for_sampler", {"path": "a", "sampling_session_seq_id": 0}, "exclude each other"),
         ("/save_weights_for_sampler", {"path": "a", "kind": "moving"}, "moving"),
-        ("/save_weights_external", {"path": "a", "age_encryption_recipients": ["age1"]}, "age_encryption_recipients[0]"),
+        (
+            "/save_weights_external",
+            {"path": "a", "age_encryption_recipients": ["age1"]},
+            "age_encryption_recipients[0]",
+        ),
         ("/save_weights_external", {"path": "a", "age_encryption_recipients": ["age1"] * 11}, "at most 10"),
         ("/load_weights", {"path": "somewhere", "optimizer": True}, "'somewhere'"),
         ("/load_weights", {"path": "tinker://x:train:0/weights/a", "optimizer": True}, "no checkpoint"),
