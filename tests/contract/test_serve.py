@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tinsmith import __version__
+from tinsmith import __version__, serve
 from tinsmith.config import load_settings
 from tinsmith.demo import tiny_folder
 from tinsmith.demo.local_server import LocalServer
+from tinsmith.served import choose_served
 from tinsmith.store import records
 from tinsmith.store.database import Database
 
@@ -45,6 +47,8 @@ def test_settings_that_are_wrong_are_one_line_and_exit_code_two(tmp_path: Path) 
     assert "tinsmith keys create" in refused("serve", "--host", "0.0.0.0", "--data-dir", str(tmp_path))
     assert "write a=tiny" in refused("serve", "--alias", "a=other")
     assert "65535" in refused("serve", "--port", "70000")
+    assert "computes on one device" in refused("serve", "--tensor-parallel-size", "4")
+    assert "'trainer.colour' is not known" in refused("serve", "--backend-config", '{"trainer.colour": 1}')
     file = tmp_path / "settings.toml"
     file.write_text("max_lora_rnak = 8")
     assert "max_lora_rank" in refused("serve", "--config", str(file))
@@ -58,6 +62,14 @@ def test_the_command_line_the_variables_and_the_file_are_heard(tmp_path: Path) -
     rows = dict(line.split(maxsplit=1) for line in shown.splitlines() if len(line.split()) > 1)
     assert (rows["port"], rows["max_lora_rank"], rows["dtype"]) == ("7", "8", "float32")
     assert (rows["aliases"], rows["no_auth"]) == ("a=tiny, b=tiny", "True")
+
+
+def test_models_that_memory_cannot_hold_are_refused_before_they_load(tmp_path: Path) -> None:
+    arguments = ["--memory-fraction", "0.001", "--port", "0", "--data-dir", str(tmp_path), "--device", "cpu"]
+    result = tinsmith("serve", "tiny", str(tiny_folder()), *arguments)
+    assert result.returncode == 2
+    assert re.search(r"memory is short: .*tiny 0\.00\d+ \+ 0\.403.* GB; there are 0\.\d+ GB", result.stderr)
+    assert "loading" not in result.stdout
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
@@ -95,7 +107,7 @@ def test_a_dead_engines_word_that_it_is_ready_counts_nothing(tmp_path: Path) -> 
         command = [sys.executable, "-m", "tinsmith.serve", "api", str(fd), str(time.time())]
         with subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=(fd,)) as api:
             assert api.stdin is not None
-            api.stdin.write(settings.to_json().encode() + b"\n")
+            api.stdin.write(serve._first_line(settings, choose_served(settings, ())).encode() + b"\n")
             api.stdin.flush()
             connection = http.client.HTTPConnection("127.0.0.1", listener.getsockname()[1], timeout=60)
             connection.request("GET", "/api/v1/healthz")
