@@ -31,6 +31,7 @@ NOBODYS = {
     "/client/config": {"sdk_version": "0.38.0"},
     "/client/dynamic_config": {"sdk_version": "0.38.0"},
     "/get_server_capabilities": None,
+    "/openapi.json": None,
     "/auth/token": {},
     "/auth/apikey/me": None,
     "/telemetry": {"events": [], "platform": "", "sdk_version": "", "session_id": "s"},

@@ -63,6 +63,7 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/auth/token", identity.issue_token),
     ("GET", "/auth/apikey/me", identity.describe_key),
     ("DELETE", "/auth/apikey/me", identity.revoke_own_key),
+    ("GET", "/openapi.json", service.openapi),
     ("GET", "/get_server_capabilities", service.server_capabilities),
     ("POST", "/telemetry", service.telemetry),
     ("POST", "/create_session", sessions.create_session),
@@ -184,10 +185,16 @@ async def _on_error(request: Request, error: Exception) -> Response:
 async def _on_http_error(request: Request, error: Exception) -> Response:
     """Starlette's own: no such route, or not with this method."""
     assert isinstance(error, HTTPException)
-    detail = f"there is no {request.method} {request.url.path} here"
-    if error.status_code == 405:
-        detail = f"{request.url.path} does not take {request.method}, only {(error.headers or {}).get('Allow', '')}"
-    return _explain(request, detail if error.status_code in (404, 405) else error.detail, error.status_code)
+    if error.status_code == 404:
+        return _explain(request, f"there is no {request.method} {request.url.path} here", 404)
+    if error.status_code != 405:
+        return _explain(request, error.detail, error.status_code)
+    path = request.url.path
+    fitting = (route for route in request.app.routes if isinstance(route, Route) and route.path_regex.match(path))
+    allowed = ", ".join(sorted({method for route in fitting for method in route.methods or ()}))
+    response = _explain(request, f"{path} does not take {request.method}, only {allowed}", 405)
+    response.headers["allow"] = allowed
+    return response
 
 
 async def _on_disconnect(request: Request, _error: Exception) -> Response:

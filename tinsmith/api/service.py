@@ -3,6 +3,7 @@
 from starlette.responses import Response
 
 from tinsmith.api.calls import Call, Services, answer
+from tinsmith.api.openapi import document
 from tinsmith.wire import types
 
 
@@ -10,6 +11,11 @@ def health(services: Services) -> Response:
     """GET /healthz: 200 once requests can be worked on, 503 with the engine's progress before. Needs no key."""
     state, progress = services.catalog.state
     return answer(types.Health("ok")) if state == "ready" else answer(types.Health(state, progress), 503)
+
+
+async def openapi(_call: Call) -> Response:
+    """GET /openapi.json: what this server takes and answers."""
+    return answer(document())
 
 
 async def client_config(call: Call) -> Response:
