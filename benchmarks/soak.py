@@ -19,7 +19,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -70,10 +69,9 @@ def soak(
         began = time.monotonic()
         threads = run_tenants(tenants, server.base_url)
         striker = Striker(server, database, tenants, seed, roles, restart_database)
-        with suppress(KeyboardInterrupt):
-            striker.run(kills, began + seconds)
+        problems = _strike(striker, kills, began + seconds)
         enough.set()
-        problems = _wait(threads, tenants, HANGING)
+        problems += _wait(threads, tenants, HANGING)
         striker.compare_results()
         problems += [f"the result of job {number} changed" for number in sorted(striker.changed)]
         states = database.read(job_states)
@@ -84,6 +82,18 @@ def soak(
     if deterministic and not problems:
         problems += differences(folder, tenants, arguments, HANGING + time.monotonic() - began)
     return Soak(striker.blows, sum(states.values()), recovered, problems)
+
+
+def _strike(striker: Striker, kills: int, until: float) -> list[str]:
+    """The blows; what ended them too early."""
+    try:
+        striker.run(kills, until)
+    except KeyboardInterrupt:
+        return []
+    except RuntimeError as error:
+        return [f"the server did not come back: {error}"]
+    enough = len(striker.blows) >= kills or time.monotonic() >= until
+    return [] if enough else [f"{len(striker.blows)} of {kills} blows: a script ended, or heard nothing any more"]
 
 
 def differences(folder: Path, tenants: Sequence[Tenant], arguments: Sequence[str], seconds: float) -> list[str]:

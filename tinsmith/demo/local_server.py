@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -28,8 +29,9 @@ CLIENT_ENVIRONMENT = {"TINKER_API_KEY": "tml-local", "NO_PROXY": "127.0.0.1,loca
 class LocalServer:
     """One server on a free loopback port. `log` collects the output of all its processes.
 
-    `arguments` follow `tinsmith serve MODEL` on the command line (further models, perhaps). After `stop` it can be started again, on the same
-    data and a new port. Raises RuntimeError, with the end of the log, if it does not become ready.
+    `arguments` follow `tinsmith serve MODEL` on the command line (further models, perhaps). After `stop` it can be
+    started again, on the same data and a new port. Raises RuntimeError, with the end of the log, if it does not become
+    ready.
     """
 
     def __init__(
@@ -84,15 +86,20 @@ class LocalServer:
     def processes(self) -> dict[str, psutil.Process]:
         """The running processes by role: server (the supervisor), api, engine (of several models: one of them)."""
         found = {"server": self._supervisor()}
-        for child in found["server"].children():
-            words = child.cmdline()
+        for child, words in self._children():
             found |= {role: child for role in ("api", "engine") if role in words}
         return found
 
     def engines(self) -> dict[str, psutil.Process]:
         """The running engines by the names of their models."""
-        commands = [(child, child.cmdline()) for child in self._supervisor().children()]
-        return {words[-1]: child for child, words in commands if "engine" in words}
+        return {words[-1]: child for child, words in self._children() if "engine" in words}
+
+    def _children(self) -> Iterator[tuple[psutil.Process, list[str]]]:
+        """The supervisor's processes and their commands; one that ends just now is left out."""
+        for child in self._supervisor().children():
+            with suppress(psutil.NoSuchProcess):
+                words = child.cmdline()
+                yield child, words
 
     def _supervisor(self) -> psutil.Process:
         assert self._process is not None, "the server was not started"
