@@ -13,7 +13,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from tests.contract.api_fixtures import CAPABILITIES, Api, running_api
-from tests.contract.test_api_rules import PROMPT
+from tests.contract.test_api_rules import PROMPT, message
 from tinsmith.api import overview
 from tinsmith.observe import REQUESTS
 from tinsmith.store import keys, queue, records
@@ -229,6 +229,28 @@ def test_a_trace_goes_from_the_request_to_the_job_and_to_its_answer(
     assert [(fields["path"], fields["status"]) for message, fields in lines if fields["trace"] == "mine"] == [
         ("/api/v1/sessions/nobodys", 404)
     ]
+
+
+def test_every_kind_of_request_gives_its_job_its_own_trace(api: Api) -> None:
+    session = api.session()
+    model = api.model(session)
+    bodies = {
+        "/optim_step": {"adam_params": {}},
+        "/save_weights": {"path": "a"},
+        "/save_weights_for_sampler": {"path": "a"},
+        "/save_weights_external": {"path": "a"},
+        "/load_weights": {"path": f"tinker://{model}/weights/a", "optimizer": True},
+    }
+    for seq, (path, body) in enumerate(bodies.items(), 1):
+        api.result(api.post(path, model_id=model, seq_id=seq, **body))
+    new = {"session_id": session, "model_seq_id": 7, "path": f"tinker://{model}/weights/a", "optimizer": False}
+    api.result(api.post("/load_weights", **new))
+    api.result(api.http.post("/forward_backward", content=message(model, 6)))
+    api.result(sample(api))
+    traces = {header.kind: header.trace for header, _ in api.engine.jobs}
+    assert set(traces) >= {path.strip("/") for path in bodies} | {"create_model", "forward_backward", "sample"}
+    everyone = [header.trace for header, _ in api.engine.jobs]
+    assert None not in everyone and len(set(everyone)) == len(everyone)
 
 
 def test_every_answer_names_a_trace_of_its_own(api: Api) -> None:

@@ -76,9 +76,7 @@ def new_model(
     )
 
 
-def create_with_job(
-    conn: sa.Connection, model: records.Model, draft: Draft, most: int | None, trace: str | None = None
-) -> str:
+def create_with_job(conn: sa.Connection, model: records.Model, draft: Draft, most: int | None, trace: str) -> str:
     """Adds the model and its first job, or finds both; returns the request id.
 
     `most` is how many models its owner may have open, this one included. Raises NotFoundError, GoneError, LimitError.

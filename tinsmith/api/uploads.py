@@ -203,8 +203,9 @@ async def finish(call: Call) -> Response:
     request_id = f"upload-{body.upload_id}:train:0:0"
     if await services.database.read_async(queue.find, request_id) is None:
         upload = await run_in_threadpool(_require_whole, call, body.upload_id)
-        await services.database.write_async(_submit, upload, str(_root(services) / upload.id))
+        await services.database.write_async(_submit, upload, str(_root(services) / upload.id), call.trace)
         services.doorbell.ring("jobs")
+        call.accepted(request_id)
     future = await ended(call, request_id)
     if future is None:
         raise UnavailableError("the upload is still being checked; ask again")
@@ -231,7 +232,7 @@ def _require_whole(call: Call, upload_id: str) -> Upload:
     return upload
 
 
-def _submit(conn: sa.Connection, upload: Upload, folder: str) -> None:
+def _submit(conn: sa.Connection, upload: Upload, folder: str, trace: str) -> None:
     """A session, a model and its only job; another process may have been faster."""
     now = time.time()
     session = records.Session(
@@ -253,7 +254,7 @@ def _submit(conn: sa.Connection, upload: Upload, folder: str) -> None:
     promised = {part: getattr(upload.lora, part) for part in ("rank", "train_attn", "train_mlp", "train_unembed")}
     path = str(CheckpointPath(upload.model_id, "external", _NAME))
     draft = json_draft("import_weights", folder=folder, name=_NAME, path=path, promised=promised)
-    create_with_job(conn, _model(upload, now), draft, None)
+    create_with_job(conn, _model(upload, now), draft, None, trace)
 
 
 def _model(upload: Upload, now: float) -> records.Model:
