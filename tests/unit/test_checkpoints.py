@@ -1,5 +1,6 @@
 """Folders of weights: whole or not at all, and never altered unnoticed."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,26 @@ def test_a_written_folder_verifies_and_knows_its_size(tmp_path: Path) -> None:
     assert size == sum(path.stat().st_size for path in (tmp_path / "a" / "b").iterdir())
     assert verify_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert (tmp_path / "a" / "b" / "weights.bin").read_bytes() == b"12345"
+
+
+def test_everything_on_the_way_to_a_written_folder_is_on_disk_before_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files and the names of files: a folder's own name is in the folder above it."""
+    synced: list[str] = []
+    sync = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    (tmp_path / "root").mkdir()
+    write_folder(tmp_path / "root" / "model" / "weights" / "one", fill)
+    draft = next(name for name in synced if name.endswith(".part"))
+    assert synced[:2] == ["root", "model"]
+    assert {*synced[2:-2]} == {"weights.bin", "config.json", MANIFEST}
+    assert synced[-2:] == [draft, "weights"]
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def write_folder(target: Path, fill: Callable[[Path], None], written_by: str = "
 
 
 def _write_folder(target: Path, fill: Callable[[Path], None], written_by: str) -> int:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(target.parent)
     temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.part"
     temporary.mkdir()
     try:
@@ -63,6 +63,14 @@ def _write_folder(target: Path, fill: Callable[[Path], None], written_by: str) -
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return sum(path.stat().st_size for path in target.iterdir())
+
+
+def _make_folder(folder: Path) -> None:
+    """Creates a folder, if it is missing, with its parents; a power cut takes none of their names away."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync(folder.parent)
 
 
 def verify_folder(folder: Path) -> Path:
