@@ -78,8 +78,11 @@ def export_adapter(source: Source, out: Path, form: str, report: Report) -> None
 def export_merged(source: Source, out: Path, dtype: str, report: Report) -> "Merged":
     """Writes a whole model into the new folder `out`, verified. Raises NotTheSameError, UserError, ConfigError."""
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from tinsmith.models.merging import merge
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # `report` says how it goes
 
     base = model_folder(source.base, report)
     with new_folder(out) as draft:

@@ -1,5 +1,6 @@
 """Uploading an adapter over HTTP: begun, put at signed addresses, finished; whose it is, and how much it may be."""
 
+import errno
 import json
 import time
 from collections.abc import Iterator
@@ -180,3 +181,17 @@ def test_a_key_whose_storage_is_full_begins_no_upload(api: Api) -> None:
         assert client.post("/external_weights_upload_finish", json={"upload_id": begun["upload_id"]}).is_success
         answer = client.post("/external_weights_upload_start", json=body)
     assert (answer.status_code, "'full' stores 123 bytes" in answer.json()["detail"]) == (403, True)
+
+
+def test_a_full_disk_is_said_to_be_one(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = start(api)
+
+    def full(_file: Any, _data: bytearray) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(uploads, "_write", full)
+    answer = put(begun["urls"]["adapter_config.json"], b"{}")
+    assert (answer.status_code, "no space is left" in answer.json()["detail"]) == (500, True)
+    monkeypatch.undo()
+    put_all(begun)
+    assert finish(api, begun).status_code == 200

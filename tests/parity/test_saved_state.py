@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -356,6 +355,14 @@ def cut_the_file(folder: Path) -> None:
     (folder / "adapter_model.safetensors").write_bytes(data[:-100])
 
 
+def name_experts_as_the_hosted_service(folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(
+        {name.replace(".mlp.gate_proj.", ".mlp.experts.w1."): tensor for name, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
+
+
 def spoil_the_config(folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"r": "many"}')
 
@@ -368,6 +375,7 @@ def spoil_the_config(folder: Path) -> None:
         (drop_the_optimizer, "no optimizer state"),
         (cut_the_file, "not a safetensors file"),
         (spoil_the_config, "many"),
+        (name_experts_as_the_hosted_service, "w1 and w3.*hosted"),
     ],
 )
 def test_damaged_checkpoints_are_refused_and_change_nothing(

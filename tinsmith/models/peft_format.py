@@ -3,7 +3,8 @@
 A setting that changes what an adapter computes, and that we do not compute, is refused: never a wrong result.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tinsmith.errors import UserError
@@ -49,6 +50,16 @@ def trained_modules(config: Mapping[str, Any]) -> frozenset[str] | None:
     if config.get("target_parameters") or not isinstance(modules, list):
         return None
     return frozenset("unembed_tokens" if module == "lm_head" else module for module in modules)
+
+
+def check_names(names: Iterable[str], file: str) -> None:
+    """Raises UserError for experts in a form that has no equal in PEFT's, which is ours. `file` is for the message."""
+    for name in names:
+        if re.search(r"\.experts\.w[123]\.", name):
+            raise UserError(
+                f"{file}: {name} is of experts whose gate and up projection have an A each (w1 and w3), as Tinker's "
+                "hosted service exports them; here, as in PEFT, they are one fused layer with one A"
+            )
 
 
 def our_name(name: str) -> str | None:

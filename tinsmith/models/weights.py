@@ -19,7 +19,14 @@ from tinsmith.models.families import EXPERT_PARAMETERS
 from tinsmith.models.flat import Layout
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import Adapter
-from tinsmith.models.peft_format import check_adapter_config, module_of, our_name, peft_name, trained_modules
+from tinsmith.models.peft_format import (
+    check_adapter_config,
+    check_names,
+    module_of,
+    our_name,
+    peft_name,
+    trained_modules,
+)
 from tinsmith.protocols import ModelSpec
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -154,6 +161,7 @@ def adapter_spec(folder: Path) -> ModelSpec:
     check_adapter_config(config, ADAPTER_CONFIG)
     with _open(folder / ADAPTER_FILE) as file:
         names = list(_stored_names(file))
+    check_names(names, ADAPTER_FILE)
     spec = ModelSpec(rank=config["r"], seed=0, alpha=float(config["lora_alpha"]))
     return replace(
         spec,
