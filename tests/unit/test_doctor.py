@@ -127,6 +127,19 @@ def test_a_database_that_is_no_database_or_cannot_be_reached_is_found(tmp_path: 
     assert "secret" not in found.says
 
 
+def test_postgres_is_tried_and_left_as_it_was(postgres_url: str, tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, database_url=postgres_url)
+    assert_is(findings_of_database(settings)["database"], OK, "its tables will be made")
+    database = Database(postgres_url)
+    database.migrate()
+    database.close()
+    found = findings_of_database(settings)
+    assert_is(found["database"], OK, "can be written", "of this version")
+    assert_is(found["access"], OK)
+    read_only = f"{postgres_url}{'&' if '?' in postgres_url else '?'}options=-c%20default_transaction_read_only%3Don"
+    assert_is(findings_of_database(settings_in(tmp_path, database_url=read_only))["database"], FAIL, "read-only")
+
+
 def test_a_server_that_others_reach_needs_keys(tmp_path: Path) -> None:
     settings = made(tmp_path)
     open_host = settings_in(tmp_path, host="0.0.0.0")
