@@ -86,6 +86,7 @@ def test_tool_calls_are_parsed_and_the_text_before_them_kept(size: int) -> None:
         '<tool_call>{"name": 1}</tool_call>',
         '<tool_call>{"name": "add", "arguments": "{}"}</tool_call>',
         '<tool_call>{"name": "add", "arg',
+        'So:\n\n<tool_call>\n{"name"',
         "a < b <tool",
         "It is 3.\n",
     ],

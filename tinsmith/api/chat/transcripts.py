@@ -132,8 +132,7 @@ class _Calls:
         while (begin := self._waiting.find(_OPEN)) >= 0:
             end = self._waiting.find(_CLOSE, begin)
             if end < 0:
-                self._say(pieces, self._waiting[:begin].rstrip())
-                self._waiting = self._waiting[begin:]
+                self._say_stripped(pieces, begin)
                 return pieces
             call = _parse_call(self._waiting[begin + len(_OPEN) : end])
             end += len(_CLOSE)
@@ -145,11 +144,7 @@ class _Calls:
             self.count += 1
             pieces.append(call)
             self._waiting = self._waiting[end:]
-        kept = _overlap(self._waiting, _OPEN)
-        certain = self._waiting[: len(self._waiting) - kept]
-        said = certain.rstrip()
-        self._waiting = self._waiting[len(said) :]
-        self._say(pieces, said)
+        self._say_stripped(pieces, len(self._waiting) - _overlap(self._waiting, _OPEN))
         return pieces
 
     def end(self) -> list[Piece]:
@@ -158,6 +153,12 @@ class _Calls:
         self._say(pieces, "" if self.count and rest.isspace() else rest)
         self._waiting = ""
         return pieces
+
+    def _say_stripped(self, pieces: list[Piece], length: int) -> None:
+        """Says what waits, up to `length`; white space at its end goes on waiting, for a call may follow."""
+        said = self._waiting[:length].rstrip()
+        self._waiting = self._waiting[len(said) :]
+        self._say(pieces, said)
 
     def _say(self, pieces: list[Piece], text: str) -> None:
         if text:
