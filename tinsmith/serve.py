@@ -57,6 +57,7 @@ def supervise(settings: Settings) -> int:
         locked(settings.data_dir / "children.lock", ENGINE_GRACE) as lock,
     ):
         served, keys = _look_up(settings)
+        _collect_leftovers(settings)
         with listen(settings.host, settings.port) as listener:
             settings = replace(settings, port=listener.getsockname()[1])
             announcer = Announcer(settings, served, keys)
@@ -68,6 +69,23 @@ def supervise(settings: Settings) -> int:
             code = supervisor.run()
             follow.join(timeout=1)
     return code
+
+
+def _collect_leftovers(settings: Settings) -> None:
+    """Removes what an API that was killed had not finished of copies; engines see to their own folders."""
+    from tinsmith.engine.checkpoints import orphans, remove_folder, sweep
+    from tinsmith.store import queue, records
+    from tinsmith.store.database import Database
+
+    folder = settings.data_dir / "checkpoints"
+    sweep(folder)
+    database = Database(settings.effective_database_url)
+    try:
+        recorded = database.read(records.checkpoint_folders)
+        for orphan in orphans(folder, recorded, lambda request_id: bool(database.read(queue.find, request_id))):
+            remove_folder(orphan)
+    finally:
+        database.close()
 
 
 def _look_up(settings: Settings) -> tuple[tuple[Served, ...], int | None]:

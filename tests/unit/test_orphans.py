@@ -1,5 +1,6 @@
 """Folders of checkpoints that no record refers to: collected when an engine starts, and nothing else is."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 
 from tests.unit.test_engine import BASE, Bench, datums, lesson
 from tests.unit.test_recovery import EngineDied, dying, save
+from tinsmith import serve
+from tinsmith.config import Settings
 from tinsmith.engine.checkpoints import orphans, verify_folder, write_folder
 from tinsmith.errors import UnavailableError
 from tinsmith.store import queue, records
@@ -77,6 +80,18 @@ def test_a_deleted_checkpoint_whose_files_outlived_its_record_is_collected(bench
     record = bench.database.read(records.find_checkpoint, other)
     assert record is not None
     verify_folder(Path(record.folder))
+
+
+def test_a_starting_server_collects_what_a_killed_api_left_of_copies(bench: Bench) -> None:
+    model = bench.create("a")
+    save(bench, model, "one")
+    [original] = folders(bench)
+    segment = bench.folder / "checkpoints" / "copy" / "weights"
+    shutil.copytree(original, segment / "one-0a1b", copy_function=os.link)
+    (segment / ".two-0a1b.part").mkdir()
+    serve._collect_leftovers(Settings(data_dir=bench.folder, database_url=f"sqlite:///{bench.folder}/db.sqlite"))
+    assert list(segment.iterdir()) == []
+    verify_folder(original)
 
 
 def test_folders_that_another_database_may_know_or_somebody_is_writing_are_left_alone(tmp_path: Path) -> None:
