@@ -46,12 +46,14 @@ def test_training_is_counted_by_batch_job_and_token(bench: Bench) -> None:
     bench.run()
     bench.logprobs(a)
     bench.step(a)
+    bench.train(b, [5, 10**6])  # no such token: fails, and counts as run but not as trained
+    bench.run()
     bench.submit(b, "load_weights", {"path": "tinker://nothing/weights/here", "optimizer": False, "create": False})
     bench.run()
     told = report(bench)
     assert told["jobs"] == {
         "create_model": {"done": 2, "user": 0, "server": 0},
-        "forward_backward": {"done": 2, "user": 0, "server": 0},
+        "forward_backward": {"done": 2, "user": 1, "server": 0},
         "forward": {"done": 1, "user": 0, "server": 0},
         "optim_step": {"done": 1, "user": 0, "server": 0},
         "load_weights": {"done": 0, "user": 1, "server": 0},
@@ -60,11 +62,11 @@ def test_training_is_counted_by_batch_job_and_token(bench: Bench) -> None:
     requests, tenants, tokens = (
         Distribution.from_dict(told[f"batch_{of}"]) for of in ("requests", "tenants", "tokens")
     )
-    assert (sum(requests.counts), requests.total, requests.counts[:2]) == (2, 3.0, [1, 1])
-    assert (sum(tenants.counts), tenants.total) == (2, 2.0)
-    assert (sum(tokens.counts), tokens.total) == (2, 24.0)
+    assert (sum(requests.counts), requests.total, requests.counts[:2]) == (3, 4.0, [2, 1])
+    assert (sum(tenants.counts), tenants.total) == (3, 3.0)
+    assert (sum(tokens.counts), tokens.total) == (3, 32.0)
     assert {kind: sum(times["counts"]) for kind, times in told["seconds"].items()} == {
-        "create_model": 2, "forward_backward": 2, "forward": 1, "optim_step": 1, "load_weights": 1,
+        "create_model": 2, "forward_backward": 3, "forward": 1, "optim_step": 1, "load_weights": 1,
     }  # fmt: skip
     assert told["held"]["models"] == 1 and told["held"]["models_most"] == bench.max_models  # b's load failed
 
