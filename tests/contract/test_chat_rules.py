@@ -384,7 +384,7 @@ def test_all_chats_of_an_owner_share_a_session_and_a_finished_one_is_replaced(
 
     ask(api, CHAT, ASK)
     before = api.database.read(chats)
-    monkeypatch.setattr("tinsmith.api.chat.generation._KEEP_SECONDS", 0.0)
+    monkeypatch.setattr("tinsmith.api.chat.sessions._KEEP_SECONDS", 0.0)
     ask(api, CHAT, ASK)
     assert api.database.read(chats) == before
     for session in before:

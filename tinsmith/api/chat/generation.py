@@ -1,25 +1,23 @@
 """From a prompt's tokens to sampled tokens, through the same queue as every other sample: submit, wait, read along.
 
-Each owner has a session of its own here and a sampler for each snapshot, made when first needed. A sample whose client
-hangs up is given up. Knows tokens, no texts and no wire format.
+A sample whose client hangs up is given up. Knows tokens, no texts and no wire format.
 """
 
 import asyncio
 import secrets
-import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from itertools import count, pairwise
+from dataclasses import dataclass, replace
 
-import sqlalchemy as sa
 from starlette.requests import ClientDisconnect
 
 from tinsmith.api.calls import Call
+from tinsmith.api.chat.continuations import continue_with, rest_of
+from tinsmith.api.chat.sessions import ChatSessions
 from tinsmith.api.chat.streams import Inbox, TokenStreams
 from tinsmith.api.chat.targets import Target
 from tinsmith.errors import GoneError, TinsmithError, UserError
-from tinsmith.store import queue, records
+from tinsmith.store import queue
 from tinsmith.wire import types
 from tinsmith.wire.jobs import Future, Job
 from tinsmith.wire.packing import SampleOutput
@@ -27,7 +25,6 @@ from tinsmith.wire.progress import Progress
 from tinsmith.wire.sample_codec import sample_call, sample_cost
 
 _FIRST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 1.0, 8.0  # these looks only make good for a lost ring
-_KEEP_SECONDS = 60.0  # how often a session is told that its client is there
 
 
 Reading = AsyncGenerator[Progress | SampleOutput | None, None]
@@ -66,20 +63,12 @@ class Ask:
         )
 
 
-@dataclass(slots=True)
-class _Session:
-    id: str
-    kept_at: float
-    samplers: dict[Target, str] = field(default_factory=dict)
-    numbers: Iterator[int] = field(default_factory=count)
-
-
 class Generation:
     """What the handlers of one API process sample with."""
 
     def __init__(self, streams: TokenStreams) -> None:
         self._streams = streams
-        self._sessions: dict[str, _Session] = {}  # by owner
+        self._sessions = ChatSessions()
 
     async def sample(self, call: Call, target: Target, ask: Ask) -> SampleOutput:
         """All samples, once they have ended. Raises UserError, ClientDisconnect, and what the engine failed with."""
@@ -118,14 +107,15 @@ class Generation:
         try:
             while True:
                 rung = await inbox.wait(patience)
+                await self._sessions.keep(call)
                 for part in inbox.take():
-                    if new := _continue(given[part.index], part):
+                    if new := continue_with(given[part.index], part):
                         yield new
                 if inbox.ended or not rung:
                     output = await self._look(call, job.request_id)
                     if output is not None:
                         ended = True
-                        for new in _rest(job.request_id, given, output):
+                        for new in rest_of(job.request_id, given, output):
                             yield new
                         yield output
                         return
@@ -143,7 +133,7 @@ class Generation:
         request = ask.to_request("", 0)
         packed = replace(sample_call(request, limits), stop_at_eos=True, stream=stream)
         tokens = sample_cost(packed, limits.max_context)
-        sampler_id = await self._sampler(call, target)
+        sampler_id = await self._sessions.sampler(call, target)
         seq = secrets.randbelow(types.MAX_SEQ)
         job = Job(sampler_id, seq, "sample", call.owner, target.base, packed.to_bytes(), tokens, call.trace)
         await call.admit(job.subject, job.seq, len(job.body), tokens, ordered=False)
@@ -165,67 +155,15 @@ class Generation:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(patience):
                         await rung.wait()
+                await self._sessions.keep(call)
                 patience = min(2 * patience, _LONGEST_LOOK_SECONDS)
 
     async def _look(self, call: Call, request_id: str) -> SampleOutput | None:
         """The result, if the job has ended. Raises what it failed with."""
-        await self._keep(call)
         future = await call.services.database.read_async(queue.find, request_id)
         if future is not None and future.state not in queue.TERMINAL:
             return None
         return _output(future)
-
-    async def _sampler(self, call: Call, target: Target) -> str:
-        """The id of the owner's sampler of these weights."""
-        session = await self._keep(call)
-        if target not in session.samplers:
-            record = records.SamplerRecord(
-                id=f"{session.id}:sample:{next(session.numbers)}",
-                session_id=session.id,
-                owner=call.owner,
-                base=target.base,
-                base_name=target.base_name,
-                snapshot=target.snapshot,
-                model_id=target.model_id,
-                created_at=time.time(),
-            )
-            await call.services.database.write_async(records.create_sampler, record)
-            session.samplers[target] = record.id
-        return session.samplers[target]
-
-    async def _keep(self, call: Call) -> _Session:
-        """The owner's session, made if there is none (any more), with word that its client is there."""
-        now, database = time.monotonic(), call.services.database
-        session = self._sessions.get(call.owner)
-        if session is not None and now - session.kept_at < _KEEP_SECONDS:
-            return session
-        if session is not None:
-            session.kept_at = now
-            with suppress(UserError):  # finished by its owner
-                await database.write_async(records.touch_session, session.id, call.owner, time.time())
-                return session
-        session = _Session(secrets.token_hex(8), now)
-        await database.write_async(_create_session, session.id, call.owner)
-        self._sessions[call.owner] = session
-        return session
-
-
-def _create_session(conn: sa.Connection, session_id: str, owner: str) -> None:
-    now = time.time()
-    session = records.Session(
-        id=session_id,
-        owner=owner,
-        state="open",
-        tags=["chat"],
-        user_metadata={},
-        sdk_version="",
-        project_id=None,
-        display_name="OpenAI and Anthropic clients",
-        finish_reason=None,
-        created_at=now,
-        seen_at=now,
-    )
-    records.create_session(conn, session)
 
 
 async def _hung_up(call: Call) -> None:
@@ -246,57 +184,3 @@ def _output(future: Future | None) -> SampleOutput:
     if future.state == "failed":
         raise (UserError if future.category == "user" else TinsmithError)(future.error or "failed")
     return SampleOutput.from_bytes(future.body or b"")
-
-
-def _continue(given: list[int], part: Progress) -> Progress | None:
-    """What `part` adds to the tokens given so far; nothing if some before it got lost (the result has them all).
-
-    Raises TinsmithError if it contradicts them.
-    """
-    known = given[part.start :]
-    if part.start > len(given) or len(part.tokens) <= len(known):
-        _check_same(known[: len(part.tokens)], part.tokens)
-        return None
-    _check_same(known, part.tokens[: len(known)])
-    given += part.tokens[len(known) :]
-    new = slice(len(known), None)
-    return replace(
-        part,
-        start=part.start + len(known),
-        tokens=part.tokens[new],
-        logprobs=part.logprobs[new],
-        top_ids=part.top_ids[new],
-        top_logprobs=part.top_logprobs[new],
-    )
-
-
-def _rest(request_id: str, given: list[list[int]], output: SampleOutput) -> list[Progress]:
-    """What the result adds to the tokens given so far, of every sample."""
-    parts = (_continue(given[index], part) for index, part in enumerate(samples_of(request_id, output)))
-    return [part for part in parts if part is not None]
-
-
-def samples_of(request_id: str, output: SampleOutput) -> list[Progress]:
-    """All tokens of each sample."""
-    ids, logprobs = output.extras.get("topk_sample_ids"), output.extras.get("topk_sample_logprobs")
-    bounds = output.offsets.tolist()
-    return [
-        Progress(
-            request_id,
-            index,
-            0,
-            output.tokens_S[begin:end].tolist(),
-            output.logprobs_S[begin:end].tolist(),
-            [] if ids is None else ids[begin:end].tolist(),
-            [] if logprobs is None else logprobs[begin:end].tolist(),
-        )
-        for index, (begin, end) in enumerate(pairwise(bounds))
-    ]
-
-
-def _check_same(given: list[int], again: list[int]) -> None:
-    if given != again[: len(given)]:
-        raise TinsmithError(
-            "the engine was restarted, and what it sampled then differs from what was sent before (rounding may do "
-            "that without --deterministic): this stream ends here; ask again"
-        )

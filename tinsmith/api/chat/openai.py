@@ -7,12 +7,14 @@ from collections.abc import AsyncGenerator, Sequence
 from msgspec import Struct
 from starlette.responses import Response
 
+from tinsmith.api.bodies import compute
 from tinsmith.api.calls import Call, answer
 from tinsmith.api.chat import openai_types as types
+from tinsmith.api.chat.continuations import samples_of
 from tinsmith.api.chat.conversations import of_openai, openai_tools
 from tinsmith.api.chat.errors import OPENAI, error_body
 from tinsmith.api.chat.events import WAITING, EventStream, event
-from tinsmith.api.chat.generation import Ask, Reading, samples_of
+from tinsmith.api.chat.generation import Ask, Reading
 from tinsmith.api.chat.openai_answers import ChatWriter, TextWriter, Writer, usage_of
 from tinsmith.api.chat.parts import Chat, Subject, chat_prompt, read_body, subject_of, tokens_of
 from tinsmith.api.chat.targets import list_named, resolve
@@ -24,6 +26,7 @@ from tinsmith.wire.progress import Progress
 
 _COMPLETION_TOKENS = 16  # the dialect's default for completions; chats go on to the context's end
 _MOST_PROMPTS = 128
+_TOKEN_BYTES = 100  # of an answer, roughly
 _DONE = b"data: [DONE]\n\n"
 
 log = logging.getLogger(__name__)
@@ -115,18 +118,25 @@ async def _answer(
     prompt_tokens = sum(len(ask.prompt) for ask in asks)
     if not body.stream:
         outputs = await _sample_all(chat, call, subject, asks)
-        samples = [sample for output in outputs for sample in samples_of("", output)]
-        stopped = [bool(one) for output in outputs for one in output.stopped]
-        for index, (transcript, sample) in enumerate(zip(transcripts, samples, strict=True)):
-            pieces = transcript.feed(sample.tokens)
-            rest, ending = transcript.end(stopped=stopped[index])
-            writer.add(index, sample, pieces + rest, ending)
-        return answer(writer.whole(usage_of(prompt_tokens, outputs)))
+        size = sum(len(output.tokens_S) for output in outputs) * (1 + asks[0].top_logprobs) * _TOKEN_BYTES
+        return await compute(size, _whole, outputs, transcripts, writer, prompt_tokens)
     if len(asks) > 1:
         raise UserError(f"stream is true, but prompt holds {len(asks)} prompts; ask for them one by one, or without it")
     reading = await chat.generation.read(call, subject.target, asks[0])
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     return EventStream(_events(reading, transcripts, writer, prompt_tokens if with_usage else None))
+
+
+def _whole(
+    outputs: Sequence[SampleOutput], transcripts: Sequence[Transcript], writer: Writer, prompt_tokens: int
+) -> Response:
+    samples = [sample for output in outputs for sample in samples_of("", output)]
+    stopped = [bool(one) for output in outputs for one in output.stopped]
+    for index, (transcript, sample) in enumerate(zip(transcripts, samples, strict=True)):
+        pieces = transcript.feed(sample.tokens)
+        rest, ending = transcript.end(stopped=stopped[index])
+        writer.add(index, sample, pieces + rest, ending)
+    return answer(writer.whole(usage_of(prompt_tokens, outputs)))
 
 
 async def _sample_all(chat: Chat, call: Call, subject: Subject, asks: Sequence[Ask]) -> list[SampleOutput]:

@@ -12,7 +12,8 @@ from typing import Any
 from tinsmith.api.chat.vocabulary import Vocabulary
 
 _REPLACEMENT = "\ufffd"
-_LONGEST_WAIT = 8  # tokens; a character has four bytes at most, so by then it is not going to be completed
+_CHARACTER_BYTES = 4  # at most, and a token has one at least
+_LONGEST_WAIT = 8  # tokens; a character that is not complete by then is never going to be
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 
 
@@ -45,7 +46,7 @@ class Transcript:
 
     def feed(self, tokens: Sequence[int]) -> list[Piece]:
         """What the tokens add that is certain by now."""
-        return self._parsed(self._stops.feed("".join(map(self._characters.feed, tokens))))
+        return self._parsed(self._stops.feed(self._characters.feed(tokens)))
 
     def end(self, *, stopped: bool) -> tuple[list[Piece], Ending]:
         """The rest, and why it ended; `stopped` says whether the sampler met an end or a stop."""
@@ -63,29 +64,33 @@ class Transcript:
 
 
 class _Characters:
-    """Tokens to text, a token at a time; bytes of a character wait for the rest of it."""
+    """Tokens to text; those with the bytes of an incomplete character wait for the rest of it."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._before: list[int] = []  # tokens whose text is out, for decoders that look at a token's neighbour
         self._waiting: list[int] = []
 
-    def feed(self, token: int) -> str:
-        self._waiting.append(token)
-        text = self._new_text()
-        if text.endswith(_REPLACEMENT) and len(self._waiting) < _LONGEST_WAIT:
-            return ""
-        self._before, self._waiting = self._waiting, []
-        return text
+    def feed(self, tokens: Sequence[int]) -> str:
+        self._waiting += tokens
+        for count in range(len(self._waiting), max(0, len(self._waiting) - _CHARACTER_BYTES), -1):
+            text = self._text(count)
+            if not text.endswith(_REPLACEMENT):
+                return self._give(count, text)
+        return self._give(len(self._waiting), self.end()) if len(self._waiting) >= _LONGEST_WAIT else ""
 
     def end(self) -> str:
-        text = self._new_text() if self._waiting else ""
-        self._waiting = []
-        return text
+        return self._text(len(self._waiting))
 
-    def _new_text(self) -> str:
-        whole = self._vocabulary.decode(self._before + self._waiting)
+    def _text(self, count: int) -> str:
+        """What the first `count` waiting tokens add."""
+        whole = self._vocabulary.decode(self._before + self._waiting[:count])
         return whole[len(self._vocabulary.decode(self._before)) :]
+
+    def _give(self, count: int, text: str) -> str:
+        self._before = (self._before + self._waiting[:count])[-_LONGEST_WAIT:]
+        self._waiting = self._waiting[count:]
+        return text
 
 
 class _Stops:
