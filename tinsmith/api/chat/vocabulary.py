@@ -10,8 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 from tokenizers import Tokenizer
 
 from tinsmith.api.chat.templates import ChatTemplate
@@ -98,6 +96,10 @@ def vocabulary_folder(place: str) -> Path:
     """
     if Path(place).is_dir():
         return Path(place)
+    # Only here: it takes as much memory as everything else in this module.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     try:
         return Path(snapshot_download(place, local_files_only=True, allow_patterns=["tokenizer*"]))
     except LocalEntryNotFoundError as error:
