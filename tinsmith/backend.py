@@ -68,6 +68,7 @@ def load_backend(settings: Settings, served: Served, report: Callable[[str], Non
     device, dtype = choose_device(settings.device, served.dtype)
     folder = model_folder(served, report)
     _check_weights(served, folder, device, dtype)
+    _bound_memory(served, device)
     model = load_base(
         folder, dtype=dtype, device=device, on_progress=report, trust_remote_code=served.trust_remote_code
     )
@@ -161,6 +162,15 @@ def _check_weights(served: Served, folder: Path, device: "torch.device", dtype: 
     allowed = min(served.memory_bytes or sys.maxsize, _free_bytes(device))
     need = count_parameters(folder) * dtype.itemsize
     sizing.divide(allowed, {served.name: need}, {})
+
+
+def _bound_memory(served: Served, device: "torch.device") -> None:
+    """Has an engine that asks a GPU for more than its part run out of memory itself, instead of its neighbours."""
+    import torch
+
+    if served.memory_bytes and device.type == "cuda":
+        total = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, served.memory_bytes / total))
 
 
 def _free_bytes(device: "torch.device") -> int:
