@@ -8,8 +8,8 @@ thrown away afterwards) is restarted at once, too. In the end every script must 
 no result have changed after it was there. With --deterministic the scripts run once more on a server that nobody hurts:
 every answer, and the final weights and optimizer states, must be the same bits.
 
-On a quiet machine of two cores 200 blows take about 35 minutes. --seconds bounds the blows of each database, and Ctrl-C
-ends them; what was reached by then is checked and recorded like everything else.
+On a quiet machine of two cores 200 blows take about half an hour. --seconds bounds the blows on each database; what was
+reached by then is checked and recorded like everything else.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def soak(
 ) -> Soak:
     """One tenant for each of `ranks` (0: all weights), every second an RL-like one; `roles` are hit in turn.
 
-    Blows end after `kills` of them, after `seconds`, or with Ctrl-C. Works in the empty `folder`.
+    Blows end after `kills` of them, or after `seconds`. Works in the empty `folder`.
     """
     arguments = ["--threads", "1", *(["--deterministic"] if deterministic else [])]
     database_url = database_url or f"sqlite:///{folder}/data/tinsmith.db"
@@ -88,8 +88,6 @@ def _strike(striker: Striker, kills: int, until: float) -> list[str]:
     """The blows; what ended them too early."""
     try:
         striker.run(kills, until)
-    except KeyboardInterrupt:
-        return []
     except RuntimeError as error:
         return [f"the server did not come back: {error}"]
     enough = len(striker.blows) >= kills or time.monotonic() >= until

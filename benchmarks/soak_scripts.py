@@ -16,7 +16,7 @@ import tinker
 from tinker import types
 
 ADAM = types.AdamParams(learning_rate=1e-3, eps=1e-8)
-STATE_EVERY = 8  # steps
+STATE_EVERY, MOVE_EVERY = 4, 8  # steps: to save, and to go on in another model, made from what was saved
 THINKING = 0.2  # seconds between two steps of a script; the run without blows does not need them
 
 
@@ -40,8 +40,10 @@ class Tenant:
                 client = service.create_lora_training_client("tiny", rank=self.rank, seed=5).result()
                 while self.done != self.steps and not (self.steps is None and self.enough.is_set()):
                     self._learn(client)
-                    if self.done % STATE_EVERY == 0:
-                        client.save_state(f"state-{self.done}").result()
+                    if self.done % STATE_EVERY == STATE_EVERY - 1:
+                        saved = client.save_state(f"state-{self.done}").result().path
+                        if self.done % MOVE_EVERY == MOVE_EVERY - 1:
+                            client = service.create_training_client_from_state_with_optimizer(saved).result()
                     self.done += 1
                     if self.steps is None:
                         time.sleep(THINKING)
