@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.unit.test_engine import Bench
+from tests.unit.test_engine import Bench, embedded
 from tinsmith.engine.trials import pulse_file
 from tinsmith.observe import REQUESTS
-from tinsmith.protocols import BASE_SNAPSHOT
+from tinsmith.protocols import BASE_SNAPSHOT, SnapshotCall
+from tinsmith.sampling.sampler import TorchSampler
 from tinsmith.store import queue
 from tinsmith.wire.jobs import Job
 from tinsmith.wire.packing import SampleCall
@@ -89,6 +90,20 @@ def test_sampling_is_counted_by_token_that_was_run_or_chosen(bench: Bench) -> No
     bench.engine.turn()
     held = report(bench)["held"]
     assert held["samples_running"] == 1 and held["kv_tokens_held"] >= 32
+
+
+def test_what_a_preemption_runs_again_counts_as_prefilled_as_far_as_it_is_prompt() -> None:
+    model, tokenizer = embedded()
+    sampler = TorchSampler(model, tokenizer, kv_tokens=96, max_running=4)
+    for number in range(3):
+        prompt = np.arange(40 + 20 * number, 60 + 20 * number, dtype=np.int32)
+        call = SampleCall(prompt, seed=number, max_tokens=60, stop_at_eos=False)
+        sampler.submit(SnapshotCall(f"{number}", BASE_SNAPSHOT, f"t{number}", call))
+    while sampler.load:
+        sampler.step()
+    usage = sampler.usage()
+    assert usage.preempted > 0 and usage.sampled == 3 * 60
+    assert 3 * 20 < usage.prefilled <= (3 + usage.preempted) * 20
 
 
 def test_snapshots_and_what_left_the_device_or_came_back_are_counted(tmp_path: Path) -> None:
