@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from tinsmith.models.attention import IMPLEMENTATION
+from tinsmith.models.families import find_targets
 from tinsmith.models.loading import BaseModel, load_base
 
 
@@ -29,11 +31,30 @@ class Sizes:
 
 SMALL = Sizes(512, 4, 1536, 4096, heads=8, kv_heads=4, head_dim=64)
 QWEN3_0_6B = Sizes(1024, 28, 3072, 151_936, heads=16, kv_heads=8, head_dim=128)
+QWEN3_4B = Sizes(2560, 36, 9728, 151_936, heads=32, kv_heads=8, head_dim=128)
 
 
 def write_model(folder: Path, sizes: Sizes, dtype: torch.dtype) -> Path:
     """A model with random weights, in its folder."""
-    config = Qwen3Config(
+    Qwen3ForCausalLM(_config(sizes, tied=False)).to(dtype).save_pretrained(folder)
+    return folder
+
+
+def random_base(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> BaseModel:
+    """A base model with random weights and tied embeddings, made where it is used; it has no folder."""
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    with device:
+        module = Qwen3ForCausalLM(_config(sizes, tied=True))
+    torch.set_default_dtype(default)
+    module.eval().requires_grad_(False)
+    module.set_attn_implementation(IMPLEMENTATION)
+    return BaseModel("random", module, find_targets(module), device)
+
+
+def _config(sizes: Sizes, *, tied: bool) -> Qwen3Config:
+    return Qwen3Config(
         vocab_size=sizes.vocabulary,
         hidden_size=sizes.hidden,
         intermediate_size=sizes.intermediate,
@@ -42,10 +63,9 @@ def write_model(folder: Path, sizes: Sizes, dtype: torch.dtype) -> Path:
         num_key_value_heads=sizes.kv_heads,
         head_dim=sizes.head_dim,
         max_position_embeddings=32_768,
-        tie_word_embeddings=False,
+        rope_theta=1e6,
+        tie_word_embeddings=tied,
     )
-    Qwen3ForCausalLM(config).to(dtype).save_pretrained(folder)
-    return folder
 
 
 def load(folder: Path, dtype: torch.dtype, device: torch.device) -> BaseModel:

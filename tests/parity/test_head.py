@@ -151,7 +151,7 @@ def test_the_samplers_logits_are_the_trainers(bases: Bases) -> None:
 
 def test_low_precision_weights_give_float32_logits(bases: Bases) -> None:
     hidden_CD, weight_VD = torch.randn(9, 32).bfloat16(), torch.randn(20000, 32).bfloat16()
-    logits = head._product(hidden_CD, weight_VD)
+    logits = head.full_product(hidden_CD, weight_VD)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, hidden_CD.float() @ weight_VD.float().T, atol=1e-5, rtol=1e-5)
 

@@ -78,14 +78,14 @@ class _Head:
             adapter, (matrix_a, matrix_b), spare = only
             hidden_CD = hidden_TD[start:end]
             z_CR = F.linear(hidden_CD, matrix_a).mul_(adapter.scale)
-            return _product(torch.cat([hidden_CD, z_CR], 1), spare.filled(matrix_b))
-        logits_CV = _product(hidden_TD[start:end], self.weight)
+            return full_product(torch.cat([hidden_CD, z_CR], 1), spare.filled(matrix_b))
+        logits_CV = full_product(hidden_TD[start:end], self.weight)
         for adapter, (matrix_a, matrix_b), first, last, _ in self._adapted(start, end):
             rows_NV, z_NR = logits_CV[first - start : last - start], F.linear(hidden_TD[first:last], matrix_a)
             if z_NR.is_cuda and z_NR.dtype != torch.float32:
                 torch.addmm(rows_NV, z_NR, matrix_b.t(), torch.float32, alpha=adapter.scale, out=rows_NV)
             else:
-                rows_NV.add_(_product(z_NR, matrix_b), alpha=adapter.scale)
+                rows_NV.add_(full_product(z_NR, matrix_b), alpha=adapter.scale)
         return logits_CV
 
     def backward(self, hidden_TD: Tensor, dlogits_CV: Tensor, factors_C1: Tensor, start: int) -> Tensor:
@@ -158,7 +158,7 @@ class _Head:
         yield start, end
 
 
-def _product(x_CD: Tensor, weight_VD: Tensor) -> Tensor:
+def full_product(x_CD: Tensor, weight_VD: Tensor) -> Tensor:
     """x Wᵀ as fp32 [C, V], accumulated in fp32 whatever the dtype of the factors."""
     if x_CD.dtype == torch.float32:
         return F.linear(x_CD, weight_VD)
@@ -225,6 +225,20 @@ def _less_one(logprobs_CV: Tensor, tokens_C1: Tensor, dtype: torch.dtype) -> Ten
     return result_CV.scatter_(1, tokens_C1, less_C1.to(dtype))
 
 
+def _logprobs_and_less_one(
+    head: _Head, hidden_TD: Tensor, rows: slice, cells: tuple[Tensor, Tensor], tokens_C1: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The logprobs in some cells of a chunk, and its probabilities less one at each row's token."""
+    if hidden_TD.is_cuda and hidden_TD.dtype != torch.float32:
+        from tinsmith.models.kernels import softmax_less_one  # what it is written in comes with torch for CUDA only
+
+        logits_CV = head.logits(hidden_TD, rows.start, rows.stop)
+        less_CV, logsumexp_C1 = softmax_less_one(logits_CV, tokens_C1, hidden_TD.dtype)
+        return logits_CV[cells] - logsumexp_C1[cells[0], 0], less_CV
+    logprobs_CV, _ = _logprobs(head, hidden_TD, rows)
+    return logprobs_CV[cells], _less_one(logprobs_CV, tokens_C1, hidden_TD.dtype)
+
+
 def _accumulated(dlogits_CV: Tensor, weight_VD: Tensor) -> Tensor:
     """dlogits W as [C, D], in fp32 where the device gives that at no cost."""
     if dlogits_CV.is_cuda and dlogits_CV.dtype != torch.float32:
@@ -246,9 +260,8 @@ class _EarlyGradient(torch.autograd.Function):
         firsts_T1 = targets.firsts(len(hidden_TD))
 
         def run(rows: slice, entries: slice) -> None:
-            logprobs_CV, _ = _logprobs(head, hidden_TD, rows)
-            logprobs_M[entries] = logprobs_CV[targets.cells(rows, entries)]
-            dlogits_CV = _less_one(logprobs_CV, firsts_T1[rows], hidden_TD.dtype)
+            cells = targets.cells(rows, entries)
+            logprobs_M[entries], dlogits_CV = _logprobs_and_less_one(head, hidden_TD, rows, cells, firsts_T1[rows])
             gradient_TD[rows] = _accumulated(dlogits_CV, head.weight)
 
         for rows, entries in targets.pieces(head.chunks(len(hidden_TD))):

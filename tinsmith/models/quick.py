@@ -75,7 +75,7 @@ def quick_layers(model: Any, current: CurrentPass) -> QuickLayers | None:
     tokens_T = torch.arange(sum(_PROBE_LENGTHS)) % model.vocab_size
     positions_T = torch.cat([torch.arange(length) for length in _PROBE_LENGTHS])
     segments = [Segment(None, 0, len(tokens_T))]
-    observer = _Observer([0, _PROBE_LENGTHS[0], len(tokens_T)])
+    observer = AttentionObserver([0, _PROBE_LENGTHS[0], len(tokens_T)])
     expected_TD = model.hidden(tokens_T, positions_T, segments, observer)
     quick = QuickLayers(model.module, current, observer.calls)
     hidden_TD = quick.hidden(tokens_T, positions_T, segments, observer)
@@ -89,7 +89,7 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if native else torch.float32
 
 
-class _Observer(PackedAttention):
+class AttentionObserver(PackedAttention):
     """Attention that notes the scaling and the window of each layer."""
 
     def __init__(self, cu_seqlens: Sequence[int]) -> None:

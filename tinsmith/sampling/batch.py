@@ -8,6 +8,7 @@ Legend: T rows of the batch, D hidden size, R rows that get a token, V vocabular
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from tinsmith.sampling.paged_rows import PagedRows
 from tinsmith.sampling.recurrent import StateStore
 from tinsmith.sampling.requests import NextToken, Sample
 from tinsmith.sampling.scoring import ScoringJob, score, segments_of
+
+if TYPE_CHECKING:
+    from tinsmith.sampling.cuda_layers import CudaLayers
 
 LEAST_ROWS = 16
 """Smaller batches are padded: on one CPU thread, fp32 products of fewer rows are rounded differently from others.
@@ -41,9 +45,17 @@ class Work:
 
 
 def forward(
-    model: BaseModel, cache: KVCache, lanes: Lanes | PagedRows, states: StateStore, works: Sequence[Work]
+    model: BaseModel,
+    cache: KVCache,
+    lanes: Lanes | PagedRows,
+    states: StateStore,
+    works: Sequence[Work],
+    layers: "CudaLayers | None" = None,
 ) -> Tensor:
-    """Hidden states [T, D] of all works' rows, sorted by snapshot, with the same base weights; fills the cache."""
+    """Hidden states [T, D] of all works' rows, sorted by snapshot, with the same base weights; fills the cache.
+
+    `layers` compute faster what the base model would.
+    """
     tokens: list[int] = []
     positions: list[int] = []
     spans = []
@@ -54,6 +66,9 @@ def forward(
         positions += range(past, past + work.rows)
         spans.append(Span(sample.key, work.start, work.rows, past, sample.blocks))
     module = works[0].sample.request.snapshot.module
+    if layers is not None and module is None:
+        tokens_T = torch.tensor(tokens).to(model.device, non_blocking=True)
+        return layers.pass_of(spans, tokens_T, segments_of((work.sample.adapter, work.rows) for work in works))
     quick = model.quick if module is None and isinstance(lanes, Lanes) else None
     same_bits = quick.is_packed if quick else model.dtype == torch.bfloat16
     padding = 0 if same_bits else max(0, LEAST_ROWS - len(tokens))

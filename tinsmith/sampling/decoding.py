@@ -23,7 +23,7 @@ SAMPLE_STREAM, ALTERNATIVE_STREAM = 0, 1
 
 _CHUNK = 128  # of the vocabulary, in the first level of the search for a quantile
 _WINDOW = 128  # most likely tokens among which top-k and top-p are tried first
-_LARGEST_INVERSE = 1e30  # of a temperature; beyond it only the maximum has any weight anyway
+LARGEST_INVERSE = 1e30  # of a temperature; beyond it only the maximum has any weight anyway
 
 
 def _mix(value: Uint64) -> Uint64:
@@ -119,7 +119,7 @@ class TokenDistributions:
 
 def _divided(logits_RV: Tensor, divisors_R: Float64) -> Tensor:
     """Logits by temperature; at 1 as they are, otherwise less their maximum first, so that none overflows."""
-    inverse_R = np.minimum(1.0 / np.maximum(divisors_R, 1 / _LARGEST_INVERSE), _LARGEST_INVERSE)
+    inverse_R = np.minimum(1.0 / np.maximum(divisors_R, 1 / LARGEST_INVERSE), LARGEST_INVERSE)
     inverse_R1 = torch.from_numpy(inverse_R.astype(np.float32)).to(logits_RV.device)[:, None]
     most_R1 = logits_RV.amax(-1, keepdim=True)
     return (logits_RV - torch.where(inverse_R1 == 1, 0.0, most_R1)).mul_(inverse_R1)

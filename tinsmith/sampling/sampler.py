@@ -10,11 +10,11 @@ Legend: T rows of a packed batch, D hidden size.
 import logging
 from bisect import insort
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,6 +26,7 @@ from tinsmith.models.weights import FullWeights, LoraWeights, load_weights, save
 from tinsmith.protocols import BASE_SNAPSHOT, Capabilities, Finished, SamplerUsage, SnapshotCall, Weights
 from tinsmith.sampling import scheduling
 from tinsmith.sampling.batch import Work, attention_reach, forward, next_tokens, score_prompts
+from tinsmith.sampling.cuda_decoding import cuda_decoding
 from tinsmith.sampling.kv_cache import BlockPool, KVCache, chain_digests
 from tinsmith.sampling.lanes import Lanes
 from tinsmith.sampling.paged_rows import PagedRows
@@ -34,6 +35,9 @@ from tinsmith.sampling.requests import NextToken, Request, Sample, Snapshot, bro
 from tinsmith.sampling.scoring import PromptScores
 from tinsmith.sampling.stopping import StopStrings, end_of_sequence_tokens
 from tinsmith.wire.progress import Progress
+
+if TYPE_CHECKING:
+    from tinsmith.sampling.graphs import DecodeGraphs, Flight
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +59,7 @@ class TorchSampler:
         prefill_tokens: int = PREFILL_TOKENS,
         snapshot_bytes: int | None = None,
         deterministic: bool = False,
+        max_rank: int = 128,
     ) -> None:
         """`kv_tokens` is the cache's size (its memory: that, × layers × 2 × K/V heads × head dimension × dtype).
 
@@ -62,7 +67,7 @@ class TorchSampler:
         (None: any number); `excess_bytes` says when they take more.
 
         If `deterministic` (on a CPU only), every result has the bits that training gives, in any company; not those
-        of models with recurrent layers.
+        of models with recurrent layers. On a GPU, adapters of more than `max_rank` decode more slowly.
         """
         self._model = model
         self._max_running = max_running
@@ -81,6 +86,10 @@ class TorchSampler:
             dtype=model.dtype,
             device=model.device,
         )
+        self._cuda = cuda_decoding(
+            model, self._cache, max_rows=max_running, max_context=self._max_context, max_rank=max_rank
+        )
+        self._flight: Flight | None = None  # tokens that are on their way
         self._states = StateStore()
         self._deterministic = deterministic
         self._lanes: dict[int, Lanes | PagedRows] = {}  # by version of the module that runs; the base is -1
@@ -210,6 +219,11 @@ class TorchSampler:
             finished += self._attempt(version, works)
         return finished
 
+    def warm_up(self, on_progress: Callable[[str], None]) -> None:
+        """Does beforehand what would otherwise make the first requests wait."""
+        if self._cuda:
+            self._cuda.warm_up(on_progress)
+
     def progress(self) -> list[Progress]:
         self._streams = {name: request for name, request in self._streams.items() if name in self._requests}
         return [part for request in self._streams.values() for part in request.news()]
@@ -239,10 +253,11 @@ class TorchSampler:
         if not queue:
             del self._queues[sample.tenant]
 
-    def _growth(self, sample: Sample) -> int:
-        """Blocks that the sample needs before its next rows: a new one, or its own copy of a shared one."""
-        index = sample.computed // self._block_size
-        return int(index >= len(sample.blocks) or self._pool.references(sample.blocks[index]) > 1)
+    def _growth(self, sample: Sample, rows: int = 1) -> int:
+        """Blocks that the sample needs before its next rows: new ones, and its own copy of a shared one."""
+        first, last = (row // self._block_size for row in (sample.computed, sample.computed + rows - 1))
+        shared = first < len(sample.blocks) and self._pool.references(sample.blocks[first]) > 1
+        return max(0, last + 1 - len(sample.blocks)) + int(shared)
 
     def _private(self, sample: Sample) -> int:
         """Blocks that nobody else holds."""
@@ -376,6 +391,7 @@ class TorchSampler:
             return self._run(works, self._lanes[version])
         except Exception as error:  # whatever it was, it must not reach the neighbours
             raise_if_lost(error)
+            self._flight = None
             requests = list(dict.fromkeys(work.sample.request for work in works))
             log.exception("a sampling pass of %d requests broke", len(requests))
             del self._lanes[version]
@@ -389,28 +405,84 @@ class TorchSampler:
             return []
 
     def _run(self, works: list[Work], lanes: Lanes | PagedRows) -> list[Finished]:
-        self._make_room(works)
-        with torch.inference_mode(), RowInvariance() if self._deterministic else nullcontext():
-            hidden_TD = forward(self._model, self._cache, lanes, self._states, works)
-            score_prompts(self._model, works, hidden_TD)
-            for work in works:
-                self._advance(work.sample, work.rows)
-            ready = [(work, [work.sample, *self._fork(work.sample)]) for work in works if work.sample.pending == 0]
-            return self._accept(next_tokens(self._model, ready, hidden_TD)) if ready else []
+        cuda = self._cuda if works[0].sample.request.snapshot.module is None else None
+        burst = cuda.burst(works) if cuda else []
+        others = [work for work in works if work not in burst] if burst else works
+        arithmetic = RowInvariance() if self._deterministic else nullcontext()
+        with torch.inference_mode(), arithmetic:
+            finished = self._pass(others, lanes) if others else []
+            if cuda and burst:
+                finished += self._burst([work.sample for work in burst], cuda.graphs)
+        return finished
 
-    def _make_room(self, works: Sequence[Work]) -> None:
-        """Gives every sample a block of its own for its next row."""
+    def _pass(self, works: list[Work], lanes: Lanes | PagedRows) -> list[Finished]:
+        """The works' rows through the model, and a token for every sample that has no rows left."""
+        self._make_room([work.sample for work in works], 1)
+        layers = self._cuda.layers if self._cuda else None
+        hidden_TD = forward(self._model, self._cache, lanes, self._states, works, layers)
+        score_prompts(self._model, works, hidden_TD)
+        for work in works:
+            self._advance(work.sample, work.rows)
+        ready = [(work, [work.sample, *self._fork(work.sample)]) for work in works if work.sample.pending == 0]
+        return self._accept(next_tokens(self._model, ready, hidden_TD)) if ready else []
+
+    def _burst(self, samples: Sequence[Sample], graphs: "DecodeGraphs") -> list[Finished]:
+        """Some tokens for each sample, or those that are on their way; the next are asked for before these arrive."""
+        prompts_wait = any(sample.pending > 1 for sample in self._running.values())
+        flight, self._flight = self._flight, None
+        if flight is None:
+            steps = scheduling.burst_steps(
+                [sample.request.limit - len(sample.tokens) for sample in samples],
+                prompts_wait=prompts_wait,
+                most=graphs.most_steps,
+            )
+            if sum(self._growth(sample, steps) for sample in samples) > self._pool.available:
+                steps = 1
+            self._make_room(samples, steps)
+            flight = graphs.launch(samples, steps)
+        if not prompts_wait:
+            self._flight = self._next_flight(flight, samples, graphs)
+        return self._accept(self._counted(flight.tokens()))
+
+    def _next_flight(self, flight: "Flight", samples: Sequence[Sample], graphs: "DecodeGraphs") -> "Flight | None":
+        """What follows, if hardly any sample has its last token in this one, and nobody has joined since."""
+        steps = flight.steps
+        alive = {
+            row: sample
+            for row, (sample, start) in enumerate(zip(flight.samples, flight.starts, strict=True))
+            if sample.key in self._running
+            and sample.computed == start
+            and sample.request.limit - len(sample.tokens) > steps
+        }
+        going = [sample for sample in samples if sample.request.limit - len(sample.tokens) > steps]
+        joined = {sample.key for sample in going} - {sample.key for sample in alive.values()}
+        if joined or not scheduling.worth_going_on(len(alive), len(flight.samples)):
+            return None
+        growth = sum(self._growth(sample, 2 * steps) for sample in alive.values())
+        if growth > self._pool.available or not graphs.can_follow(flight, steps):
+            return None
+        self._make_room(list(alive.values()), 2 * steps)
+        return graphs.follow(flight, alive.keys(), steps)
+
+    def _counted(self, chosen: Iterator[tuple[int, NextToken]]) -> Iterator[NextToken]:
+        """Counts the rows before tokens; drops those of samples that have ended or begun again meanwhile."""
+        for position, new in chosen:
+            if new.sample.key in self._running and new.sample.computed == position:
+                self._advance(new.sample, 1)
+                yield new
+
+    def _make_room(self, samples: Sequence[Sample], rows: int) -> None:
+        """Gives every sample blocks of its own for its next rows."""
         sources, targets = [], []
-        for sample in (work.sample for work in works if self._growth(work.sample)):
-            block = self._pool.allocate(1)[0]
+        for sample in (sample for sample in samples if self._growth(sample, rows)):
             index = sample.computed // self._block_size
-            if index == len(sample.blocks):
-                sample.blocks.append(block)
-                continue
-            sources.append(sample.blocks[index])
-            targets.append(block)
-            self._pool.release([sample.blocks[index]])
-            sample.blocks[index] = block
+            if index < len(sample.blocks) and self._pool.references(sample.blocks[index]) > 1:
+                block = self._pool.allocate(1)[0]
+                sources.append(sample.blocks[index])
+                targets.append(block)
+                self._pool.release([sample.blocks[index]])
+                sample.blocks[index] = block
+            sample.blocks += self._pool.allocate(self._growth(sample, rows))
         if sources:
             self._cache.copy_blocks(sources, targets)
 

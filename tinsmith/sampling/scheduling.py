@@ -199,3 +199,8 @@ def burst_steps(remaining: Sequence[int], *, prompts_wait: bool, most: int) -> i
     Those that end earlier run on in vain, which costs less than stopping for each of them. Prompts wait for fewer.
     """
     return min(max(remaining), max(1, most // 4) if prompts_wait else most)
+
+
+def worth_going_on(alive: int, rows: int) -> bool:
+    """Whether so few rows of a batch have ended that it may run on as it is; they cost as much as others."""
+    return alive > 0 and 8 * alive >= 7 * rows

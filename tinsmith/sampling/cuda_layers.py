@@ -1,0 +1,252 @@
+"""The decoder layers of the plainest families as few kernels, for sampling on a GPU.
+
+What `models.quick` is for CPUs: norms, rotation and the writing of the cache are fused, and all adapters of a pass take
+two kernels. A pass either decodes (one row of each sequence) or prefills (several rows of each). Knows no requests;
+which models it may stand in for is a list, and checked by comparing results. Needs Triton.
+
+Shapes: `T` rows of a pass, `N` rows of a decoding one, `D` hidden size, `O` outputs of the product of queries, keys and
+values, `H` query heads, `d` head dimension, `W` blocks of the longest sequence, `K` cached tokens of all sequences.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinsmith.models.kernels import add_rms_norm, swiglu
+from tinsmith.models.loading import BaseModel
+from tinsmith.models.lora import AdaptersInTurn, AppliedAdapters, LinearGroup, Segment
+from tinsmith.models.quick import FAMILIES, AttentionObserver
+from tinsmith.protocols import ModelSpec
+from tinsmith.sampling.adapter_tiles import DECODE_ROWS, PREFILL_ROWS, AdapterMap, AdapterTiles, TileSizes, tiles_needed
+from tinsmith.sampling.cuda_kernels import HeadNorms, HeadShape, attend_rows, store_heads
+from tinsmith.sampling.kv_cache import KVCache
+from tinsmith.sampling.lanes import Span
+
+_PROBE_LENGTH = 9
+_WARM_ROWS = (16, 512, 8192)  # for which adapters are applied in different ways
+_PROBE_TOLERANCE = 0.1  # of the hidden states' norm; rounding in bfloat16 makes 0.02 in deep models
+_WIDEST_HEAD = 256
+
+
+class RowAttention(Protocol):
+    """Where the rows of a pass belong, and how they look at what is cached."""
+
+    slots_T: Tensor
+    positions_T: Tensor
+
+    def attend(self, place: int, qkv_TO: Tensor, shape: HeadShape) -> Tensor:
+        """[T, H · d], of queries that are normed and rotated; their own keys and values are cached already."""
+
+
+class DecodingRows:
+    """One row of each sequence, its newest; sequence n's blocks are `tables_NW[n]`."""
+
+    def __init__(self, cache: KVCache, tables_NW: Tensor, positions_N: Tensor) -> None:
+        size = cache.block_size
+        blocks_N = tables_NW.gather(1, (positions_N // size)[:, None])[:, 0].long()
+        self.slots_T = blocks_N * size + positions_N % size
+        self.positions_T = positions_N
+        self._cache, self._tables_NW = cache, tables_NW
+
+    def attend(self, place: int, qkv_TO: Tensor, shape: HeadShape) -> Tensor:
+        slots, size = self._cache.slots(place), self._cache.block_size
+        return attend_rows(qkv_TO, slots, self._tables_NW, self.positions_T, shape, size)
+
+
+class PrefillingRows:
+    """Several rows of each sequence, the newest of it; what was cached before is gathered."""
+
+    def __init__(self, cache: KVCache, spans: Sequence[Span]) -> None:
+        device = cache.keys_LBSGd.device
+        positions = [torch.arange(span.past, span.past + span.count) for span in spans]
+        self.positions_T = torch.cat(positions).to(device, non_blocking=True)
+        slots = [_slots(span, cache.block_size) for span in spans]
+        own = [part[span.past :] for span, part in zip(spans, slots, strict=True)]
+        self.slots_T = torch.cat(own).to(device, non_blocking=True)
+        self._cache = cache
+        self._begins = _bounds([span.count for span in spans], device)
+        self._most = max(span.count for span in spans)
+        self._slots_K = None
+        if any(span.past for span in spans):
+            self._slots_K = torch.cat(slots).to(device, non_blocking=True)
+            self._key_begins = _bounds([span.past + span.count for span in spans], device)
+            self._most_keys = max(span.past + span.count for span in spans)
+        else:
+            self._key_begins, self._most_keys = self._begins, self._most
+
+    def attend(self, place: int, qkv_TO: Tensor, shape: HeadShape) -> Tensor:
+        heads_THd = qkv_TO.unflatten(1, (-1, shape.width))
+        query, key, value = heads_THd.split([shape.heads, shape.kv_heads, shape.kv_heads], 1)
+        if self._slots_K is not None:
+            key, value = (part.index_select(0, self._slots_K) for part in self._cache.slots(place))
+        bounds = (self._begins, self._key_begins, self._most, self._most_keys)
+        window = {} if shape.window is None else {"window_size_left": shape.window - 1, "window_size_right": 0}
+        flash: Any = torch.ops.aten._flash_attention_forward
+        return flash(query, key, value, *bounds, 0.0, True, False, scale=shape.scaling, **window)[0].flatten(1)
+
+
+def _slots(span: Span, size: int) -> Tensor:
+    """Of all of a sequence's tokens up to the last of the span."""
+    blocks = torch.tensor(span.blocks)
+    return (blocks[:, None] * size + torch.arange(size)).flatten()[: span.past + span.count]
+
+
+def _bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+
+
+class CudaLayers:
+    """Stands in for a whole base model between its embedding and its head."""
+
+    def __init__(
+        self, model: BaseModel, cache: KVCache, calls: dict[int, tuple[float, int | None]], max_context: int
+    ) -> None:
+        """`calls` has, by layer, the scaling and the window that its attention asks for."""
+        inner = model.module.model
+        self._embed = inner.embed_tokens
+        self._layers = [_Layer(layer, cache.places[index], *calls[index]) for index, layer in enumerate(inner.layers)]
+        self._norm = inner.norm
+        positions = torch.arange(max_context, device=model.device)
+        cos, sin = inner.rotary_emb(torch.empty(0, dtype=model.dtype, device=model.device), positions[None])
+        self._rotation = (cos[0].contiguous(), sin[0].contiguous())
+        self._cache = cache
+        self._model = model
+        groups = [group.linears for layer in self._layers for group in layer.groups]
+        self.adapters = AdapterMap([*groups, (model.head_linear,)])
+        self.most_inputs = max(group.weight_OI.shape[1] for layer in self._layers for group in layer.groups)
+
+    def hidden(self, tokens_T: Tensor, rows: RowAttention, adapters: AppliedAdapters) -> Tensor:
+        """[T, D] after the final norm; fills the cache."""
+        hidden_TD: Tensor = self._embed(tokens_T)
+        sum_TD = None
+        for layer in self._layers:
+            slots = self._cache.slots(layer.place)
+            hidden_TD, sum_TD = layer(hidden_TD, sum_TD, rows, slots, self._rotation, adapters)
+        return add_rms_norm(hidden_TD, sum_TD, self._norm.original.weight, self._norm.eps)[0]
+
+    def pass_of(self, spans: Sequence[Span], tokens_T: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """[T, D], of the rows of these spans, which follow each other without gaps."""
+        if any(span.count > 1 for span in spans):
+            return self.hidden(tokens_T, PrefillingRows(self._cache, spans), self._applied(segments, PREFILL_ROWS))
+        width = max(len(span.blocks) for span in spans)
+        tables = [[*span.blocks, *[0] * (width - len(span.blocks))] for span in spans]
+        tables_NW = torch.tensor(tables, dtype=torch.int32).to(tokens_T.device, non_blocking=True)
+        positions_N = torch.tensor([span.past for span in spans]).to(tokens_T.device, non_blocking=True)
+        rows = DecodingRows(self._cache, tables_NW, positions_N)
+        return self.hidden(tokens_T, rows, self._applied(segments, DECODE_ROWS))
+
+    def warm_up(self, rank: int) -> None:
+        """Compiles the kernels of prompts, with adapters and without; writes to the cache's scratch block."""
+        device, block = self._rotation[0].device, self._cache.scratch_slot // self._cache.block_size
+        spec = ModelSpec(rank, 0)
+        adapter = self._model.new_adapter(spec)
+        for rows in _WARM_ROWS:
+            blocks = [block] * -(-rows // self._cache.block_size)
+            tokens_T = torch.zeros(rows, dtype=torch.int64, device=device)
+            for count, past in ((rows, 0), (rows - 1, 1), (1, rows - 1)):
+                self.pass_of([Span(0, 0, count, past, blocks)], tokens_T[:count], [Segment(adapter, 0, count)])
+
+    def _applied(self, segments: Sequence[Segment], tile_rows: int) -> AppliedAdapters:
+        """What applies these segments' adapters in a pass that is not captured."""
+        adapters = {segment.adapter for segment in segments if segment.adapter}
+        if not adapters or not all(self.adapters.can_serve(adapter) for adapter in adapters):
+            return AdaptersInTurn(segments)
+        sizes = TileSizes(
+            tiles=tiles_needed(segments, tile_rows),
+            rows=segments[-1].end,
+            rank=max(adapter.spec.rank for adapter in adapters),
+            tile_rows=tile_rows,
+        )
+        tiles = AdapterTiles(self.adapters, sizes, self.most_inputs, self._rotation[0].device)
+        tiles.set(segments)
+        return tiles
+
+
+class _Layer:
+    """One decoder layer: attention and a gated feed-forward network, each behind a norm and added to what came in."""
+
+    def __init__(self, layer: Any, place: int, scaling: float, window: int | None) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.place = place
+        self._attention_norm, self._mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self._qkv: LinearGroup = attention.q_proj.group
+        self._out: LinearGroup = attention.o_proj.group
+        self._gate_up: LinearGroup = mlp.gate_proj.group
+        self._down: LinearGroup = mlp.down_proj.group
+        width = attention.head_dim
+        heads, kv_heads, _ = (outputs // width for outputs in self._qkv.outputs)
+        self._shape = HeadShape(heads, kv_heads, width, scaling, window)
+        self._norms = None
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm, attention.k_norm
+            self._norms = HeadNorms(query.original.weight, key.original.weight, query.eps)
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        return self._qkv, self._out, self._gate_up, self._down
+
+    def __call__(
+        self,
+        hidden_TD: Tensor,
+        sum_TD: Tensor | None,
+        rows: RowAttention,
+        slots: tuple[Tensor, Tensor],
+        rotation: tuple[Tensor, Tensor],
+        adapters: AppliedAdapters,
+    ) -> tuple[Tensor, Tensor]:
+        """What the layer adds, and the sum to which it is still to be added; both as in its input."""
+        normed_TD, sum_TD = add_rms_norm(hidden_TD, sum_TD, *_weight(self._attention_norm))
+        qkv_TO = _product(self._qkv, normed_TD, adapters)
+        store_heads(qkv_TO, slots, rows.slots_T, rows.positions_T, rotation, self._shape, self._norms)
+        attended_TO = rows.attend(self.place, qkv_TO, self._shape)
+        out_TD = _product(self._out, attended_TO, adapters)
+        normed_TD, sum_TD = add_rms_norm(out_TD, sum_TD, *_weight(self._mlp_norm))
+        return _product(self._down, swiglu(_product(self._gate_up, normed_TD, adapters)), adapters), sum_TD
+
+
+def _weight(norm: Any) -> tuple[Tensor, float]:
+    return norm.original.weight, norm.eps
+
+
+def _product(group: LinearGroup, x_TI: Tensor, adapters: AppliedAdapters) -> Tensor:
+    if isinstance(adapters, AdapterTiles):
+        return adapters.product(group, x_TI)
+    y_TO = F.linear(x_TI, group.weight_OI, group.bias_O)
+    adapters.add(group, x_TI, y_TO)
+    return y_TO
+
+
+@torch.no_grad()
+def cuda_layers(model: BaseModel, cache: KVCache, max_context: int) -> CudaLayers | None:
+    """The layers of a loaded base model; None where they would not compute the same.
+
+    Uses the cache's first blocks, whose content nobody may need yet.
+    """
+    shape = model.cache_shape
+    if model.architecture not in FAMILIES or model.device.type != "cuda" or model.dtype == torch.float32:
+        return None
+    if shape.key_dim != shape.value_dim or shape.key_dim % 8 or shape.key_dim > _WIDEST_HEAD:
+        return None
+    tokens_T = (torch.arange(_PROBE_LENGTH) * 7 % model.vocab_size).to(model.device)
+    positions_T = torch.arange(_PROBE_LENGTH, device=model.device)
+    observer = AttentionObserver([0, _PROBE_LENGTH])
+    expected_TD = model.hidden(tokens_T, positions_T, [Segment(None, 0, _PROBE_LENGTH)], observer)
+    layers = CudaLayers(model, cache, observer.calls, max_context)
+    error_TD = _probe(layers, cache, tokens_T).float() - expected_TD.float()
+    return layers if error_TD.norm() <= _PROBE_TOLERANCE * expected_TD.float().norm() else None
+
+
+def _probe(layers: CudaLayers, cache: KVCache, tokens_T: Tensor) -> Tensor:
+    """Hidden states of some tokens: of the first half all together, then one by one."""
+    half, blocks = len(tokens_T) // 2, range(-(-len(tokens_T) // cache.block_size))
+    nothing = AdaptersInTurn([])
+    parts = [layers.hidden(tokens_T[:half], PrefillingRows(cache, [Span(0, 0, half, 0, blocks)]), nothing)]
+    tables_NW = torch.tensor([list(blocks)], dtype=torch.int32, device=tokens_T.device)
+    for position in range(half, len(tokens_T)):
+        rows = DecodingRows(cache, tables_NW, torch.tensor([position], device=tokens_T.device))
+        parts.append(layers.hidden(tokens_T[position : position + 1], rows, nothing))
+    return torch.cat(parts)
