@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from tinker import types
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from tests.contract.api_fixtures import running_api
+from tests.contract.api_fixtures import CAPABILITIES, running_api
 from tests.contract.datums import score, supervised, tokens
 from tests.contract.raw import RawClient
 from tinsmith.cli import app
@@ -201,3 +202,21 @@ def test_nothing_is_queued_for_an_engine_that_stands_still(tmp_path: Path) -> No
             "tiny"
         ]
         assert api.post("/create_model", base_model="tiny", **create).status_code == 200
+
+
+def test_who_waits_for_an_engine_that_stands_still_hears_why(tmp_path: Path) -> None:
+    options = {"models": ("tiny", "nobody/model"), "poll_seconds": 0.1}
+    ready = CAPABILITIES.to_dict()
+    with running_api(tmp_path) as api:
+        other = records.EngineRecord("nobody/model", "e", 1, "ready", "", ready, time.time())
+        api.database.write(records.put_engine, other)
+    with running_api(tmp_path, **options) as api:
+        body = {"session_id": api.session(), "model_seq_id": 0, "lora_config": {"rank": 8}}
+        waiting = api.post("/create_model", base_model="nobody/model", **body).json()["request_id"]
+        lost = replace(other, state="failed", progress="no memory is left", beat_at=time.time())
+        api.database.write(records.put_engine, lost)
+        api.doorbell.ring("engine")
+        while (answer := api.post("/retrieve_future", request_id=waiting).json())["queue_state"] == "active":
+            pass
+        assert answer["queue_state"] == "paused_capacity"
+        assert "no memory is left" in answer["queue_state_reason"]

@@ -78,16 +78,17 @@ class Catalog:
         )
 
     def require_base(self, base: str, what: str) -> Served:
-        """The served model with this key, to which `what` belongs.
+        """`find_base`, for something to be queued. Raises UnavailableError, too, if the engine cannot run."""
+        return self._working(self.find_base(base, what))
 
-        Raises UserError if it is not served now, UnavailableError if it should be, but its engine cannot run.
-        """
+    def find_base(self, base: str, what: str) -> Served:
+        """The served model with this key, to which `what` belongs. Raises UserError if it is not served now."""
         if base not in self._by_base:
             serves = ", ".join(repr(model.name) for model in self.served)
             raise UserError(
                 f"{what} belongs to base model {base!r}, which this server does not serve; it serves {serves}"
             )
-        return self._working(self._by_base[base])
+        return self._by_base[base]
 
     def _working(self, model: Served) -> Served:
         """Nothing is queued for an engine that nobody can say will ever run."""

@@ -125,7 +125,7 @@ async def get_info(call: Call) -> Response:
     model = await services.database.read_async(records.require_model, body.model_id, call.viewer)
     spec = ModelSpec(**model.spec)
     catalog = services.catalog
-    catalog.require_base(model.base, f"model {model.id!r}")
+    catalog.find_base(model.base, f"model {model.id!r}")
     architecture, tokenizer = catalog.capabilities(model.base).architecture, catalog.tokenizer(model.base)
     data = types.ModelData(architecture, model.base_name, tokenizer)
     return answer(
