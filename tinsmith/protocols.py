@@ -172,6 +172,12 @@ class Trainer(Protocol):
     def describe(self, folder: Path) -> ModelSpec:
         """The model that `load` can fill from an adapter's folder, whoever wrote it. Raises UserError."""
 
+    def adopt(self, folder: Path, spare: Path) -> Path:
+        """Where `load` finds the adapter of `folder`: there, or, if it has another form, in `spare`, which is made.
+
+        Raises UserError.
+        """
+
     def snapshot(self, model_id: str) -> Weights:
         """An immutable copy of the weights as they are now, for `Sampler.publish`."""
 

@@ -177,6 +177,17 @@ def test_an_adapter_that_does_not_fit_is_refused_and_leaves_nothing(
     assert imported is not None and imported.state == "failed"
 
 
+def test_an_adapter_that_was_widened_to_fit_keeps_its_promise(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = uploaded(bench, tmp_path)
+    (folder / "adopted").mkdir()  # by an engine that died
+    trainer = bench.engine._trainer
+    monkeypatch.setattr(trainer, "adopt", lambda given, spare: Path(shutil.copytree(given, spare)))
+    bench.result(submit_import(bench, folder, rank=2))
+    assert "started for rank 4" in bench.error(submit_import(bench, folder, "again", rank=4))
+
+
 def test_an_import_that_an_engine_died_of_runs_again(bench: Bench, tmp_path: Path) -> None:
     folder, _ = uploaded(bench, tmp_path)
     request = submit_import(bench, folder)

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 Request = dict[str, Any]
 
+ADOPTED = "adopted"
+"""The folder beside an upload's files for the same adapter in another form."""
+
 
 class Operations:
     """Performs barrier jobs against a trainer, with checkpoints below `folder`."""
@@ -98,12 +101,15 @@ class Operations:
     def _import_weights(self, header: Header, request: Request) -> None:
         """The model is there to be loaded and saved, so that its checkpoint is like any other; then it is closed."""
         folder = Path(request["folder"])
-        spec = self._trainer.describe(folder)
-        _check_promise(spec, request["promised"])
+        spare = folder / ADOPTED
+        remove_folder(spare)  # of an engine that died here
+        adopted = self._trainer.adopt(folder, spare)
+        spec = self._trainer.describe(adopted)
+        _check_promise(spec, request["promised"], widened=adopted == spare)
         self._residency.make_room()
         self._trainer.add(header.subject, spec)
         try:
-            self._trainer.load(header.subject, folder, optimizer=False)
+            self._trainer.load(header.subject, adopted, optimizer=False)
             model = {"state": "closed", "spec": spec.to_dict()}
             self._save(header, request, "external", "external_weights", optimizer=False, model=model)
         finally:
@@ -168,9 +174,9 @@ class Operations:
         )
 
 
-def _check_promise(spec: ModelSpec, promised: Request) -> None:
-    """Raises UserError if an uploaded adapter is not what its upload was begun for."""
-    if spec.rank != promised["rank"]:
+def _check_promise(spec: ModelSpec, promised: Request, *, widened: bool) -> None:
+    """Raises UserError if an uploaded adapter is not what its upload was begun for; it may have been widened here."""
+    if spec.rank != promised["rank"] * (2 if widened else 1):
         raise UserError(
             f"the uploaded adapter has rank {spec.rank}; its upload was started for rank {promised['rank']}"
         )

@@ -58,7 +58,8 @@ def check_names(names: Iterable[str], file: str) -> None:
         if re.search(r"\.experts\.w[123]\.", name):
             raise UserError(
                 f"{file}: {name} is of experts whose gate and up projection have an A each (w1 and w3), as Tinker's "
-                "hosted service exports them; here, as in PEFT, they are one fused layer with one A"
+                "hosted service exports them; here, as in PEFT, they are one fused layer with one A. `tinsmith import` "
+                "brings them into that form"
             )
 
 

@@ -157,8 +157,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def adapter_spec(folder: Path) -> ModelSpec:
     """Rank, alpha and targets of an adapter folder. The seed is not known any more, and is 0. Raises UserError."""
-    config = _read_json(folder / ADAPTER_CONFIG)
-    check_adapter_config(config, ADAPTER_CONFIG)
+    config = read_settings(folder)
     with _open(folder / ADAPTER_FILE) as file:
         names = list(_stored_names(file))
     check_names(names, ADAPTER_FILE)
@@ -189,9 +188,22 @@ def read_adapter(folder: Path, layout: Layout) -> Tensor:
     return flat
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of an adapter folder. Raises UserError for an adapter that computes what we do not."""
+    config = _read_json(folder / ADAPTER_CONFIG)
+    check_adapter_config(config, ADAPTER_CONFIG)
+    return config
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises UserError."""
+    with _open(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
 def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors of an adapter folder under PEFT's names, without copies of frozen weights. Raises UserError."""
-    check_adapter_config(_read_json(folder / ADAPTER_CONFIG), ADAPTER_CONFIG)
+    read_settings(folder)
     with _open(folder / ADAPTER_FILE) as file:
         return {peft_name(ours): file.get_tensor(name) for ours, name in _stored_names(file).items()}
 

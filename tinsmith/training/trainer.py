@@ -22,6 +22,7 @@ from tinsmith.lost_device import raise_if_lost
 from tinsmith.models.attention import PackedAttention
 from tinsmith.models.full import FullModel
 from tinsmith.models.head import target_logprobs
+from tinsmith.models.hosted_experts import adopt_hosted
 from tinsmith.models.invariant import RowInvariance
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import Adapter, Segment
@@ -130,6 +131,10 @@ class TorchTrainer:
     def describe(self, folder: Path) -> ModelSpec:
         """What the files of an adapter say that it is. Raises UserError."""
         return adapter_spec(folder)
+
+    def adopt(self, folder: Path, spare: Path) -> Path:
+        """Brings experts of the hosted service's form into PEFT's; everything else is left alone. Raises UserError."""
+        return adopt_hosted(self._model, folder, spare)
 
     def snapshot(self, model_id: str) -> LoraWeights | FullWeights:
         """A copy of the weights, on the device."""
