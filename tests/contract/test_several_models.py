@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,9 +75,9 @@ def start(client: tinker.ServiceClient, base_model: str) -> tinker.TrainingClien
     return client.create_lora_training_client(base_model, rank=8, seed=5).result()
 
 
-def train(client: tinker.TrainingClient, steps: range) -> list[tinker.APIFuture[object]]:
+def train(client: tinker.TrainingClient, steps: range) -> list[tinker.APIFuture[Any]]:
     """Some steps of a supervised loop, without waiting for any."""
-    futures: list[tinker.APIFuture[object]] = []
+    futures: list[tinker.APIFuture[Any]] = []
     for number in steps:
         datums = [supervised(tokens(12 + number, seed=10 * number + place)) for place in range(2)]
         futures += [client.forward_backward(datums, "cross_entropy"), client.optim_step(ADAM)]
@@ -103,7 +104,7 @@ def test_each_name_leads_to_its_own_model(client: tinker.ServiceClient) -> None:
         sampler = client.create_sampling_client(base_model=name).result()
         sampled = sampler.sample(PROMPT, 1, types.SamplingParams(max_tokens=4, temperature=0)).result().sequences[0]
         mine = sampler.compute_logprobs(types.ModelInput.from_ints([*PROMPT.to_ints(), *sampled.tokens])).result()
-        assert np.allclose(mine[-len(sampled.tokens) :], sampled.logprobs, atol=1e-4)
+        assert np.allclose(np.array(mine[-len(sampled.tokens) :], float), np.array(sampled.logprobs), atol=1e-4)
     assert np.allclose(scores["llama"], scores["any"])
     assert not np.allclose(scores["tiny"], scores["llama"])
 
@@ -205,7 +206,7 @@ def test_nothing_is_queued_for_an_engine_that_stands_still(tmp_path: Path) -> No
 
 
 def test_who_waits_for_an_engine_that_stands_still_hears_why(tmp_path: Path) -> None:
-    options = {"models": ("tiny", "nobody/model"), "poll_seconds": 0.1}
+    options: dict[str, Any] = {"models": ("tiny", "nobody/model"), "poll_seconds": 0.1}
     ready = CAPABILITIES.to_dict()
     with running_api(tmp_path) as api:
         other = records.EngineRecord("nobody/model", "e", 1, "ready", "", ready, time.time())
