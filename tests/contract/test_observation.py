@@ -78,6 +78,7 @@ def test_requests_are_counted_by_route_method_and_status(api: Api) -> None:
     seconds = {labels for name, labels in scrape(api) if name == "tinsmith_http_request_seconds_count"}
     assert frozenset({("route", "/api/v1/sessions/{session_id}")}) in seconds
     assert len(seconds) <= len(api.routes) + 1
+    assert not [name for name, _ in scrape(api) if name.endswith("_created")]
 
 
 def test_what_the_supervisor_is_told_of_leaves_out_questions_how_the_server_is(api: Api) -> None:

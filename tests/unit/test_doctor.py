@@ -287,12 +287,12 @@ def test_what_a_server_tells_is_put_into_lines() -> None:
     told = {"version": "1", "free_bytes": 5e9, "data_dir": "/data", "engines": [engine, silent], "waiting": [waiting]}
     text = "\n".join(describe_status(told | {"failures": [failure]}))
     for words in (
-        "engine tiny: ready, heard of 2 s ago; 3 starts, 1 of them after a death",
+        "engine tiny: ready, heard of 2 s ago; starts: 3, 1 of them after a death",
         "2 of 64 models, 3 of 512 snapshots (5 MB)",
         "4 running, 1,000 waiting; cache 32 of 65,536 tokens, 16 kept",
         "tokens: 12,345 trained",
         "sample: 7 done, 2 failed by the user's fault",
-        "engine other: loading: reading weights; 1 starts",
+        "engine other: loading: reading weights; starts: 1, 0 of them",
         "anna    1,234  5.2 s",
         "it broke xxx",
     ):

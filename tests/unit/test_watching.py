@@ -69,6 +69,7 @@ def test_training_is_counted_by_batch_job_and_token(bench: Bench) -> None:
     assert {kind: sum(times["counts"]) for kind, times in told["seconds"].items()} == {
         "create_model": 2, "forward_backward": 3, "forward": 1, "optim_step": 1, "load_weights": 1,
     }  # fmt: skip
+    assert told["events"] == dict.fromkeys(("restored", "paged_out", "preempted", "store_lost", "not_written"), 0)
     assert told["held"]["models"] == 1 and told["held"]["models_most"] == bench.max_models  # b's load failed
 
 

@@ -120,7 +120,7 @@ def describe_status(told: dict[str, Any]) -> list[str]:
 def _engine(engine: dict[str, Any]) -> list[str]:
     beat = "" if engine["beat_seconds"] is None else f", heard of {engine['beat_seconds']:.0f} s ago"
     progress = f": {engine['progress']}" if engine["progress"] else ""
-    starts = f"{engine['starts']} starts, {engine['recoveries']} of them after a death"
+    starts = f"starts: {engine['starts']}, {engine['recoveries']} of them after a death"
     lines = ["", f"engine {engine['model']}: {engine['state']}{progress}{beat}; {starts}"]
     if held := engine["held"]:
         lines.append(

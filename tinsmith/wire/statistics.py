@@ -53,7 +53,7 @@ class Statistics:
     """Of the batches of training: requests, different sessions, tokens."""
     tokens: dict[str, int] = field(default_factory=lambda: {"trained": 0, "forward": 0})
     """trained, forward (of requests without a gradient), prefilled, sampled."""
-    events: dict[str, int] = field(default_factory=dict)
+    events: dict[str, int] = field(default_factory=lambda: {"store_lost": 0, "not_written": 0})
     """What happened how often beside jobs: see docs/operations.md."""
     held: dict[str, int] = field(default_factory=dict)
     """What is there at this moment, and what can be there at most."""
