@@ -80,7 +80,6 @@ class Bench:
             tokenizer,
             kv_tokens=int(free * 0.5) // per_token,
             max_running=running,
-            prefill_tokens=8192,
             max_rank=RANK,
         )
         self._sampler.warm_up(lambda progress: None)

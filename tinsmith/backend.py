@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
     from tinsmith.models.loading import BaseModel
     from tinsmith.protocols import Sampler, Trainer
+    from tinsmith.sampling.sampler import TorchSampler
     from tinsmith.sizing import Budgets, ModelSizes
+    from tinsmith.training.trainer import TorchTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -76,13 +78,14 @@ def load_backend(settings: Settings, served: Served, report: Callable[[str], Non
     report("making room for the cache")
     budgets = _budgets(settings, served, model)
     trainer, sampler = _make(settings, served, model, folder, budgets)
+    sampler.warm_up(report)
     _log_choices(settings, served, model, budgets)
     return trainer, sampler
 
 
 def _make(
     settings: Settings, served: Served, model: "BaseModel", folder: Path, budgets: "Budgets"
-) -> "tuple[Trainer, Sampler]":
+) -> "tuple[TorchTrainer, TorchSampler]":
     from transformers import AutoTokenizer
 
     from tinsmith.sampling.sampler import TorchSampler
@@ -104,6 +107,7 @@ def _make(
         max_running=budgets.running,
         snapshot_bytes=budgets.snapshot_bytes,
         deterministic=settings.deterministic and model.device.type == "cpu",
+        max_rank=settings.max_lora_rank,
     )
     return trainer, sampler
 

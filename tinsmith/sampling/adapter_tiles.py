@@ -216,7 +216,7 @@ class AdapterTiles:
         self._side = torch.cuda.Stream(device) if device.type == "cuda" and sizes.tile_rows < PREFILL_ROWS else None
         width = _MOST_PARTS * -(-sizes.rank // _RANK_BLOCK) * _RANK_BLOCK
         self._z = torch.zeros(self._splits(inputs), sizes.rows, width, dtype=torch.float32, device=device)
-        self._known: list[tuple[object, ...]] = []  # no adapter itself, which would keep its memory
+        self._known: list[tuple[float, ...]] = []  # no adapter itself, which would keep its memory
 
     def set(self, segments: Sequence[Segment]) -> None:
         """Takes the adapters of these segments, which must fit and be served by the map."""

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tinsmith.errors import NotFoundError, TinsmithError, UserError
+from tinsmith.errors import TinsmithError, UserError
 from tinsmith.lost_device import raise_if_lost
 from tinsmith.models.invariant import RowInvariance
 from tinsmith.models.loading import BaseModel
-from tinsmith.models.weights import FullWeights, LoraWeights, load_weights, save_weights
-from tinsmith.protocols import BASE_SNAPSHOT, Capabilities, Finished, SamplerUsage, SnapshotCall, Weights
+from tinsmith.protocols import Capabilities, Finished, SamplerUsage, SnapshotCall, Weights
 from tinsmith.sampling import scheduling
 from tinsmith.sampling.batch import Work, attention_reach, forward, next_tokens, score_prompts
 from tinsmith.sampling.cuda_decoding import cuda_decoding
@@ -31,8 +30,9 @@ from tinsmith.sampling.kv_cache import BlockPool, KVCache, chain_digests
 from tinsmith.sampling.lanes import Lanes
 from tinsmith.sampling.paged_rows import PagedRows
 from tinsmith.sampling.recurrent import StateStore
-from tinsmith.sampling.requests import NextToken, Request, Sample, Snapshot, broken, check, diverged
+from tinsmith.sampling.requests import NextToken, Request, Sample, broken, check, diverged
 from tinsmith.sampling.scoring import PromptScores
+from tinsmith.sampling.snapshots import Snapshots
 from tinsmith.sampling.stopping import StopStrings, end_of_sequence_tokens
 from tinsmith.wire.progress import Progress
 
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PREFILL_TOKENS = 512
-"""Prompt tokens that one step runs at most: what a decoding sequence may have to wait for."""
+PREFILL_TOKENS, CUDA_PREFILL_TOKENS = 512, 4096
+"""Prompt tokens that one step runs at most, on a CPU and on a GPU: what a decoding sequence may have to wait for."""
 
 
 class TorchSampler:
@@ -56,7 +56,7 @@ class TorchSampler:
         kv_tokens: int,
         max_running: int,
         block_size: int = 16,
-        prefill_tokens: int = PREFILL_TOKENS,
+        prefill_tokens: int | None = None,
         snapshot_bytes: int | None = None,
         deterministic: bool = False,
         max_rank: int = 128,
@@ -72,9 +72,9 @@ class TorchSampler:
         self._model = model
         self._max_running = max_running
         self._block_size = block_size
-        self._prefill_tokens = prefill_tokens
+        on_gpu = model.device.type == "cuda"
+        self._prefill_tokens = prefill_tokens or (CUDA_PREFILL_TOKENS if on_gpu else PREFILL_TOKENS)
         self._reach = attention_reach(model)
-        self._snapshot_bytes = snapshot_bytes
         self._max_context = min(model.max_context, kv_tokens // block_size * block_size)
         self._stop_strings = StopStrings(tokenizer)
         self._end_tokens = end_of_sequence_tokens(model.module.generation_config, tokenizer)
@@ -93,9 +93,8 @@ class TorchSampler:
         self._states = StateStore()
         self._deterministic = deterministic
         self._lanes: dict[int, Lanes | PagedRows] = {}  # by version of the module that runs; the base is -1
-        self._versions = count()
         self._arrivals = count()
-        self._snapshots = {BASE_SNAPSHOT: Snapshot(BASE_SNAPSHOT, next(self._versions))}
+        self._snapshots = Snapshots(model, snapshot_bytes)
         self._requests: dict[str, Request] = {}
         self._streams: dict[str, Request] = {}  # those whose callers read along
         self._running: dict[int, Sample] = {}
@@ -129,7 +128,7 @@ class TorchSampler:
             kv_tokens_held=(pool.num_blocks - pool.available) * block,
             kv_tokens_kept=pool.reusable * block,
             snapshots=len(self._snapshots) - 1,  # the base model is one, too
-            snapshot_bytes=self._taken_bytes(),
+            snapshot_bytes=self._snapshots.taken_bytes,
             prefilled=self._prefilled,
             sampled=self._sampled,
             preempted=self._preempted,
@@ -139,48 +138,25 @@ class TorchSampler:
 
     @property
     def excess_bytes(self) -> int:
-        if self._snapshot_bytes is None:
-            return 0
-        return max(0, self._taken_bytes() - self._snapshot_bytes)
-
-    def _taken_bytes(self) -> int:
-        snapshots = list(self._snapshots.values())  # a copy: others may ask while one is published
-        return sum(snapshot.weights.nbytes for snapshot in snapshots if snapshot.weights is not None)
+        return self._snapshots.excess_bytes
 
     def publish(self, snapshot_id: str, weights: Weights | Path) -> None:
         """Raises UserError for the base model's name, and for files that don't fit the base model."""
-        if snapshot_id == BASE_SNAPSHOT:
-            raise UserError(f"{BASE_SNAPSHOT!r} always names the base model; publish under another id.")
-        loaded = load_weights(self._model, weights) if isinstance(weights, Path) else weights
-        adapter = loaded.adapter if isinstance(loaded, LoraWeights) else None
-        module = loaded.module if isinstance(loaded, FullWeights) else None
-        if adapter is None and module is None:
-            raise TypeError(f"{type(loaded).__name__} is neither LoraWeights nor FullWeights")
-        self._snapshots[snapshot_id] = Snapshot(snapshot_id, next(self._versions), loaded, adapter, module)
+        self._snapshots.publish(snapshot_id, weights)
 
     def retract(self, snapshot_id: str) -> None:
         """Unknown ids are ignored. Requests under way keep the weights until they end."""
-        if snapshot_id != BASE_SNAPSHOT:
-            self._snapshots.pop(snapshot_id, None)
+        self._snapshots.retract(snapshot_id)
 
     def save(self, snapshot_id: str, folder: Path) -> None:
-        weights = self._require_snapshot(snapshot_id).weights
-        if not isinstance(weights, (LoraWeights, FullWeights)):
-            raise UserError(f"{snapshot_id!r} is the base model; it has no weights of its own to save.")
-        save_weights(weights, folder)
-
-    def _require_snapshot(self, snapshot_id: str) -> Snapshot:
-        try:
-            return self._snapshots[snapshot_id]
-        except KeyError:
-            raise NotFoundError(f"There is no snapshot {snapshot_id!r} to sample from; it may be retracted.") from None
+        self._snapshots.save(snapshot_id, folder)
 
     # Requests
 
     def submit(self, call: SnapshotCall) -> None:
         if call.request_id in self._requests:
             raise UserError(f"Request {call.request_id!r} is already being sampled.")
-        snapshot = self._require_snapshot(call.snapshot_id)
+        snapshot = self._snapshots.require(call.snapshot_id)
         asked = call.call
         check(asked, vocab_size=self._model.vocab_size, max_context=self._max_context)
         prompt = asked.prompt_P.tolist()
