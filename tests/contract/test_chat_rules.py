@@ -8,10 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from tests.contract.api_fixtures import CAPABILITIES, Api, running_api
+from tests.contract.api_fixtures import CAPABILITIES, Api, running_api, saying
 from tinsmith.api.chat.vocabulary import Vocabulary
 from tinsmith.demo import tiny_folder
 from tinsmith.store import queue, records
@@ -319,6 +320,20 @@ def test_a_stream_says_everything_once_whatever_the_doorbell_loses_or_repeats(ap
     assert listener.ended.wait(20)
     assert listener.text() == TEXT
     assert listener.events[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_reader_that_may_have_missed_the_end_looks_for_itself(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tinsmith.api.chat.generation._FIRST_LOOK_SECONDS", 1e6)
+    with api.engine.working:
+        listener = Listener(api, CHAT, ASK)
+        number, _ = waiting_job(api)
+        api.doorbell.ring("tokens")  # what a listener hears that was away
+        ended = Outcome(number, saying(SampleCall(np.array([1], np.int32), 1), api.engine.says or []).to_bytes())
+        assert api.database.write(queue.complete, [ended])
+        assert not listener.ended.wait(0.5)
+        api.doorbell.ring("tokens")
+        assert listener.ended.wait(20)
+    assert listener.text() == TEXT
 
 
 @pytest.mark.parametrize("when", ["in news", "in the result"])

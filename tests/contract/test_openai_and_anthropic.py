@@ -1,5 +1,6 @@
 """The official clients of OpenAI and Anthropic against a real server: answers, streams, logprobs, errors."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,15 @@ def test_both_clients_find_their_routes_under_v1_too(server: LocalServer) -> Non
     with anthropic.Anthropic(base_url=server.base_url, auth_token="tml-local", api_key=None) as client:
         assert client.messages.create(model="tiny", messages=QUESTION[1:], max_tokens=2).usage.output_tokens == 2
         assert [model.id for model in client.models.list()]
+
+
+def test_the_examples_of_the_documentation_run(server: LocalServer, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "openai-and-anthropic.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        exec(example.replace("http://127.0.0.1:8000", server.base_url), {})
+    assert "Usage(" in capsys.readouterr().out
 
 
 # What happens to a stream when the engine dies

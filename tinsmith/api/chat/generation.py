@@ -108,10 +108,11 @@ class Generation:
             while True:
                 rung = await inbox.wait(patience)
                 await self._sessions.keep(call)
-                for part in inbox.take():
+                news, is_over = inbox.take()
+                for part in news:
                     if new := continue_with(given[part.index], part):
                         yield new
-                if inbox.ended or not rung:
+                if is_over or not rung:
                     output = await self._look(call, job.request_id)
                     if output is not None:
                         ended = True

@@ -93,13 +93,13 @@ def _ask(body: types.Generating, prompt: list[int], max_tokens: int | None, top:
 async def _prompts(subject: Subject, given: str | Sequence[str | int | list[int]]) -> list[list[int]]:
     """Each prompt's tokens. Raises UserError for a list that mixes kinds, or has none or too many."""
     if isinstance(given, str):
-        return [await tokens_of(subject, given, specials=True)]
+        return [await tokens_of(subject, given)]
     tokens = [entry for entry in given if isinstance(entry, int)]
     if tokens and len(tokens) == len(given):
         return [tokens]
     if tokens or not 0 < len(given) <= _MOST_PROMPTS:
         raise UserError(f"prompt must be a text, one prompt's token ids, or a list of 1 to {_MOST_PROMPTS} of either")
-    texts = {entry: await tokens_of(subject, entry, specials=True) for entry in given if isinstance(entry, str)}
+    texts = {entry: await tokens_of(subject, entry) for entry in given if isinstance(entry, str)}
     return [texts[entry] if isinstance(entry, str) else entry for entry in given if not isinstance(entry, int)]
 
 

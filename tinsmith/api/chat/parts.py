@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 
-from tinsmith.api.bodies import SMALL_BODY, THREAD_BYTES
+from tinsmith.api.bodies import SMALL_BODY
 from tinsmith.api.calls import Call
 from tinsmith.api.chat.conversations import check_tools
 from tinsmith.api.chat.generation import Generation
@@ -70,25 +70,26 @@ async def chat_prompt(
     options: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """The conversation's tokens, up to where the answer begins. Raises UserError."""
-    template = subject.vocabulary.template
-    if tools is not None:
-        check_tools(template)
-    text = template.render(messages, tools=tools, continues=continues, options=options)
-    return await tokens_of(subject, text)
+
+    def tokens() -> list[int]:
+        template = subject.vocabulary.template
+        if tools is not None:
+            check_tools(template)
+        return _tokens(subject, template.render(messages, tools=tools, continues=continues, options=options))
+
+    return await run_in_threadpool(tokens)  # long conversations are not to hold up everybody else
 
 
-async def tokens_of(subject: Subject, text: str, *, specials: bool = False) -> list[int]:
-    """A text's tokens. Raises UserError for one that cannot fit, without looking at all of it."""
-    vocabulary = subject.vocabulary
-    if len(text) > subject.max_context * vocabulary.longest_token:
+async def tokens_of(subject: Subject, text: str) -> list[int]:
+    """The tokens of a text by itself. Raises UserError."""
+    return await run_in_threadpool(_tokens, subject, text, specials=True)
+
+
+def _tokens(subject: Subject, text: str, *, specials: bool = False) -> list[int]:
+    """Raises UserError for a text that cannot fit, without looking at all of it."""
+    if len(text) > subject.max_context * subject.vocabulary.longest_token:
         raise UserError(f"the prompt has {len(text)} characters, more than {subject.max_context} tokens can have")
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError as error:
-        raise UserError(f"the prompt is no valid Unicode: {error}") from error
-    if size > THREAD_BYTES:
-        return await run_in_threadpool(vocabulary.encode, text, specials=specials)
-    return vocabulary.encode(text, specials=specials)
+    return subject.vocabulary.encode(text, specials=specials)
 
 
 def new_id(kind: str) -> str:

@@ -12,6 +12,7 @@ from tinsmith.store.bell import Bell
 from tinsmith.store.doorbell import Doorbell
 from tinsmith.wire.progress import Progress
 
+_TOPICS = ("tokens", "done")
 _WAIT_SECONDS = 60.0  # closing the bell ends a wait
 _MOST_NEWS = 4096  # that an inbox holds for a client that reads slowly; the rest is in the result
 
@@ -24,12 +25,14 @@ class Inbox:
     def __init__(self) -> None:
         self._rung = asyncio.Event()
         self._news: list[Progress] = []
-        self.ended = False  # whether the request is said to have ended
+        self._ended = False  # whether the request is said to have ended
 
-    def take(self) -> list[Progress]:
-        news, self._news = self._news, []
+    def take(self) -> tuple[list[Progress], bool]:
+        """The news, and whether the request is said to have ended."""
+        news, ended = self._news, self._ended
+        self._news, self._ended = [], False
         self._rung.clear()
-        return news
+        return news, ended
 
     async def wait(self, seconds: float) -> bool:
         """Whether anything was told before the time was over."""
@@ -41,9 +44,9 @@ class Inbox:
         return True
 
     def put(self, news: Progress | None) -> None:
-        """None says that the request has ended."""
+        """None says that the request may have ended."""
         if news is None:
-            self.ended = True
+            self._ended = True
         elif len(self._news) < _MOST_NEWS:
             self._news.append(news)
         self._rung.set()
@@ -63,7 +66,7 @@ class TokenStreams:
         """From now on, all news of the request. To be opened before it is submitted, and closed."""
         async with self._starting:
             if self._bell is None:
-                self._bell = await asyncio.to_thread(self._doorbell.listen, "tokens", "done")
+                self._bell = await asyncio.to_thread(self._doorbell.listen, *_TOPICS)
                 loop = asyncio.get_running_loop()
                 self._thread = threading.Thread(target=self._listen, args=(loop,), name="sampled-tokens", daemon=True)
                 self._thread.start()
@@ -91,8 +94,10 @@ class TokenStreams:
                 loop.call_soon_threadsafe(self._hand_out, messages)
 
     def _hand_out(self, messages: Sequence[str]) -> None:
+        if not set(_TOPICS).isdisjoint(messages):  # rings were lost: every reader looks for itself
+            for inbox in self._inboxes.values():
+                inbox.put(None)
         for message in messages:
             request_id, space, _ = message.partition(" ")
-            inbox = self._inboxes.get(request_id)
-            if inbox is not None:
-                inbox.put(Progress.from_message(message) if space else None)
+            if request_id in self._inboxes:
+                self._inboxes[request_id].put(Progress.from_message(message) if space else None)

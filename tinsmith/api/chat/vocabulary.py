@@ -98,11 +98,11 @@ def vocabulary_folder(place: str) -> Path:
         return Path(place)
     # Only here: it takes as much memory as everything else in this module.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(place, local_files_only=True, allow_patterns=["tokenizer*"]))
-    except LocalEntryNotFoundError as error:
+    except (LocalEntryNotFoundError, HFValidationError) as error:
         raise UnavailableError(f"the files of {place} are not on this machine (yet); try again soon") from error
 
 
