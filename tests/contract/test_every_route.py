@@ -18,6 +18,7 @@ from starlette.routing import BaseRoute, Mount, Route
 
 from tests.contract.api_fixtures import Api, running_api
 from tests.contract.test_api_rules import PROMPT, find, message
+from tinsmith.manifests import seal_folder
 from tinsmith.store import keys, records
 
 PREFIX = "/api/v1"
@@ -241,10 +242,12 @@ def test_the_routes_about_nobodys_objects_take_any_right_key(api: Api) -> None:
 @pytest.fixture
 def exported(api: Api, belongings: Belongings, tmp_path: Path) -> str:
     """The address of one exported file, in whose folder lies also what nobody may have."""
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
-    (tmp_path / "manifest.json").write_text("{}")
+    folder = tmp_path / "export"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    seal_folder(folder, "")
     path = f"tinker://{belongings.model}/external_weights/mine"
-    api.database.write(records.update_checkpoint, path, folder=str(tmp_path))
+    api.database.write(records.update_checkpoint, path, folder=str(folder))
     route = f"/training_runs/{belongings.model}/checkpoints/external_weights/mine/external_weights_urls"
     urls = api.http.get(route).json()["urls"]
     assert set(urls) == {"adapter_model.safetensors"}
@@ -285,6 +288,14 @@ def test_a_signed_address_ends_with_its_time(
     late = api.http.get(route).json()["urls"]["adapter_model.safetensors"]
     assert fetch(late)[0] == 410
     assert fetch(exported)[0] == 200
+
+
+def test_a_damaged_export_is_refused_by_name(api: Api, belongings: Belongings, exported: str, tmp_path: Path) -> None:
+    route = f"/training_runs/{belongings.model}/checkpoints/external_weights/mine/external_weights_urls"
+    (tmp_path / "export" / "adapter_model.safetensors").write_bytes(b"heights")
+    answer = api.http.get(route)
+    assert answer.status_code == 500
+    assert "export: adapter_model.safetensors does not match its checksum" in answer.text
 
 
 def test_a_signed_address_ends_with_its_checkpoint(api: Api, belongings: Belongings, exported: str) -> None:

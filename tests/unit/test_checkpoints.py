@@ -5,14 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tinsmith.engine.checkpoints import (
-    MANIFEST,
-    DamagedCheckpointError,
-    remove_folder,
-    sweep,
-    verify_folder,
-    write_folder,
-)
+from tinsmith.engine.checkpoints import remove_folder, sweep, write_folder
+from tinsmith.manifests import MANIFEST, DamagedCheckpointError, verify_folder
 
 
 def fill(folder: Path) -> None:

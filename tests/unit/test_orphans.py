@@ -11,8 +11,9 @@ from tests.unit.test_engine import BASE, Bench, datums, lesson
 from tests.unit.test_recovery import EngineDied, dying, save
 from tinsmith import serve
 from tinsmith.config import Settings
-from tinsmith.engine.checkpoints import orphans, verify_folder, write_folder
+from tinsmith.engine.checkpoints import orphans, write_folder
 from tinsmith.errors import UnavailableError
+from tinsmith.manifests import verify_folder
 from tinsmith.store import queue, records
 from tinsmith.store.ledger import Ledger
 from tinsmith.wire.jobs import Job

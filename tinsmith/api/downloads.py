@@ -14,17 +14,17 @@ from tinsmith.api.calls import Call, Services, answer
 from tinsmith.api.paths import CheckpointPath
 from tinsmith.api.signing import read_token, sign
 from tinsmith.errors import GoneError, NotFoundError
+from tinsmith.manifests import MANIFEST, DamagedCheckpointError, verify_folder
 from tinsmith.store import records
 from tinsmith.wire import types
 
 FILES = "/files"
 LIFETIME_SECONDS = 3600.0
 _PURPOSE = "download"
-_OURS = "manifest.json"  # checksums for our own use, no part of the export
 
 
 async def external_weights_urls(call: Call) -> Response:
-    """GET …/external_weights/{name}/external_weights_urls: an address for each file of an export."""
+    """GET …/external_weights/{name}/external_weights_urls: an address for each file of an export, if it is whole."""
     path = str(CheckpointPath(call.path("run_id"), "external", call.path("name")))
     checkpoint = await call.services.database.read_async(_require_export, path, call.owner)
     expires = time.time() + LIFETIME_SECONDS
@@ -32,6 +32,7 @@ async def external_weights_urls(call: Call) -> Response:
         expires = min(expires, checkpoint.expires_at)
     data_dir = call.services.settings.data_dir
     token = await run_in_threadpool(sign, data_dir, _PURPOSE, [path, expires])
+    await run_in_threadpool(verify_folder, Path(checkpoint.folder))
     names = await run_in_threadpool(_files, Path(checkpoint.folder))
     base = str(call.request.url).partition("/training_runs/")[0]
     urls = {name: f"{base}{FILES}/{token}/{quote(name)}" for name in names}
@@ -58,4 +59,8 @@ async def download(services: Services, request: Request) -> Response:
 
 
 def _files(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_file() and entry.name != _OURS)
+    """All but the checksums, which are for our own use. Raises DamagedCheckpointError."""
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if entry.is_file() and entry.name != MANIFEST)
+    except OSError as error:
+        raise DamagedCheckpointError(f"{folder.name} cannot be read: {error.strerror}") from error

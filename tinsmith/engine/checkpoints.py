@@ -1,11 +1,6 @@
-"""Folders of weights on disk: written beside their place, checksummed, fsynced, renamed into it, then never changed.
-
-The manifest comes last, so that a folder without one, or whose files differ from it, is refused by name.
-"""
+"""Folders of weights on disk: written beside their place, sealed, fsynced, renamed into it, then never changed."""
 
 import errno
-import hashlib
-import json
 import os
 import re
 import secrets
@@ -14,13 +9,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tinsmith.errors import TinsmithError
+from tinsmith.manifests import seal_folder, writer_of
 
-MANIFEST = "manifest.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class DamagedCheckpointError(TinsmithError):
-    """A folder of weights does not hold what its manifest says."""
 
 
 class DiskFullError(TinsmithError):
@@ -49,11 +40,7 @@ def _write_folder(target: Path, fill: Callable[[Path], None], written_by: str) -
     temporary.mkdir()
     try:
         fill(temporary)
-        files = {
-            path.name: {"sha256": _digest(path), "bytes": path.stat().st_size} for path in sorted(temporary.iterdir())
-        }
-        manifest = {"format": 1, "written_by": written_by, "files": files}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        seal_folder(temporary, written_by)
         for path in temporary.iterdir():
             _sync(path)
         _sync(temporary)
@@ -71,18 +58,6 @@ def _make_folder(folder: Path) -> None:
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         _sync(folder.parent)
-
-
-def verify_folder(folder: Path) -> Path:
-    """The folder itself. Raises DamagedCheckpointError if it is missing, incomplete or altered."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        for name, entry in manifest["files"].items():
-            if _digest(folder / name) != entry["sha256"]:
-                raise DamagedCheckpointError(f"{folder.name}: {name} does not match its checksum")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpointError(f"{folder.name} is incomplete: {error}") from error
-    return folder
 
 
 def remove_folder(folder: Path) -> None:
@@ -111,15 +86,7 @@ def orphans(root: Path, recorded: Iterable[str], is_known: Callable[[str], bool]
     """
     places = {Path(folder).parts[-3:] for folder in recorded}
     lost = [folder for folder in root.glob("*/*/[!.]*") if folder.parts[-3:] not in places]
-    return [folder for folder in lost if (request_id := _written_by(folder)) and is_known(request_id)]
-
-
-def _written_by(folder: Path) -> str:
-    """Empty if the folder does not say so."""
-    try:
-        return str(json.loads((folder / MANIFEST).read_text()).get("written_by", ""))
-    except (OSError, ValueError, AttributeError):
-        return ""
+    return [folder for folder in lost if (request_id := writer_of(folder)) and is_known(request_id)]
 
 
 def folder_name(identifier: str) -> str:
@@ -133,11 +100,6 @@ def _is_full(error: Exception) -> bool:
         return error.errno in _FULL
     words = re.search(r"os error (\d+)", str(error))
     return words is not None and int(words[1]) in _FULL
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinsmith.age import encrypt_folder, is_encrypted, read_recipients
-from tinsmith.engine.checkpoints import verify_folder
 from tinsmith.errors import UserError
+from tinsmith.manifests import verify_folder
 
 _ADAPTER_CONFIG = "adapter_config.json"
 

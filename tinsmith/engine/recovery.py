@@ -13,16 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinsmith.engine.checkpoints import (
-    DamagedCheckpointError,
-    folder_name,
-    remove_folder,
-    verify_folder,
-    write_folder,
-)
+from tinsmith.engine.checkpoints import folder_name, remove_folder, write_folder
 from tinsmith.engine.exports import readable_folder
 from tinsmith.engine.trials import Trials
 from tinsmith.errors import TinsmithError
+from tinsmith.manifests import DamagedCheckpointError, verify_folder
 from tinsmith.protocols import AdamParams, ModelCall, ModelSpec, Trainer, Weights
 from tinsmith.wire.jobs import Past
 from tinsmith.wire.packing import TrainCall

@@ -8,10 +8,11 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinsmith.engine.checkpoints import folder_name, remove_folder, verify_folder, write_folder
+from tinsmith.engine.checkpoints import folder_name, remove_folder, write_folder
 from tinsmith.engine.exports import readable_folder
 from tinsmith.engine.recovery import Recovery
 from tinsmith.errors import NotFoundError, TinsmithError
+from tinsmith.manifests import verify_folder
 from tinsmith.protocols import BASE_SNAPSHOT, Sampler, Trainer, Weights
 
 if TYPE_CHECKING:
