@@ -16,7 +16,6 @@ ROOT = Path(tinsmith.__file__).parent
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "manifests": {"errors"},
-    "manifests": {"errors"},
     "age": {"errors"},
     "lost_device": set(),
     "observe": set(),
@@ -32,8 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "wire.losses": set(),
     "wire": {"errors"},
     "store": {"errors", "wire"},
-    "api": {"errors", "age", "config", "manifests", "manifests", "served", "observe", "protocols", "wire", "store", "demo"},
-    "engine": {"errors", "age", "lost_device", "manifests", "manifests", "observe", "protocols", "wire"},
+    "api": {"errors", "age", "config", "manifests", "served", "observe", "protocols", "wire", "store", "demo"},
+    "engine": {"errors", "age", "lost_device", "manifests", "observe", "protocols", "wire"},
     "models": {"errors", "protocols"},
     "training": {"errors", "lost_device", "protocols", "models", "wire.packing", "wire.losses"},
     "sampling": {"errors", "lost_device", "protocols", "models", "wire.packing", "wire.losses", "wire.progress"},
