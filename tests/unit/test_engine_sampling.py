@@ -211,7 +211,7 @@ def test_snapshots_beyond_the_bound_wait_on_disk_and_come_back_as_they_were(boun
     if bound == "number":
         engine._residency._max_snapshots = 3
     else:
-        engine._sampling._sampler._snapshot_bytes = 3 * engine._trainer.snapshot(model).nbytes
+        engine._sampling._sampler._snapshots._limit = 3 * engine._trainer.snapshot(model).nbytes
     samplers, first = [], []
     for turn in range(10):
         lesson(bench, model, range(10 * turn, 10 * turn + 4))
@@ -228,7 +228,7 @@ def test_snapshots_beyond_the_bound_wait_on_disk_and_come_back_as_they_were(boun
 def test_one_snapshot_larger_than_all_room_is_sampled_still(bench: Bench) -> None:
     model = bench.create("a")
     bench.run()
-    bench.engine._sampling._sampler._snapshot_bytes = 1  # type: ignore[attr-defined]
+    bench.engine._sampling._sampler._snapshots._limit = 1  # type: ignore[attr-defined]
     samplers = [publish(bench, model, str(turn)) for turn in range(3)]
     assert len({tuple(bench.greedy(sampler)) for sampler in samplers}) == 1
 
