@@ -80,6 +80,8 @@ def test_sampling_is_counted_by_token_that_was_run_or_chosen(bench: Bench) -> No
     told = report(bench)
     assert told["tokens"] == {"trained": 0, "forward": 0, "prefilled": 40, "sampled": 24}
     assert told["jobs"]["sample"] == {"done": 1, "user": 0, "server": 0}
+    steps = Distribution.from_dict(told["sampling_requests"])
+    assert sum(steps.counts) == steps.total == steps.counts[0] >= 8
     sample(bench, sampler, 1, range(40, 90), max_tokens=1)  # its first 32 tokens are in two known blocks
     bench.run()
     told = report(bench)
@@ -88,7 +90,9 @@ def test_sampling_is_counted_by_token_that_was_run_or_chosen(bench: Bench) -> No
     assert (held["samples_running"], held["samples_waiting"], held["kv_tokens_held"]) == (0, 0, 0)
     assert held["kv_tokens"] == 4096 and held["kv_tokens_kept"] >= 48 and held["kv_tokens_kept"] % 16 == 0
     sample(bench, sampler, 2, range(40, 60), max_tokens=400)
+    sample(bench, sampler, 3, range(40, 60), max_tokens=1)
     bench.engine.turn()
+    assert Distribution.from_dict(report(bench)["sampling_requests"]).counts[1] > 0
     held = report(bench)["held"]
     assert held["samples_running"] == 1 and held["kv_tokens_held"] >= 32
 

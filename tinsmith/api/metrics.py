@@ -44,6 +44,7 @@ _BATCHES = {
     "batch_requests": "Requests in one batch of training.",
     "batch_tenants": "Sessions in one batch of training.",
     "batch_tokens": "Tokens in one batch of training.",
+    "sampling_requests": "Requests inside the sampler, at each of its steps.",
 }
 
 

@@ -97,6 +97,7 @@ class SamplingTurns:
         self._admit()
         until = 2 * time.monotonic() - since
         while self._sampler.load:
+            self._watch.step(len(self._inside))
             with self._trials.sampling([header.number for header in self._inside.values()]):
                 finished = self._step()
             ended = [(self._inside.pop(end.request_id), end.output) for end in finished]

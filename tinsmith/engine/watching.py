@@ -34,6 +34,10 @@ class Watch:
             traces = [header.trace for header in headers if header.trace]
             note(REQUESTS, logging.INFO, "running", kind=kind, requests=len(headers), traces=traces)
 
+    def step(self, requests: int) -> None:
+        """The sampler is about to take a step with so many requests."""
+        self._numbers.sampling_requests.add(requests)
+
     def end(self, header: Header, outcome: Outcome | None) -> None:
         """A job has ended: well if there is no outcome, or one without an error."""
         category = None if outcome is None else outcome.category

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-NUMBERS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+NUMBERS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1024.0)
 TOKENS = (64.0, 256.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 65536.0)
 
 
@@ -51,6 +51,8 @@ class Statistics:
     batch_tenants: Distribution = field(default_factory=lambda: Distribution.over(NUMBERS))
     batch_tokens: Distribution = field(default_factory=lambda: Distribution.over(TOKENS))
     """Of the batches of training: requests, different sessions, tokens."""
+    sampling_requests: Distribution = field(default_factory=lambda: Distribution.over(NUMBERS))
+    """Requests inside the sampler, at each of its steps."""
     tokens: dict[str, int] = field(default_factory=lambda: {"trained": 0, "forward": 0})
     """trained, forward (of requests without a gradient), prefilled, sampled."""
     events: dict[str, int] = field(default_factory=lambda: {"store_lost": 0, "not_written": 0})
@@ -66,6 +68,7 @@ class Statistics:
             "batch_requests": self.batch_requests.to_dict(),
             "batch_tenants": self.batch_tenants.to_dict(),
             "batch_tokens": self.batch_tokens.to_dict(),
+            "sampling_requests": self.sampling_requests.to_dict(),
             "tokens": dict(self.tokens),
             "events": dict(self.events),
             "held": dict(self.held),
@@ -80,6 +83,7 @@ class Statistics:
             batch_requests=Distribution.from_dict(values["batch_requests"]),
             batch_tenants=Distribution.from_dict(values["batch_tenants"]),
             batch_tokens=Distribution.from_dict(values["batch_tokens"]),
+            sampling_requests=Distribution.from_dict(values["sampling_requests"]),
             tokens=values["tokens"],
             events=values["events"],
             held=values["held"],
