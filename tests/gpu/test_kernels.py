@@ -83,3 +83,39 @@ def test_heads_are_normalised_and_turned(heads: int, kv_heads: int, d: int, norm
     assert not aside[:, (heads + kv_heads) * d :].any()
     check(kernels.norm_rope(qkv, cos, sin, *weights, EPS, heads, kv_heads, d), expected.view(7, -1))
     assert torch.equal(aside[:, : (heads + kv_heads) * d], qkv[:, : (heads + kv_heads) * d])
+
+
+def test_a_softmax_less_one_at_a_token() -> None:
+    logits, tokens = 5 * random(3, 5000), torch.tensor([[7], [4999], [0]], device=DEVICE)
+    less, logsumexp = kernels.softmax_less_one(logits, tokens, torch.float32)
+    check(logsumexp, logits.double().logsumexp(1, keepdim=True))
+    check(less, logits.double().softmax(1).scatter_add_(1, tokens, -torch.ones_like(tokens, dtype=torch.float64)))
+
+
+@DTYPES
+def test_a_norm_backward_adds_the_residuals_gradient(dtype: torch.dtype) -> None:
+    x, dy, residual = (random(*shape, dtype=dtype).view(6, 80) for shape in ((6, 80), (480,), (80, 6)))
+    weight = random(80, dtype=dtype)
+    leaf = x.double().requires_grad_()
+    rms_norm(leaf, weight).backward(dy.double())
+    dx, normed = kernels.rms_norm_backward(dy, x, weight, EPS, residual)
+    check(dx, leaf.grad + residual.double())
+    check(normed, rms_norm(x, weight))
+
+
+@DTYPES
+@HEADS
+@NORMS
+def test_heads_backward(heads: int, kv_heads: int, d: int, norm: bool, dtype: torch.dtype) -> None:
+    qkv = random(7, (heads + 2 * kv_heads) * d, dtype=dtype)
+    weights = (random(d, dtype=dtype), 1 + random(d, dtype=dtype)) if norm else (None, None)
+    cos, sin = angles(7, d)
+    leaf = qkv.double().requires_grad_()
+    query, key, value = leaf.view(7, -1, d).split([heads, kv_heads, kv_heads], 1)
+    outputs = [
+        turned(part if weight is None else rms_norm(part, weight), cos, sin)
+        for part, weight in zip((query, key), weights, strict=True)
+    ]
+    upstream = [random(*part.shape, dtype=dtype) for part in (query, key, value)]
+    torch.autograd.backward([*outputs, value], [part.double() for part in upstream])
+    check(kernels.norm_rope_backward(tuple(upstream), qkv, cos, sin, *weights, EPS), leaf.grad)

@@ -4,22 +4,27 @@ Each tenant's matrices are read, and gradients added to, where they lie: tables 
 differ. For CUDA devices; imported where one is used. `adapter_table` makes the tables and calls these.
 
 Shapes: `T` rows of a batch, `I` inputs and `O` outputs of a group of linear layers, `R` ranks of all layers of a group.
-Rows come in tiles: tile n is rows `tile_rows[n]` to `tile_ends[n]`, all of adapter `tile_adapters[n]`. A group's
-addresses are those of A (the stack of all layers) and of each layer's B, 0 where an adapter has none.
+Rows come in tiles, of which a table has the first row, the end, the adapter and its rank. A group's addresses are those
+of A (the stack of all layers) and of each layer's B, 0 where an adapter has none.
 """
 
 import triton
 import triton.language as tl
 
 ADDRESSES = tl.constexpr(4)  # of an adapter in a group: A, and B of up to three layers
+TILE = tl.constexpr(4)  # numbers in the table of tiles
 
 
 @triton.jit
-def _rank(ranks_ptr, adapter, ALIGNED: tl.constexpr):
-    rank = tl.load(ranks_ptr + adapter)
+def _tile(tiles_ptr, ROWS: tl.constexpr, ALIGNED: tl.constexpr):
+    """(rows [ROWS], which of them are the tile's [ROWS, 1], adapter, rank) of the program's tile."""
+    entry_ptr = tiles_ptr + tl.program_id(0) * TILE
+    row = (tl.load(entry_ptr) + tl.arange(0, ROWS)).to(tl.int64)
+    inside = (row < tl.load(entry_ptr + 1))[:, None]
+    rank = tl.load(entry_ptr + 3)
     if ALIGNED:
         rank = tl.multiple_of(rank, 8)
-    return rank
+    return row, inside, tl.load(entry_ptr + 2), rank
 
 
 @triton.jit
@@ -49,11 +54,8 @@ def _part(block, width0, width1, width2, BLOCK: tl.constexpr):
 def shrink(
     x_ptr,
     z_ptr,
-    tile_rows_ptr,
-    tile_ends_ptr,
-    tile_adapters_ptr,
+    tiles_ptr,
     addresses_ptr,
-    ranks_ptr,
     scales_ptr,
     x_stride,
     z_stride,
@@ -71,9 +73,8 @@ def shrink(
 
     Programs: tiles, blocks of ranks, and layers (one if `OF_A`).
     """
-    tile, part = tl.program_id(0), tl.program_id(2)
-    adapter = tl.load(tile_adapters_ptr + tile)
-    rank = _rank(ranks_ptr, adapter, ALIGNED)
+    row, inside, adapter, rank = _tile(tiles_ptr, ROWS, ALIGNED)
+    part = tl.program_id(2)
     slot = 0 if OF_A else 1 + part
     address = tl.load(addresses_ptr + adapter * ADDRESSES + slot)
     wanted = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
@@ -89,10 +90,8 @@ def shrink(
         width = width2
         first = width0 + width1
     matrix_ptr = _at(address, x_ptr, ALIGNED)
-    row = tl.load(tile_rows_ptr + tile) + tl.arange(0, ROWS)
-    inside = (row < tl.load(tile_ends_ptr + tile))[:, None]
     depth = tl.arange(0, DEPTH)
-    x_ptrs = x_ptr + row.to(tl.int64)[:, None] * x_stride + first + depth[None, :]
+    x_ptrs = x_ptr + row[:, None] * x_stride + first + depth[None, :]
     if OF_A:
         matrix_ptrs = matrix_ptr + wanted[None, :] * width + depth[:, None]
         step = 1
@@ -107,38 +106,30 @@ def shrink(
         total = tl.dot(x, matrix, total)
     total *= tl.load(scales_ptr + adapter)
     columns = wanted + (0 if OF_A else part * rank)
-    z_ptrs = z_ptr + row.to(tl.int64)[:, None] * z_stride + columns[None, :]
+    z_ptrs = z_ptr + row[:, None] * z_stride + columns[None, :]
     tl.store(z_ptrs, total, inside & (wanted[None, :] < ranks))
 
 
 @triton.jit
-def adapted(
-    total,
-    z_ptr,
-    z_stride,
-    row,
-    inside,
-    address,
-    ranks,
-    column,
-    width,
-    first_rank,
-    row_stride,
-    column_stride,
-    ALIGNED: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    """total [N, C] + z M of N rows, where M [ranks, C] lies at `address` with the given strides."""
-    matrix_ptr = _at(address, z_ptr, ALIGNED)
-    depth = tl.arange(0, DEPTH)
-    for start in range(0, ranks, DEPTH):
-        wanted = start + depth
-        z_ptrs = z_ptr + row[:, None] * z_stride + first_rank + wanted[None, :]
-        z = tl.load(z_ptrs, inside & (wanted[None, :] < ranks), other=0.0)
-        matrix_ptrs = matrix_ptr + wanted[:, None] * row_stride + column[None, :] * column_stride
-        matrix = tl.load(matrix_ptrs, (wanted[:, None] < ranks) & (column[None, :] < width), other=0.0)
-        total = tl.dot(z, matrix, total)
-    return total
+def _inner(z_ptr, z_stride, row, inside, first, rank, RANKS: tl.constexpr):
+    """z [N, RANKS] of one layer, whose first column is `first`."""
+    wanted = tl.arange(0, RANKS)[None, :]
+    return tl.load(z_ptr + row[:, None] * z_stride + first + wanted, inside & (wanted < rank), other=0.0)
+
+
+@triton.jit
+def _columns_of_a(matrix_ptr, first, rank, column, width, RANKS: tl.constexpr):
+    """[RANKS, N]: columns of A [., width] from row `first` on."""
+    wanted = tl.arange(0, RANKS)[:, None]
+    ptrs = matrix_ptr + (first + wanted) * width + column[None, :]
+    return tl.load(ptrs, (wanted < rank) & (column[None, :] < width), other=0.0)
+
+
+@triton.jit
+def _rows_of_b(matrix_ptr, rank, column, width, RANKS: tl.constexpr):
+    """[N, RANKS]: rows of B [width, rank]."""
+    wanted = tl.arange(0, RANKS)[None, :]
+    return tl.load(matrix_ptr + column[:, None] * rank + wanted, (wanted < rank) & (column[:, None] < width), other=0.0)
 
 
 @triton.jit
@@ -146,11 +137,8 @@ def expand(
     y_ptr,
     base_ptr,
     z_ptr,
-    tile_rows_ptr,
-    tile_ends_ptr,
-    tile_adapters_ptr,
+    tiles_ptr,
     addresses_ptr,
-    ranks_ptr,
     y_stride,
     base_stride,
     z_stride,
@@ -163,18 +151,14 @@ def expand(
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    RANKS: tl.constexpr,
 ):
     """y = base + z Bᵀ, layer by layer; or, of gradients, y = base + z A. Without `ADD` there is no base.
 
     Programs: tiles, and blocks of columns, no block of two layers.
     """
-    tile = tl.program_id(0)
-    adapter = tl.load(tile_adapters_ptr + tile)
-    rank = _rank(ranks_ptr, adapter, ALIGNED)
+    row, inside, adapter, rank = _tile(tiles_ptr, ROWS, ALIGNED)
     part, width, first, within = _part(tl.program_id(1), width0, width1, width2, COLUMNS)
-    row = tl.load(tile_rows_ptr + tile).to(tl.int64) + tl.arange(0, ROWS)
-    inside = (row < tl.load(tile_ends_ptr + tile))[:, None]
     column = within + tl.arange(0, COLUMNS)
     mask = inside & (column[None, :] < width)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -183,14 +167,14 @@ def expand(
         total = tl.load(base_ptrs, mask, other=0.0).to(tl.float32)
     address = tl.load(addresses_ptr + adapter * ADDRESSES + (0 if OF_A else 1 + part))
     if address != 0:
+        matrix_ptr = _at(address, z_ptr, ALIGNED)
         if OF_A:
-            total = adapted(
-                total, z_ptr, z_stride, row, inside, address, rank * PARTS, column, width, 0, width, 1, ALIGNED, DEPTH
-            )
+            for layer in tl.static_range(PARTS):
+                z = _inner(z_ptr, z_stride, row, inside, layer * rank, rank, RANKS)
+                total = tl.dot(z, _columns_of_a(matrix_ptr, layer * rank, rank, column, width, RANKS), total)
         else:
-            total = adapted(
-                total, z_ptr, z_stride, row, inside, address, rank, column, width, part * rank, 1, rank, ALIGNED, DEPTH
-            )
+            z = _inner(z_ptr, z_stride, row, inside, part * rank, rank, RANKS)
+            total = tl.dot(z, tl.trans(_rows_of_b(matrix_ptr, rank, column, width, RANKS)), total)
     tl.store(y_ptr + row[:, None] * y_stride + first + column[None, :], total, mask)
 
 
@@ -198,8 +182,7 @@ def expand(
 def gradients(
     x_ptr,
     z_ptr,
-    run_rows_ptr,
-    run_ends_ptr,
+    runs_ptr,
     first_runs_ptr,
     addresses_ptr,
     ranks_ptr,
@@ -221,7 +204,9 @@ def gradients(
     blocks of columns.
     """
     adapter = tl.program_id(0)
-    rank = _rank(ranks_ptr, adapter, ALIGNED)
+    rank = tl.load(ranks_ptr + adapter)
+    if ALIGNED:
+        rank = tl.multiple_of(rank, 8)
     part, width, first, within = _part(tl.program_id(2), width0, width1, width2, COLUMNS)
     address = tl.load(addresses_ptr + adapter * ADDRESSES + (0 if OF_A else 1 + part))
     ranks = rank * PARTS if OF_A else rank
@@ -232,8 +217,8 @@ def gradients(
     z_column = wanted + (0 if OF_A else part * rank)
     total = tl.zeros((RANKS, COLUMNS), tl.float32)
     for run in range(tl.load(first_runs_ptr + adapter), tl.load(first_runs_ptr + adapter + 1)):
-        end = tl.load(run_ends_ptr + run)
-        for start in range(tl.load(run_rows_ptr + run), end, ROWS):
+        end = tl.load(runs_ptr + 2 * run + 1)
+        for start in range(tl.load(runs_ptr + 2 * run), end, ROWS):
             row = (start + tl.arange(0, ROWS)).to(tl.int64)
             z_ptrs = z_ptr + row[None, :] * z_stride + z_column[:, None]
             z = tl.load(z_ptrs, (row[None, :] < end) & (wanted[:, None] < ranks), other=0.0)
@@ -255,141 +240,147 @@ def gradients(
 
 
 @triton.jit
+def _pair(ptr, row, stride, column, width, inside):
+    """Gate and up [N, C] as they lie in memory."""
+    mask = inside & (column[None, :] < width)
+    ptrs = ptr + row[:, None] * stride + column[None, :]
+    return tl.load(ptrs, mask, other=0.0), tl.load(ptrs + width, mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["down_z_rows"])
 def adapted_swiglu(
     gate_up_ptr,
     out_ptr,
     z_ptr,
-    tile_rows_ptr,
-    tile_ends_ptr,
-    tile_adapters_ptr,
+    down_z_ptr,
+    tiles_ptr,
     addresses_ptr,
-    ranks_ptr,
+    down_addresses_ptr,
+    scales_ptr,
     stride,
     z_stride,
+    down_z_stride,
     width,
+    down_z_rows,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    RANKS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     """silu(gate) · up, after the adapters' shares z Bᵀ have been added to both; they are not stored.
 
-    Programs: tiles, and blocks of columns.
+    Also scale · out Aᵀ of the layer behind, to which `down_addresses` belong: [SPLITS, T, R], to be summed. Programs:
+    tiles, and splits of the columns.
     """
-    tile = tl.program_id(0)
-    row = tl.load(tile_rows_ptr + tile).to(tl.int64) + tl.arange(0, ROWS)
-    inside = (row < tl.load(tile_ends_ptr + tile))[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    mask = inside & (column[None, :] < width)
-    adapter = tl.load(tile_adapters_ptr + tile)
-    gate, up = _gate_and_up(
-        gate_up_ptr,
-        z_ptr,
-        addresses_ptr,
-        ranks_ptr,
-        adapter,
-        stride,
-        z_stride,
-        row,
-        inside,
-        column,
-        width,
-        ALIGNED,
-        DEPTH,
-    )
-    tl.store(out_ptr + row[:, None] * width + column[None, :], gate * tl.sigmoid(gate) * up, mask)
+    row, inside, adapter, rank = _tile(tiles_ptr, ROWS, ALIGNED)
+    split = tl.program_id(1)
+    gate_ptr = _at(tl.load(addresses_ptr + adapter * ADDRESSES + 1), gate_up_ptr, ALIGNED)
+    up_ptr = _at(tl.load(addresses_ptr + adapter * ADDRESSES + 2), gate_up_ptr, ALIGNED)
+    down_address = tl.load(down_addresses_ptr + adapter * ADDRESSES)
+    down_ptr = _at(down_address, gate_up_ptr, ALIGNED)
+    own = rank * (tl.load(addresses_ptr + adapter * ADDRESSES + 1) != 0).to(tl.int32)
+    down = rank * (down_address != 0).to(tl.int32)
+    z_gate = _inner(z_ptr, z_stride, row, inside, 0, own, RANKS)
+    z_up = _inner(z_ptr, z_stride, row, inside, rank, own, RANKS)
+    total = tl.zeros((ROWS, RANKS), tl.float32)
+    blocks = tl.cdiv(tl.cdiv(width, COLUMNS), SPLITS)
+    column = split * blocks * COLUMNS + tl.arange(0, COLUMNS)
+    next_gate, next_up = _pair(gate_up_ptr, row, stride, column, width, inside)
+    for _ in range(blocks):
+        raw_gate, raw_up = next_gate, next_up
+        next_gate, next_up = _pair(gate_up_ptr, row, stride, column + COLUMNS, width, inside)
+        mask = inside & (column[None, :] < width)
+        gate_b = tl.trans(_rows_of_b(gate_ptr, own, column, width, RANKS))
+        up_b = tl.trans(_rows_of_b(up_ptr, own, column, width, RANKS))
+        gate = raw_gate.to(tl.float32) + tl.dot(z_gate, gate_b)
+        up = raw_up.to(tl.float32) + tl.dot(z_up, up_b)
+        out = (gate * tl.sigmoid(gate) * up).to(gate_up_ptr.dtype.element_ty)
+        tl.store(out_ptr + row[:, None] * width + column[None, :], out, mask)
+        total = tl.dot(out, tl.trans(_columns_of_a(down_ptr, 0, down, column, width, RANKS)), total)
+        column += COLUMNS
+    total *= tl.load(scales_ptr + adapter)
+    wanted = tl.arange(0, RANKS)[None, :]
+    ptrs = down_z_ptr + (split.to(tl.int64) * down_z_rows + row)[:, None] * down_z_stride + wanted
+    tl.store(ptrs, total, inside & (wanted < down))
 
 
-@triton.jit
-def _gate_and_up(
-    gate_up_ptr,
-    z_ptr,
-    addresses_ptr,
-    ranks_ptr,
-    adapter,
-    stride,
-    z_stride,
-    row,
-    inside,
-    column,
-    width,
-    ALIGNED: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    """fp32 gate and up [N, C], the adapters' shares included."""
-    mask = inside & (column[None, :] < width)
-    ptrs = gate_up_ptr + row[:, None] * stride + column[None, :]
-    gate = tl.load(ptrs, mask, other=0.0).to(tl.float32)
-    up = tl.load(ptrs + width, mask, other=0.0).to(tl.float32)
-    rank = _rank(ranks_ptr, adapter, ALIGNED)
-    gate_address = tl.load(addresses_ptr + adapter * ADDRESSES + 1)
-    up_address = tl.load(addresses_ptr + adapter * ADDRESSES + 2)
-    if gate_address != 0:
-        gate = adapted(
-            gate, z_ptr, z_stride, row, inside, gate_address, rank, column, width, 0, 1, rank, ALIGNED, DEPTH
-        )
-        up = adapted(up, z_ptr, z_stride, row, inside, up_address, rank, column, width, rank, 1, rank, ALIGNED, DEPTH)
-    return gate, up
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["dz_rows"])
 def adapted_swiglu_backward(
     gate_up_ptr,
     dout_ptr,
-    dgate_up_ptr,
     out_ptr,
     z_ptr,
     dz_ptr,
-    tile_rows_ptr,
-    tile_ends_ptr,
-    tile_adapters_ptr,
+    down_dz_ptr,
+    tiles_ptr,
     addresses_ptr,
     down_addresses_ptr,
-    ranks_ptr,
+    scales_ptr,
     stride,
     z_stride,
     dz_stride,
+    down_dz_stride,
     width,
+    dz_rows,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    RANKS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """The gradient in gate and up, and the output once more.
+    """Overwrites gate and up with their gradients, and computes the output once more.
 
-    `z` and `addresses` are of the group of gate and up; `dz` and `down_addresses` of the layer behind, whose adapters'
-    share dz A of the output's gradient is added here. Programs: tiles, and blocks of columns.
+    The share dz A that the adapters of the layer behind have in the output's gradient is added here; and dz of gate and
+    up themselves is gathered: [SPLITS, T, R], to be summed. Programs: tiles, and splits of the columns.
     """
-    tile = tl.program_id(0)
-    adapter = tl.load(tile_adapters_ptr + tile)
-    row = tl.load(tile_rows_ptr + tile).to(tl.int64) + tl.arange(0, ROWS)
-    inside = (row < tl.load(tile_ends_ptr + tile))[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    mask = inside & (column[None, :] < width)
-    gate, up = _gate_and_up(
-        gate_up_ptr,
-        z_ptr,
-        addresses_ptr,
-        ranks_ptr,
-        adapter,
-        stride,
-        z_stride,
-        row,
-        inside,
-        column,
-        width,
-        ALIGNED,
-        DEPTH,
+    row, inside, adapter, rank = _tile(tiles_ptr, ROWS, ALIGNED)
+    split = tl.program_id(1)
+    gate_ptr = _at(tl.load(addresses_ptr + adapter * ADDRESSES + 1), gate_up_ptr, ALIGNED)
+    up_ptr = _at(tl.load(addresses_ptr + adapter * ADDRESSES + 2), gate_up_ptr, ALIGNED)
+    down_address = tl.load(down_addresses_ptr + adapter * ADDRESSES)
+    down_ptr = _at(down_address, gate_up_ptr, ALIGNED)
+    own = rank * (tl.load(addresses_ptr + adapter * ADDRESSES + 1) != 0).to(tl.int32)
+    down = rank * (down_address != 0).to(tl.int32)
+    z_gate = _inner(z_ptr, z_stride, row, inside, 0, own, RANKS)
+    z_up = _inner(z_ptr, z_stride, row, inside, rank, own, RANKS)
+    down_dz = _inner(down_dz_ptr, down_dz_stride, row, inside, 0, down, RANKS)
+    gate_total = tl.zeros((ROWS, RANKS), tl.float32)
+    up_total = tl.zeros((ROWS, RANKS), tl.float32)
+    blocks = tl.cdiv(tl.cdiv(width, COLUMNS), SPLITS)
+    column = split * blocks * COLUMNS + tl.arange(0, COLUMNS)
+    next_gate, next_up = _pair(gate_up_ptr, row, stride, column, width, inside)
+    next_dout = tl.load(
+        dout_ptr + row[:, None] * width + column[None, :], inside & (column[None, :] < width), other=0.0
     )
-    flat = row[:, None] * width + column[None, :]
-    dout = tl.load(dout_ptr + flat, mask, other=0.0).to(tl.float32)
-    address = tl.load(down_addresses_ptr + adapter * ADDRESSES)
-    if address != 0:
-        rank = _rank(ranks_ptr, adapter, ALIGNED)
-        dout = adapted(dout, dz_ptr, dz_stride, row, inside, address, rank, column, width, 0, width, 1, ALIGNED, DEPTH)
-    sigmoid = tl.sigmoid(gate)
-    active = gate * sigmoid
-    tl.store(out_ptr + flat, active * up, mask)
-    ptrs = dgate_up_ptr + row[:, None] * stride + column[None, :]
-    tl.store(ptrs, dout * up * (sigmoid + active * (1 - sigmoid)), mask)
-    tl.store(ptrs + width, dout * active, mask)
+    for _ in range(blocks):
+        raw_gate, raw_up, raw_dout = next_gate, next_up, next_dout
+        after = column + COLUMNS
+        next_gate, next_up = _pair(gate_up_ptr, row, stride, after, width, inside)
+        next_dout = tl.load(
+            dout_ptr + row[:, None] * width + after[None, :], inside & (after[None, :] < width), other=0.0
+        )
+        mask = inside & (column[None, :] < width)
+        gate_b = _rows_of_b(gate_ptr, own, column, width, RANKS)
+        up_b = _rows_of_b(up_ptr, own, column, width, RANKS)
+        gate = raw_gate.to(tl.float32) + tl.dot(z_gate, tl.trans(gate_b))
+        up = raw_up.to(tl.float32) + tl.dot(z_up, tl.trans(up_b))
+        down_a = _columns_of_a(down_ptr, 0, down, column, width, RANKS)
+        dout = raw_dout.to(tl.float32) + tl.dot(down_dz, down_a)
+        flat = row[:, None] * width + column[None, :]
+        sigmoid = tl.sigmoid(gate)
+        active = gate * sigmoid
+        tl.store(out_ptr + flat, active * up, mask)
+        dgate = (dout * up * (sigmoid + active * (1 - sigmoid))).to(gate_up_ptr.dtype.element_ty)
+        dup = (dout * active).to(gate_up_ptr.dtype.element_ty)
+        ptrs = gate_up_ptr + row[:, None] * stride + column[None, :]
+        tl.store(ptrs, dgate, mask)
+        tl.store(ptrs + width, dup, mask)
+        gate_total = tl.dot(dgate, gate_b, gate_total)
+        up_total = tl.dot(dup, up_b, up_total)
+        column += COLUMNS
+    scale = tl.load(scales_ptr + adapter)
+    wanted = tl.arange(0, RANKS)[None, :]
+    ptrs = dz_ptr + (split.to(tl.int64) * dz_rows + row)[:, None] * dz_stride + wanted
+    tl.store(ptrs, gate_total * scale, inside & (wanted < own))
+    tl.store(ptrs + rank, up_total * scale, inside & (wanted < own))

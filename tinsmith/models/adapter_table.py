@@ -12,16 +12,27 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 
 from tinsmith.models import adapter_kernels as kernels
+from tinsmith.models.launch import Kernel, blocks, power_of_two
 from tinsmith.models.lora import Adapter, AdapterLayout, LinearGroup, Segment
 
+MOST_RANKS = 128
+"""The largest rank for which the kernels are made."""
+
 _MOST_LAYERS = 3  # of a group
-_MANY_ROWS = 12_288  # from which on tiles of 64 rows are enough programs
-_MOST_RANKS = 128  # of one program
+_ROWS = 64  # of a tile
+_MANY_ROWS = 12_288  # from which on tiles of that size are enough programs; of fewer rows, half of it
+_SWIGLU_COLUMNS = 64  # of one step of its programs
+_SWIGLU_PROGRAMS = 256  # what fills a device
 _LEAST = 16  # the smallest side of a matrix product in a kernel
+
+_SHRINK = Kernel(kernels.shrink, stages=4)
+_EXPAND = Kernel(kernels.expand)
+_GRADIENTS = Kernel(kernels.gradients)
+_SWIGLU = Kernel(kernels.adapted_swiglu, stages=2)
+_SWIGLU_BACKWARD = Kernel(kernels.adapted_swiglu_backward, stages=2)
 
 
 class AdapterPlaces:
@@ -56,35 +67,43 @@ class AdapterTable:
     def __init__(self, segments: Sequence[Segment], places: AdapterPlaces, device: torch.device) -> None:
         self._segments, self._places, self._device = segments, places, device
         self.adapters: list[Adapter] = list(dict.fromkeys(each.adapter for each in segments if each.adapter))
-        self._numbers = {adapter: number for number, adapter in enumerate(self.adapters)}
-        ranks = [adapter.spec.rank for adapter in self.adapters]
-        self._max_rank = max(ranks, default=_LEAST)
-        self._rows = 64 if segments[-1].end >= _MANY_ROWS else 32
+        ranks = [*(adapter.spec.rank for adapter in self.adapters), 0]
+        scales = [*(adapter.scale for adapter in self.adapters), 0.0]
+        self._max_rank = max(*ranks, 8)
+        self._block = power_of_two(self._max_rank, _LEAST)
+        self._rows = _ROWS if segments[-1].end >= _MANY_ROWS else _ROWS // 2
         self._aligned = all(rank % 8 == 0 for rank in ranks) and all(
             not ((place := places.of(adapter.layout))[place >= 0] % 8).any() for adapter in self.adapters
         )
-        tiles = [
-            (row, segment.end, len(self.adapters) if segment.adapter is None else self._numbers[segment.adapter])
-            for segment in segments
-            for row in range(segment.start, segment.end, self._rows)
-        ]
-        self._tiles = self._upload(np.array(tiles, np.int32).T.copy())
-        self._ranks = self._upload(np.array([*ranks, 0], np.int32))
-        self._scales = self._upload(np.array([*(adapter.scale for adapter in self.adapters), 0], np.float32))
+        numbers = {adapter: number for number, adapter in enumerate(self.adapters)}
+        owners = [len(numbers) if each.adapter is None else numbers[each.adapter] for each in segments]
+        known = [(*each, ranks[each[2]]) for each in zip(*_bounds(segments), owners, strict=True)]
+        self._tiles = self._upload(_tiles(known, self._rows))
+        self._large_tiles = self._tiles if self._rows == _ROWS else self._upload(_tiles(known, _ROWS))
+        self._ranks = self._upload(np.array(ranks, np.int32))
+        self._scales = self._upload(np.array(scales, np.float32))
         self._addresses = self._address([adapter.compute for adapter in self.adapters])
-        self._runs: tuple[Tensor, Tensor, Tensor] | None = None
+        self._runs: tuple[Tensor, Tensor, Sequence[Tensor]] | None = None
 
     def _upload(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
 
-    def _address(self, buffers: Sequence[Tensor]) -> Tensor:
-        """int64 [groups, adapters and nobody, 4], for one flat buffer of each adapter."""
-        table = np.zeros((len(self._places.numbers), len(buffers) + 1, 1 + _MOST_LAYERS), np.int64)
+    def _address(self, buffers: Sequence[Tensor]) -> Sequence[Tensor]:
+        """int64 [adapters and nobody, 4] of every group, for one flat buffer of each adapter."""
+        groups = len(self._places.numbers)
+        table = np.zeros((groups, _aligned_up(len(buffers) + 1), 1 + _MOST_LAYERS), np.int64)
         for number, (adapter, buffer) in enumerate(zip(self.adapters, buffers, strict=True)):
             places = self._places.of(adapter.layout)
             table[:, number] = np.where(places < 0, 0, buffer.data_ptr() + places * buffer.itemsize)
-        return self._upload(table)
+        return self._upload(table).unbind()
+
+    def _of(self, group: LinearGroup) -> Tensor:
+        return self._addresses[self._places.numbers[group.linears]]
+
+    def _inner(self, group: LinearGroup, like: Tensor) -> Tensor:
+        """Room for [T, R], of rows that begin at multiples of 16 bytes."""
+        return like.new_empty(like.shape[0], _aligned_up(len(group.linears) * self._max_rank))
 
     def inner_of_inputs(self, group: LinearGroup, x_TI: Tensor) -> Tensor:
         """scale · x Aᵀ [T, R]."""
@@ -96,21 +115,15 @@ class AdapterTable:
 
     def _shrink(self, group: LinearGroup, x: Tensor, *, of_a: bool) -> Tensor:
         count = len(group.linears)
-        z_TR = x.new_empty(len(x), triton.cdiv(count * self._max_rank, _LEAST) * _LEAST)
+        z_TR = self._inner(group, x)
         wanted = self._max_rank * (count if of_a else 1)
-        block = min(_power_of_two(wanted), _MOST_RANKS)
-        grid = (self._tiles.shape[1], triton.cdiv(wanted, block), 1 if of_a else count)
-        kernels.shrink[grid](
-            *(x, z_TR, *self._tiles, self._addresses[self._places.numbers[group.linears]], self._ranks, self._scales),
-            *(x.stride(0), z_TR.stride(0), *_widths(group, of_a)),
-            OF_A=of_a,
-            ALIGNED=self._aligned,
-            PARTS=count,
-            ROWS=self._rows,
-            RANKS=block,
-            DEPTH=64,
-            num_warps=4,
-            num_stages=4,
+        block = min(power_of_two(wanted, _LEAST), MOST_RANKS)
+        _SHRINK(
+            (self._tiles.shape[0], blocks(wanted, block), 1 if of_a else count),
+            (x, z_TR, self._tiles, self._of(group), self._scales),
+            (x.stride(0), z_TR.stride(0), *_widths(group, of_a)),
+            (),
+            (of_a, self._aligned, count, self._rows, block, 64),
         )
         return z_TR
 
@@ -124,19 +137,13 @@ class AdapterTable:
 
     def _expand(self, group: LinearGroup, z_TR: Tensor, base: Tensor | None, *, of_a: bool) -> Tensor:
         widths = _widths(group, of_a)
-        y = z_TR.new_empty(len(z_TR), sum(widths))
-        kernels.expand[(self._tiles.shape[1], sum(triton.cdiv(width, 128) for width in widths))](
-            *(y, y if base is None else base, z_TR, *self._tiles),
-            *(self._addresses[self._places.numbers[group.linears]], self._ranks),
-            *(y.stride(0), 0 if base is None else base.stride(0), z_TR.stride(0), *widths),
-            OF_A=of_a,
-            ADD=base is not None,
-            ALIGNED=self._aligned,
-            PARTS=len(group.linears),
-            ROWS=self._rows,
-            COLUMNS=128,
-            DEPTH=self._depth,
-            num_warps=4,
+        y = z_TR.new_empty(z_TR.shape[0], sum(widths))
+        _EXPAND(
+            (self._tiles.shape[0], sum(blocks(width, 128) for width in widths)),
+            (y, y if base is None else base, z_TR, self._tiles, self._of(group)),
+            (y.stride(0), 0 if base is None else base.stride(0), z_TR.stride(0), *widths),
+            (),
+            (of_a, base is not None, self._aligned, len(group.linears), self._rows, 128, self._block),
         )
         return y
 
@@ -144,81 +151,107 @@ class AdapterTable:
         """Adds dzᵀ x to the gradients of A, and dyᵀ z to those of B, of the segments that train."""
         if self._runs is None:
             self._runs = self._training_runs()
-        *runs, addresses = self._runs
+        runs, firsts, addresses = self._runs
         for of_a, x, z in ((True, x_TI, dz_TR), (False, dy_TO, z_TR)):
             widths = _widths(group, of_a)
             wanted = self._max_rank * (len(group.linears) if of_a else 1)
-            block = min(_power_of_two(wanted), _MOST_RANKS)
-            columns = sum(triton.cdiv(width, 64) for width in widths)
-            kernels.gradients[(len(self.adapters), triton.cdiv(wanted, block), columns)](
-                *(x, z, *runs[0], runs[1], addresses[self._places.numbers[group.linears]], self._ranks),
-                *(x.stride(0), z.stride(0), *widths),
-                OF_A=of_a,
-                ALIGNED=self._aligned,
-                PARTS=len(group.linears),
-                ROWS=64,
-                RANKS=block,
-                COLUMNS=64,
-                num_warps=4,
-                num_stages=3,
+            block = min(power_of_two(wanted, _LEAST), MOST_RANKS)
+            columns = sum(blocks(width, 64) for width in widths)
+            _GRADIENTS(
+                (len(self.adapters), blocks(wanted, block), columns),
+                (x, z, runs, firsts, addresses[self._places.numbers[group.linears]], self._ranks),
+                (x.stride(0), z.stride(0), *widths),
+                (),
+                (of_a, self._aligned, len(group.linears), 64, block, 64),
             )
 
-    def _training_runs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of the segments that train by adapter [2, runs], each adapter's first run, and gradients' addresses."""
+    def _training_runs(self) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        """Rows of the segments that train by adapter [runs, 2], each adapter's first run, and gradients' addresses."""
         runs: list[tuple[int, int]] = []
         firsts = [0]
         for adapter in self.adapters:
             runs += [(each.start, each.end) for each in self._segments if each.adapter is adapter and each.trains]
             firsts.append(len(runs))
-        rows = self._upload(np.array(runs or [(0, 0)], np.int32).T.copy())
+        rows = self._upload(np.array(runs or [(0, 0)], np.int32))
         addresses = self._address([adapter.require_grad() for adapter in self.adapters])
         return rows, self._upload(np.array(firsts, np.int32)), addresses
 
-    def swiglu(self, group: LinearGroup, gate_up_TO: Tensor, z_TR: Tensor) -> Tensor:
-        """silu(gate) · up [T, P], the adapters' shares z Bᵀ of both included."""
-        width = group.outputs[0]
-        out_TP = gate_up_TO.new_empty(len(gate_up_TO), width)
-        kernels.adapted_swiglu[(self._tiles.shape[1], triton.cdiv(width, 64))](
-            *(gate_up_TO, out_TP, z_TR, *self._tiles),
-            *(self._addresses[self._places.numbers[group.linears]], self._ranks),
-            *(gate_up_TO.stride(0), z_TR.stride(0), width),
-            ALIGNED=self._aligned,
-            ROWS=self._rows,
-            COLUMNS=64,
-            DEPTH=self._depth,
-            num_warps=4,
+    def swiglu(
+        self, groups: tuple[LinearGroup, LinearGroup], gate_up_TO: Tensor, z_TR: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(silu(gate) · up [T, P], scale · that Aᵀ [T, R]), the adapters' shares z Bᵀ of gate and up included.
+
+        `groups` are gate and up, to which z belongs, and the layer behind them, of whose input the second result is.
+        """
+        width = groups[0].outputs[0]
+        out_TP = gate_up_TO.new_empty(gate_up_TO.shape[0], width)
+        inner = self._partial(groups[1], gate_up_TO)
+        _SWIGLU(
+            (self._large_tiles.shape[0], inner.shape[0]),
+            (
+                gate_up_TO,
+                out_TP,
+                z_TR,
+                inner,
+                self._large_tiles,
+                self._of(groups[0]),
+                self._of(groups[1]),
+                self._scales,
+            ),
+            (gate_up_TO.stride(0), z_TR.stride(0), inner.stride(1), width),
+            (gate_up_TO.shape[0],),
+            (self._aligned, _ROWS, _SWIGLU_COLUMNS, self._block, inner.shape[0]),
         )
-        return out_TP
+        return out_TP, _summed(inner, gate_up_TO)
 
     def swiglu_backward(
-        self, groups: tuple[LinearGroup, LinearGroup], gate_up_TO: Tensor, z_TR: Tensor, dout_TP: Tensor, dz_TR: Tensor
-    ) -> Tensor:
-        """The output once more [T, P]; `gate_up_TO` is overwritten with its gradient.
+        self,
+        groups: tuple[LinearGroup, LinearGroup],
+        gate_up_TO: Tensor,
+        z_TR: Tensor,
+        dout_TP: Tensor,
+        down_dz_TR: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """(the output once more [T, P], scale · dy B [T, R]); gate and up are overwritten with their gradient dy.
 
-        `groups` are gate and up, to which z belongs, and the layer behind them, to which dz does: its adapters' share
-        dz A is added to the gradient in the output.
+        The share dz A of the layer behind is added to the gradient in the output.
         """
         width = groups[0].outputs[0]
         out_TP = torch.empty_like(dout_TP)
-        kernels.adapted_swiglu_backward[(self._tiles.shape[1], triton.cdiv(width, 64))](
-            *(gate_up_TO, dout_TP, gate_up_TO, out_TP, z_TR, dz_TR, *self._tiles),
-            *(self._addresses[self._places.numbers[group.linears]] for group in groups),
-            *(self._ranks, gate_up_TO.stride(0), z_TR.stride(0), dz_TR.stride(0), width),
-            ALIGNED=self._aligned,
-            ROWS=self._rows,
-            COLUMNS=64,
-            DEPTH=self._depth,
-            num_warps=4,
+        inner = self._partial(groups[0], gate_up_TO)
+        tables = (self._large_tiles, self._of(groups[0]), self._of(groups[1]), self._scales)
+        _SWIGLU_BACKWARD(
+            (self._large_tiles.shape[0], inner.shape[0]),
+            (gate_up_TO, dout_TP, out_TP, z_TR, inner, down_dz_TR, *tables),
+            (gate_up_TO.stride(0), z_TR.stride(0), inner.stride(1), down_dz_TR.stride(0), width),
+            (gate_up_TO.shape[0],),
+            (self._aligned, _ROWS, _SWIGLU_COLUMNS, self._block, inner.shape[0]),
         )
-        return out_TP
+        return out_TP, _summed(inner, gate_up_TO)
 
-    @property
-    def _depth(self) -> int:
-        return min(_power_of_two(self._max_rank), 64)
+    def _partial(self, group: LinearGroup, like: Tensor) -> Tensor:
+        """Room for the parts [splits, T, R] of a sum: in fp32, unless there is only one."""
+        splits = max(1, _SWIGLU_PROGRAMS // self._large_tiles.shape[0])
+        columns = _aligned_up(len(group.linears) * self._max_rank)
+        return like.new_empty(splits, like.shape[0], columns, dtype=like.dtype if splits == 1 else torch.float32)
 
 
-def _power_of_two(number: int) -> int:
-    return max(triton.next_power_of_2(number), _LEAST)
+def _bounds(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
+    return [each.start for each in segments], [each.end for each in segments]
+
+
+def _tiles(segments: Sequence[tuple[int, int, int, int]], rows: int) -> np.ndarray:
+    """int32 [tiles, 4]: first row, end, adapter and rank, of (start, end, adapter, rank)."""
+    tiles = [(row, *others) for start, *others in segments for row in range(start, others[0], rows)]
+    return np.array(tiles, np.int32)
+
+
+def _summed(parts_STR: Tensor, like: Tensor) -> Tensor:
+    return parts_STR[0] if parts_STR.shape[0] == 1 else parts_STR.sum(0).to(like.dtype)
+
+
+def _aligned_up(number: int) -> int:
+    return blocks(number, _LEAST) * _LEAST
 
 
 def _widths(group: LinearGroup, of_a: bool) -> list[int]:

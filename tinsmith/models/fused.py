@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinsmith.models.adapter_table import AdapterPlaces, AdapterTable
+from tinsmith.models.adapter_table import MOST_RANKS, AdapterPlaces, AdapterTable
 from tinsmith.models.attention import PackedAttention
 from tinsmith.models.fused_attention import AttentionChoice, FusedAttention
 from tinsmith.models.kernels import add_rms_norm, norm_rope, norm_rope_backward, rms_norm_backward
@@ -26,7 +26,7 @@ from tinsmith.models.norms import FrozenRMSNorm
 from tinsmith.models.quick import FAMILIES, AttentionObserver
 
 _PROBE_LENGTHS = (7, 4)
-_TOLERANCE = 0.1  # of the final hidden states, which are normalised, in bfloat16
+_TOLERANCE = 0.05  # of the final hidden states, as a share of their norm, in bfloat16
 _LEAST_CAPABILITY = (8, 0)  # of the device: what the kernels for attention and bfloat16 need
 
 
@@ -56,6 +56,10 @@ class FusedLayers:
         self._places = AdapterPlaces([group for layer in self._layers for group in layer.groups])
         self._attention = AttentionChoice()
         self.recomputes = False
+
+    def fits(self, segments: Sequence[Segment]) -> bool:
+        """Whether the kernels are made for these adapters' ranks."""
+        return all(each.adapter is None or each.adapter.spec.rank <= MOST_RANKS for each in segments)
 
     def hidden(
         self, tokens_T: Tensor, positions_T: Tensor, segments: Sequence[Segment], attention: PackedAttention
@@ -93,10 +97,10 @@ def fused_layers(model: Any, on_progress: Callable[[str], None]) -> FusedLayers 
         return None
     fused = FusedLayers(model.module, scalings)
     hidden_TD = fused.hidden(tokens_T, positions_T, segments, observer)
-    if torch.allclose(hidden_TD, expected_TD, atol=_TOLERANCE, rtol=_TOLERANCE):
+    difference = ((hidden_TD - expected_TD).float().norm() / expected_TD.float().norm()).item()
+    if difference <= _TOLERANCE:
         return fused
-    difference = (hidden_TD - expected_TD).abs().max().item()
-    on_progress(f"training uses the slower layers: the fused ones differ by {difference:.3g}")
+    on_progress(f"training uses the slower layers: the fused ones differ by {100 * difference:.3g} %")
     return None
 
 
@@ -144,22 +148,24 @@ class _Layer:
     def forward(self, x_TD: Tensor, this: Pass) -> tuple[Tensor, list[Tensor]]:
         """(what comes out [T, D], what `backward` needs beside what came in)."""
         normed_TD = self._before(x_TD)
-        heads_TO, heads_z = _product(self._heads, normed_TD, this.adapters, None)
+        heads_z = this.adapters.inner_of_inputs(self._heads, normed_TD)
+        heads_TO = _product(self._heads, normed_TD, heads_z, this.adapters, None)
         attended_THd, kept = this.attention.forward(*self._turned(heads_TO, this), self._scale)
         attended_TO = attended_THd.flatten(1)
-        middle_TD, out_z = _product(self._out, attended_TO, this.adapters, x_TD)
+        out_z = this.adapters.inner_of_inputs(self._out, attended_TO)
+        middle_TD = _product(self._out, attended_TO, out_z, this.adapters, x_TD)
         normed_TD = self._between(middle_TD)
         gate_up_z = this.adapters.inner_of_inputs(self._gate_up, normed_TD)
         gate_up_TO = F.linear(normed_TD, self._gate_up.weight_OI, self._gate_up.bias_O)
-        active_TP = this.adapters.swiglu(self._gate_up, gate_up_TO, gate_up_z)
-        y_TD, down_z = _product(self._down, active_TP, this.adapters, middle_TD)
+        active_TP, down_z = this.adapters.swiglu((self._gate_up, self._down), gate_up_TO, gate_up_z)
+        y_TD = _product(self._down, active_TP, down_z, this.adapters, middle_TD)
         inner = [heads_z, out_z, gate_up_z, down_z]
         return y_TD, [*inner, heads_TO, attended_TO, middle_TD, gate_up_TO, *kept]
 
     def _turned(self, heads_TO: Tensor, this: Pass) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, H, d] and keys [T, G, d], normalised and rotated, and values [T, G, d]."""
         query, key, _ = self._counts
-        turned_TO = heads_TO.new_empty(len(heads_TO), (query + key) * self._width)
+        turned_TO = heads_TO.new_empty(heads_TO.shape[0], (query + key) * self._width)
         weights = (self._q_weight_d, self._k_weight_d)
         eps, width = self._head_eps, self._width
         norm_rope(heads_TO, this.cos_Td, this.sin_Td, *weights, eps, query, key, width, turned_TO)
@@ -195,11 +201,10 @@ class _Layer:
         ddown_z = table.inner_of_gradient(self._down, dy_TD)
         dactive_TP = dy_TD @ self._down.weight_OI
         groups = (self._gate_up, self._down)
-        active_TP = table.swiglu_backward(groups, gate_up_TO, gate_up_z, dactive_TP, ddown_z)
+        active_TP, dgate_up_z = table.swiglu_backward(groups, gate_up_TO, gate_up_z, dactive_TP, ddown_z)
         dgate_up_TO = gate_up_TO
         table.add_gradients(self._down, active_TP, down_z, dy_TD, ddown_z)
         del active_TP, dactive_TP
-        dgate_up_z = table.inner_of_gradient(self._gate_up, dgate_up_TO)
         dnormed_TD = _product_backward(self._gate_up, dgate_up_TO, dgate_up_z, table)
         dmiddle_TD, normed_TD = self._between.backward(dnormed_TD, middle_TD, dy_TD)
         table.add_gradients(self._gate_up, normed_TD, gate_up_z, dgate_up_TO, dgate_up_z)
@@ -223,18 +228,16 @@ class _Norm:
 
 
 def _product(
-    group: LinearGroup, x_TI: Tensor, adapters: AdapterTable, residual_TO: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(x Wᵀ + b + what the adapters add + the residual [T, O], x Aᵀ [T, R]).
+    group: LinearGroup, x_TI: Tensor, z_TR: Tensor, adapters: AdapterTable, residual_TO: Tensor | None
+) -> Tensor:
+    """x Wᵀ + b + z Bᵀ + the residual [T, O].
 
     The adapters come first: the library's product adds to what is there, which costs less than adding to its result.
     """
-    z_TR = adapters.inner_of_inputs(group, x_TI)
     base_TO = residual_TO
     if group.bias_O is not None:
-        base_TO = group.bias_O.expand(len(x_TI), -1) if residual_TO is None else residual_TO + group.bias_O
-    y_TO = adapters.outputs(group, z_TR, base_TO)
-    return y_TO.addmm_(x_TI, group.weight_OI.t()), z_TR
+        base_TO = group.bias_O.expand(x_TI.shape[0], -1) if residual_TO is None else residual_TO + group.bias_O
+    return adapters.outputs(group, z_TR, base_TO).addmm_(x_TI, group.weight_OI.t())
 
 
 def _product_backward(group: LinearGroup, dy_TO: Tensor, dz_TR: Tensor, adapters: AdapterTable) -> Tensor:

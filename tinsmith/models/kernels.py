@@ -12,22 +12,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tinsmith.models.launch import Kernel, blocks, power_of_two
+
 _TILE = 16  # heads that one program turns, of one or several rows
 _COLUMNS = 1024  # of the feed-forward network that one program computes
+_VOCABULARY_BLOCK = 4096
 
 
 def add_rms_norm(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(the normalised sum, the sum) of x and the residual, in the dtype of x; without a residual the sum is x."""
     rows, width = x_TD.shape
     normed_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
-    sum_TD = x_TD if residual_TD is None else torch.empty_like(normed_TD)
-    block = triton.next_power_of_2(width)
-    _add_rms_norm[(rows,)](
-        *(x_TD, x_TD if residual_TD is None else residual_TD, weight_D, normed_TD, sum_TD),
-        *(x_TD.stride(0), 0 if residual_TD is None else residual_TD.stride(0), width, eps),
-        ADD=residual_TD is not None,
-        BLOCK=block,
-        num_warps=_warps(block),
+    added = residual_TD is not None
+    residual_TD = x_TD if residual_TD is None else residual_TD
+    sum_TD = torch.empty_like(normed_TD) if added else x_TD
+    block = power_of_two(width)
+    _ADD_RMS_NORM(
+        (rows,),
+        (x_TD, residual_TD, weight_D, normed_TD, sum_TD),
+        (x_TD.stride(0), residual_TD.stride(0), width),
+        (eps,),
+        (added, block),
+        _warps(block),
     )
     return normed_TD, sum_TD
 
@@ -36,9 +42,8 @@ def swiglu(gate_up_TP: Tensor) -> Tensor:
     """silu(gate) · up [T, P], of [T, 2 P] with the gates first."""
     rows, width = gate_up_TP.shape[0], gate_up_TP.shape[1] // 2
     out_TP = gate_up_TP.new_empty(rows, width)
-    _swiglu[(rows, triton.cdiv(width, _COLUMNS))](
-        gate_up_TP, out_TP, gate_up_TP.stride(0), width, BLOCK=_COLUMNS, num_warps=4
-    )
+    grid = (rows, blocks(width, _COLUMNS))
+    _SWIGLU(grid, (gate_up_TP, out_TP), (gate_up_TP.stride(0), width), (), (_COLUMNS,))
     return out_TP
 
 
@@ -59,17 +64,14 @@ def norm_rope(
     In place, or into the columns of `out_TO` that belong to queries and keys.
     """
     out_TO = qkv_TO if out_TO is None else out_TO
-    rows, share = len(qkv_TO), _heads_at_once(heads, kv_heads)
-    _norm_rope[(triton.cdiv(rows, _TILE // share), (heads + kv_heads) // share)](
-        *(qkv_TO, out_TO, cos_Td, sin_Td),
-        *(qkv_TO if q_weight_d is None else q_weight_d, qkv_TO if k_weight_d is None else k_weight_d),
-        *(qkv_TO.stride(0), out_TO.stride(0), cos_Td.stride(0), sin_Td.stride(0), rows, heads, eps),
-        NORM=q_weight_d is not None,
-        SHARE=share,
-        TILE=_TILE,
-        HALF=d // 2,
-        BLOCK=triton.next_power_of_2(d // 2),
-        num_warps=4,
+    rows, share = qkv_TO.shape[0], _heads_at_once(heads, kv_heads)
+    weights = (qkv_TO if q_weight_d is None else q_weight_d, qkv_TO if k_weight_d is None else k_weight_d)
+    _NORM_ROPE(
+        (blocks(rows, _TILE // share), (heads + kv_heads) // share),
+        (qkv_TO, out_TO, cos_Td, sin_Td, *weights),
+        (qkv_TO.stride(0), out_TO.stride(0), cos_Td.stride(0), sin_Td.stride(0), heads),
+        (rows, eps),
+        (q_weight_d is not None, share, _TILE, d // 2, power_of_two(d // 2)),
     )
     return out_TO
 
@@ -77,13 +79,15 @@ def norm_rope(
 def rms_norm_backward(
     dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float, residual_TD: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(the gradient in x, plus the residual's; the normalised x once more), from that in the normalised x."""
+    """(the gradient in x, plus the residual's; the normalised x once more), from that in the normalised x.
+
+    All are contiguous.
+    """
     rows, width = x_TD.shape
     dx_TD, normed_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
-    block = triton.next_power_of_2(width)
-    _rms_norm_backward[(rows,)](
-        *(dy_TD, x_TD, weight_D, residual_TD, dx_TD, normed_TD, width, eps), BLOCK=block, num_warps=_warps(block)
-    )
+    block = power_of_two(width)
+    tensors = (dy_TD, x_TD, weight_D, residual_TD, dx_TD, normed_TD)
+    _RMS_NORM_BACKWARD((rows,), tensors, (width,), (eps,), (block,), _warps(block))
     return dx_TD, normed_TD
 
 
@@ -105,19 +109,29 @@ def norm_rope_backward(
     kv_heads = dk.shape[1]
     dqkv_TO = qkv_TO.new_empty(rows, (heads + 2 * kv_heads) * d)
     share = _heads_at_once(heads, kv_heads)
-    _norm_rope_backward[(triton.cdiv(rows, _TILE // share), (heads + 2 * kv_heads) // share)](
-        *(dq, dk, dv, qkv_TO, dqkv_TO, cos_Td, sin_Td),
-        *(qkv_TO if q_weight_d is None else q_weight_d, qkv_TO if k_weight_d is None else k_weight_d),
-        *(dq.stride(0), dq.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1)),
-        *(qkv_TO.stride(0), dqkv_TO.stride(0), cos_Td.stride(0), sin_Td.stride(0), rows, heads, kv_heads, eps),
-        NORM=q_weight_d is not None,
-        SHARE=share,
-        TILE=_TILE,
-        HALF=d // 2,
-        BLOCK=triton.next_power_of_2(d // 2),
-        num_warps=4,
+    weights = (qkv_TO if q_weight_d is None else q_weight_d, qkv_TO if k_weight_d is None else k_weight_d)
+    strides = (dq.stride(0), dq.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1))
+    _NORM_ROPE_BACKWARD(
+        (blocks(rows, _TILE // share), (heads + 2 * kv_heads) // share),
+        (dq, dk, dv, qkv_TO, dqkv_TO, cos_Td, sin_Td, *weights),
+        (*strides, qkv_TO.stride(0), dqkv_TO.stride(0), cos_Td.stride(0), sin_Td.stride(0), heads, kv_heads),
+        (rows, eps),
+        (q_weight_d is not None, share, _TILE, d // 2, power_of_two(d // 2)),
     )
     return dqkv_TO
+
+
+def softmax_less_one(logits_CV: Tensor, tokens_C: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(the probabilities [C, V] in `dtype`, less one at each row's token; the logsumexp [C, 1] of each row).
+
+    `logits_CV` is fp32; the difference is rounded only once.
+    """
+    rows, width = logits_CV.shape
+    less_CV = torch.empty_like(logits_CV, dtype=dtype)
+    logsumexp_C1 = logits_CV.new_empty(rows, 1)
+    tensors = (logits_CV, less_CV, logsumexp_C1, tokens_C)
+    _SOFTMAX_LESS_ONE((rows,), tensors, (logits_CV.stride(0), width), (), (_VOCABULARY_BLOCK,))
+    return less_CV, logsumexp_C1
 
 
 def _warps(block: int) -> int:
@@ -188,7 +202,7 @@ def rotated_head(low, high, cos, sin, low_weight, high_weight, eps, NORM: tl.con
     return low * cos - high * sin, high * cos + low * sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm_rope(
     in_ptr,
     out_ptr,
@@ -200,8 +214,8 @@ def _norm_rope(
     out_stride,
     cos_stride,
     sin_stride,
-    rows,
     heads,
+    rows,
     eps,
     NORM: tl.constexpr,
     SHARE: tl.constexpr,
@@ -259,7 +273,7 @@ def _norm_backward(dlow, dhigh, low, high, low_weight, high_weight, eps, HALF: t
     return scale * (dlow - low * overlap), scale * (dhigh - high * overlap)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm_rope_backward(
     dq_ptr,
     dk_ptr,
@@ -280,9 +294,9 @@ def _norm_rope_backward(
     out_stride,
     cos_stride,
     sin_stride,
-    rows,
     heads,
     kv_heads,
+    rows,
     eps,
     NORM: tl.constexpr,
     SHARE: tl.constexpr,
@@ -324,3 +338,36 @@ def _norm_rope_backward(
             back_low, back_high = _norm_backward(back_low, back_high, low, high, low_weight, high_weight, eps, HALF)
         tl.store(low_out, back_low, mask)
         tl.store(low_out + HALF, back_high, mask)
+
+
+@triton.jit
+def _softmax_less_one(logits_ptr, less_ptr, logsumexp_ptr, tokens_ptr, stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride
+    less_ptr += row * width
+    columns = tl.arange(0, BLOCK)
+    most = tl.full((BLOCK,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        logits = tl.load(logits_ptr + start + columns, start + columns < width, other=-float("inf"))
+        larger = tl.maximum(most, logits)
+        base = tl.where(larger == -float("inf"), 0.0, larger)
+        total = total * tl.exp(most - base) + tl.exp(logits - base)
+        most = larger
+    peak = tl.max(most)
+    logsumexp = peak + tl.log(tl.sum(total * tl.exp(most - peak)))
+    tl.store(logsumexp_ptr + row, logsumexp)
+    token = tl.load(tokens_ptr + row)
+    for start in range(0, width, BLOCK):
+        inside = start + columns < width
+        logits = tl.load(logits_ptr + start + columns, inside, other=0.0)
+        less = tl.exp(logits - logsumexp) - tl.where(start + columns == token, 1.0, 0.0)
+        tl.store(less_ptr + start + columns, less, inside)
+
+
+_ADD_RMS_NORM = Kernel(_add_rms_norm)
+_SWIGLU = Kernel(_swiglu)
+_NORM_ROPE = Kernel(_norm_rope)
+_RMS_NORM_BACKWARD = Kernel(_rms_norm_backward)
+_NORM_ROPE_BACKWARD = Kernel(_norm_rope_backward)
+_SOFTMAX_LESS_ONE = Kernel(_softmax_less_one, warps=8)

@@ -122,7 +122,8 @@ class BaseModel:
         """
         owner: Any = self.module if module is None else module
         self._current.segments = segments
-        if self.fused is not None and module is None and type(attention) is PackedAttention:
+        is_fused = self.fused is not None and module is None and self.fused.fits(segments)
+        if self.fused is not None and is_fused and type(attention) is PackedAttention:
             return self.fused.hidden(tokens_T, positions_T, segments, attention)
         embedded = owner.get_input_embeddings()(tokens_T[None])
         if torch.is_grad_enabled() and not embedded.requires_grad:
@@ -169,7 +170,6 @@ class BaseModel:
         """
         if self.fused is not None and module is None:
             self.fused.recomputes = enabled
-            return
         owner: Any = self.module if module is None else module
         recompute: Any = _checkpointing(self._current)
         for layer in owner.model.layers:

@@ -3,7 +3,7 @@
 Knows flat weights and losses; not how a forward pass is made.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,7 @@ from tinsmith.training.batching import Cut
 from tinsmith.training.losses import LOSS_FUNCTIONS, LossCase
 from tinsmith.training.optimizers import AdamW
 from tinsmith.wire.losses import LOSSES
-from tinsmith.wire.packing import TrainCall, TrainOutput
+from tinsmith.wire.packing import Float32, TrainCall, TrainOutput
 
 
 @dataclass(slots=True)
@@ -53,6 +53,15 @@ class GradientBackup:
         self._model.accumulated = self._accumulated
 
 
+@dataclass(frozen=True, slots=True)
+class CutLoss:
+    """The gradient of a cut's loss in its logprobs; on the device, whether all is finite, the loss and its metrics."""
+
+    gradient_M: Tensor
+    names: Sequence[str]
+    values: Tensor
+
+
 class Run:
     """One call under way."""
 
@@ -86,24 +95,32 @@ class Run:
         """After the last micro-batch: nothing is to be taken back any more."""
         self._before = None
 
-    def lose(self, cut: Cut, logprobs_M: Tensor, datum_M: Tensor) -> Tensor | None:
-        """Takes the cut's logprobs; returns the loss's gradient in them, or None if there is none or it failed."""
-        span = slice(int(self.call.target_offsets[cut.first]), int(self.call.target_offsets[cut.last]))
-        self._logprobs_M[span] = logprobs_M.numpy(force=True)
+    def lose(self, cut: Cut, logprobs_M: Tensor, datum_M: Tensor) -> "CutLoss":
+        """The loss of a cut with these logprobs and its gradient; `take` has to follow."""
+        span = self._span(cut)
+        device = logprobs_M.device
         inputs = {
-            name: torch.tensor(values[span], device=logprobs_M.device) for name, values in self.call.inputs.items()
+            name: torch.tensor(values[span]).to(device, non_blocking=True) for name, values in self.call.inputs.items()
         }
         leaf_M = logprobs_M.detach().requires_grad_()
         with torch.enable_grad():
             loss, metrics = self._loss(LossCase(leaf_M, inputs, self._config, datum_M))
             (gradient_M,) = torch.autograd.grad(loss, leaf_M)
         finite = loss.isfinite() & gradient_M.isfinite().all()
-        names, tensors = ["loss:sum", *metrics], [loss.detach(), *metrics.values()]
-        values = torch.stack([finite.float(), *(tensor.float() for tensor in tensors)]).tolist()
-        if not values[0]:
-            self._fail(values[1])
-        self._add_metrics(zip(names, values[1:], strict=True))
-        return None if self.error or self.call.forward_only else gradient_M
+        values = torch.stack([finite.float(), loss.detach().float(), *(value.float() for value in metrics.values())])
+        return CutLoss(gradient_M, list(metrics), values)
+
+    def take(self, cut: Cut, names: Sequence[str], values: Sequence[float], logprobs_M: Float32) -> bool:
+        """Takes the cut's logprobs, and a `CutLoss`'s values; returns whether the call trains on."""
+        self._logprobs_M[self._span(cut)] = logprobs_M
+        finite, *values = values
+        if not finite:
+            self._fail(values[0])
+        self._add_metrics(zip(["loss:sum", *names], values, strict=True))
+        return not (self.error or self.call.forward_only)
+
+    def _span(self, cut: Cut) -> slice:
+        return slice(int(self.call.target_offsets[cut.first]), int(self.call.target_offsets[cut.last]))
 
     def outcome(self) -> TrainOutput | TinsmithError:
         if self.error:

@@ -7,6 +7,7 @@ A pass that breaks (out of memory, say) is undone, and its calls run again one b
 Shapes: `T` rows of a packed micro-batch, `M` target entries, `D` hidden size.
 """
 
+import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -293,14 +294,20 @@ def _segments(runs: Sequence[Run], batch: MicroBatch) -> list[Segment]:
 
 
 def _losses(runs: Sequence[Run], batch: MicroBatch, segments: Sequence[Segment], logprobs_M: Tensor) -> Tensor:
-    """The gradient of all losses in the logprobs; zero, and its segment not trained, where a call failed."""
+    """The gradient of all losses in the logprobs; zero, and its segment not trained, where a call failed.
+
+    All losses are computed before anything is fetched from the device, which waits for it only once.
+    """
     upstream_M = torch.zeros_like(logprobs_M)
-    datum_M = torch.from_numpy(batch.datum_M).to(logprobs_M.device)
-    for position, (run, cut) in enumerate(zip(runs, batch.cuts, strict=True)):
-        entries = slice(*batch.entry_bounds[position : position + 2])
-        gradient = run.lose(cut, logprobs_M[entries], datum_M[entries])
-        if gradient is None:
-            segments[position].trains = False
+    datum_M = torch.from_numpy(batch.datum_M).to(logprobs_M.device, non_blocking=True)
+    spans = [slice(*bounds) for bounds in itertools.pairwise(batch.entry_bounds)]
+    parts = list(zip(runs, batch.cuts, spans, strict=True))
+    losses = [run.lose(cut, logprobs_M[span], datum_M[span]) for run, cut, span in parts]
+    values = iter(torch.cat([loss.values for loss in losses]).tolist())
+    fetched_M = logprobs_M.numpy(force=True)
+    for (run, cut, span), loss, segment in zip(parts, losses, segments, strict=False):
+        if run.take(cut, loss.names, list(itertools.islice(values, len(loss.values))), fetched_M[span]):
+            upstream_M[span] = loss.gradient_M
         else:
-            upstream_M[entries] = gradient
+            segment.trains = False
     return upstream_M

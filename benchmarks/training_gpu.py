@@ -1,0 +1,212 @@
+"""LoRA training on one GPU: eight tenants in one batch, against PEFT with torch.compile in the same run.
+
+    python -m benchmarks.training_gpu [--rounds N] [--sizes 0.6b 4b] [--no-rival]
+
+Qwen3's shapes with random bfloat16 weights; 16 x 1024 random tokens, rank 32 on every linear layer but the head;
+forward, backward and AdamW. Ours goes through the trainer, from arrays of tokens to weights. The rival has one adapter,
+as it can have only one in a compiled batch, and runs in a process of its own, since its compiled code stays in memory.
+"""
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from benchmarks.qwen3 import milliseconds
+from benchmarks.recording import Row, record
+from tinsmith.models.attention import IMPLEMENTATION
+from tinsmith.models.families import find_targets
+from tinsmith.models.fused import fused_layers
+from tinsmith.models.loading import BaseModel
+from tinsmith.protocols import AdamParams, ModelCall, ModelSpec
+from tinsmith.training.trainer import TorchTrainer
+from tinsmith.wire.packing import TrainCall, TrainOutput
+
+SHAPES = {
+    "0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
+    "4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
+}
+VOCABULARY = 151_936
+SEQUENCES, LENGTH, TENANTS, RANK = 16, 1024, 8, 32
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+WARM_ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Tokens per second in the median round, and the peak of torch's allocations in GB."""
+
+    tokens_per_second: float
+    peak: float
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How ours runs: rows of a pass, and whether backward computes the layers again."""
+
+    name: str
+    rows: int
+    recomputes: bool
+    goals: tuple[str, str]  # tokens per second, GB
+
+
+SETTINGS = {
+    "0.6b": [Setting("training 0.6b", 16_384, False, ("150000", ""))],
+    "4b": [
+        Setting("training 4b", 8_192, False, ("33000", "45")),
+        Setting("training 4b checkpointed", 4_096, True, ("24000", "20")),
+    ],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--sizes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--no-rival", action="store_true", help="it takes a minute or more to compile")
+    parser.add_argument("--rival", choices=list(SHAPES), help=argparse.SUPPRESS)  # in a process of its own
+    arguments = parser.parse_args()
+    if arguments.rival:
+        result = rival(arguments.rival, arguments.rounds)
+        print(json.dumps([result.tokens_per_second, result.peak]))
+        return
+    rows = []
+    for size in arguments.sizes:
+        theirs = None if arguments.no_rival else rival_in_a_process(size, arguments.rounds)
+        rows += measure(size, arguments.rounds, theirs)
+    record("training_gpu", rows, f"1 x {torch.cuda.get_device_name()}")
+
+
+def measure(size: str, rounds: int, theirs: Result | None) -> list[Row]:
+    """All of our rows of one size; `theirs` is the rival's result."""
+    base, rows = random_base(size), []
+    for setting in SETTINGS[size]:
+        result = ours(base, setting, rounds)
+        same = theirs if theirs and not setting.recomputes else None  # the rival recomputes nothing
+        speed, peak = (f"{same.tokens_per_second:.0f}", f"{same.peak:.1f}") if same else ("", "")
+        name = setting.name if setting.recomputes else f"{setting.name} tenants{TENANTS}"
+        rows.append(Row(name, round(result.tokens_per_second), "tokens/s", speed, setting.goals[0]))
+        name = f"{setting.name} memory"
+        rows.append(Row(name, round(result.peak, 1), "GB", peak, setting.goals[1]))
+    return rows
+
+
+def config_of(size: str) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=VOCABULARY,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40_960,
+        tie_word_embeddings=True,
+        use_cache=False,
+        **SHAPES[size],
+    )
+
+
+def random_module(size: str, attention: str) -> Any:
+    """On the GPU, in bfloat16."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    config = config_of(size)
+    config._attn_implementation = attention
+    with torch.device("cuda"):
+        module = Qwen3ForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    return module
+
+
+def random_base(size: str) -> BaseModel:
+    """As `load_base` makes one of a folder."""
+    module = random_module(size, "eager").eval().requires_grad_(False)
+    targets = find_targets(module)
+    module.set_attn_implementation(IMPLEMENTATION)
+    base = BaseModel(size, module, targets, torch.device("cuda"))
+    base.fused = fused_layers(base, print)
+    return base
+
+
+def random_call(sequences: int, seed: int) -> TrainCall:
+    """Every token with a target of its own."""
+    count = sequences * LENGTH
+    tokens_T, targets_T = np.random.default_rng(seed).integers(100, 150_000, (2, count)).astype(np.int32)
+    offsets, widths = np.arange(sequences + 1, dtype=np.int64) * LENGTH, np.zeros(sequences, np.int32)
+    weights = {"weights": np.full(count, 1 / count, np.float32)}
+    return TrainCall("cross_entropy", {}, False, tokens_T, offsets, targets_T, offsets, widths, weights)
+
+
+def ours(base: BaseModel, setting: Setting, rounds: int) -> Result:
+    """Every tenant's forward_backward in one batch, and every tenant's step."""
+    trainer = TorchTrainer(
+        base,
+        micro_batch_tokens=setting.rows,
+        max_adapters=TENANTS,
+        max_rank=RANK,
+        gradient_checkpointing=setting.recomputes,
+    )
+    names = [f"tenant {number}" for number in range(TENANTS)]
+    for seed, name in enumerate(names):
+        trainer.add(name, ModelSpec(RANK, seed, train_unembed=False))
+    calls = [ModelCall(name, random_call(SEQUENCES // TENANTS, seed)) for seed, name in enumerate(names)]
+
+    def step() -> None:
+        for outcome in trainer.forward_backward(calls):
+            if not isinstance(outcome, TrainOutput):
+                raise outcome
+        for name in names:
+            trainer.optim_step(name, AdamParams(learning_rate=1e-4))
+
+    return timed(step, rounds)
+
+
+def timed(step: Callable[[], None], rounds: int) -> Result:
+    """After some rounds that do not count."""
+    for _ in range(WARM_ROUNDS):
+        step()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    times = [milliseconds(step) for _ in range(rounds)]
+    return Result(SEQUENCES * LENGTH / median(times) * 1000, torch.cuda.max_memory_allocated() / 1e9)
+
+
+def rival(size: str, rounds: int) -> Result:
+    """PEFT and torch.compile: one adapter, the whole batch in one pass, the loss of transformers."""
+    module = random_module(size, "sdpa")
+    module.enable_input_require_grads()
+    config = LoraConfig(r=RANK, lora_alpha=RANK, task_type="CAUSAL_LM", target_modules=LINEARS)
+    model: Any = get_peft_model(module, config, autocast_adapter_dtype=False).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    compiled = torch.compile(model)
+    tokens_NL = torch.randint(100, 150_000, (SEQUENCES, LENGTH), device="cuda")
+
+    def step() -> None:
+        compiled(input_ids=tokens_NL, labels=tokens_NL).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return timed(step, rounds)
+
+
+def rival_in_a_process(size: str, rounds: int) -> Result:
+    command = [sys.executable, "-m", "benchmarks.training_gpu", "--rival", size, "--rounds", str(rounds)]
+    began = time.monotonic()
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    print(f"the rival at {size} took {time.monotonic() - began:.0f} s")
+    return Result(*json.loads(run.stdout.splitlines()[-1]))
+
+
+if __name__ == "__main__":
+    main()
