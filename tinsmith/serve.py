@@ -180,7 +180,7 @@ def run_api(
 
     database, doorbell = Database(settings.effective_database_url), Doorbell(settings.effective_database_url)
     database.migrate()
-    database.write(records.retire_engines, server_began)
+    database.write(records.retire_engines, [model.base for model in served], server_began)
     BoundedConnection.limit = connection_limit()
     app = create_app(settings, served, database, doorbell)
     config = uvicorn.Config(

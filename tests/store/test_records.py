@@ -189,11 +189,11 @@ def test_starts_of_engines_are_counted_and_those_after_a_death_apart(conn: sa.Co
     assert [counts("a", state) for state in ("loading", "ready", "stopped")] == [(1, 0)] * 3
     assert [counts("b", state) for state in ("loading", "ready")] == [(2, 0)] * 2
     assert counts("c", "loading") == (3, 1)
-    records.retire_engines(conn, before=2.0)
+    records.retire_engines(conn, ["tiny"], before=2.0)
     assert records.find_engine(conn, "tiny").state == "lost"  # type: ignore[union-attr]
     assert counts("d", "failed") == (4, 2)
-    records.retire_engines(conn, before=2.0)
-    assert records.find_engine(conn, "tiny").state == "failed"  # type: ignore[union-attr]
+    records.retire_engines(conn, ["tiny"], before=2.0)
+    assert records.find_engine(conn, "tiny").state == "stopped"  # type: ignore[union-attr]
     assert counts("e", "ready") == (5, 2)
 
 
@@ -214,3 +214,20 @@ def test_two_engines_that_clear_away_what_has_expired_never_meet(database: Datab
     assert len(database.write(drop)) == 2
     assert other.write(drop) == []
     other.close()
+
+
+def test_only_engines_of_before_and_of_ones_own_models_are_retired(conn: sa.Connection) -> None:
+    for base, beat_at in (("mine", 1.0), ("other", 1.0), ("later", 3.0)):
+        records.put_engine(conn, records.EngineRecord(base, "e", 1, "ready", "", None, beat_at))
+    records.retire_engines(conn, ["mine", "later"], 2.0)
+    states = {base: found.state for base in ("mine", "other", "later") if (found := records.find_engine(conn, base))}
+    assert states == {"mine": "lost", "other": "ready", "later": "ready"}
+
+
+def test_why_an_engine_failed_is_what_was_said_first(conn: sa.Connection) -> None:
+    records.put_engine(conn, records.EngineRecord("tiny", "e", 1, "ready", "", None, 1.0))
+    for reason in ("no memory", "crashed"):
+        records.fail_engine(conn, "tiny", reason)
+    failed = records.find_engine(conn, "tiny")
+    assert failed is not None and (failed.state, failed.progress) == ("failed", "no memory")
+    assert failed.beat_at > 1.0

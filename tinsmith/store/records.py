@@ -6,6 +6,7 @@ owner and change nothing also take EVERYBODY.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -116,11 +117,17 @@ def require_session(conn: sa.Connection, session_id: str, owner: str) -> Session
     return session
 
 
-def touch_session(conn: sa.Connection, session_id: str, owner: str, now: float) -> Session:
-    """Notes a heartbeat. Raises NotFoundError, or GoneError for a finished session."""
+def require_beating(conn: sa.Connection, session_id: str, owner: str) -> Session:
+    """The owner's session, if it is not over. Raises NotFoundError, GoneError."""
     session = require_session(conn, session_id, owner)
     if session.state != "open":
         raise GoneError(f"session {session_id!r} is over ({session.finish_reason}); create a new one")
+    return session
+
+
+def touch_session(conn: sa.Connection, session_id: str, owner: str, now: float) -> Session:
+    """Notes a heartbeat. Raises NotFoundError, or GoneError for a finished session."""
+    session = require_beating(conn, session_id, owner)
     conn.execute(sa.update(sessions).where(sessions.c.id == session_id).values(seen_at=now))
     return replace(session, seen_at=now)
 
@@ -330,16 +337,21 @@ def put_engine(conn: sa.Connection, engine: EngineRecord) -> None:
     conn.execute(statement.on_conflict_do_update(index_elements=["base"], set_=row | counts))
 
 
-def retire_engines(conn: sa.Connection, before: float) -> None:
-    """Engines that were killed with an earlier server left word that they are ready; that is no longer so."""
-    stale = (engines.c.beat_at < before) & engines.c.state.in_(["loading", "ready"])
-    conn.execute(sa.update(engines).where(stale).values(state="lost", progress="it was killed with its server"))
+def retire_engines(conn: sa.Connection, bases: Sequence[str], before: float) -> None:
+    """Engines that were killed with an earlier server left word that they are ready; that is no longer so.
+
+    Nor is it that one has failed. Of models beside `bases`, another server on the same database may know more.
+    """
+    stale = engines.c.base.in_(bases) & (engines.c.beat_at < before)
+    lost = stale & engines.c.state.in_(["loading", "ready"])
+    conn.execute(sa.update(engines).where(lost).values(state="lost", progress="it was killed with its server"))
+    conn.execute(sa.update(engines).where(stale, engines.c.state == "failed").values(state="stopped"))
 
 
 def fail_engine(conn: sa.Connection, base: str, reason: str) -> None:
     """Notes why a base model's engine does not run; it may have said so itself already."""
     silent = (engines.c.base == base) & (engines.c.state != "failed")
-    conn.execute(sa.update(engines).where(silent).values(state="failed", progress=reason))
+    conn.execute(sa.update(engines).where(silent).values(state="failed", progress=reason, beat_at=time.time()))
 
 
 def find_engine(conn: sa.Connection, base: str) -> EngineRecord | None:
