@@ -92,6 +92,7 @@ def test_an_upload_is_its_owners(api: Api) -> None:
     with api.client("tml-ben") as ben:
         answer = ben.post("/external_weights_upload_finish", json={"upload_id": begun["upload_id"]})
     assert answer.status_code == 404
+    assert api.engine.bodies(f"upload-{begun['upload_id']}:train:0") == []
     path = finish(api, begun).json()["tinker_path"]
     with api.client("tml-ben") as ben:
         assert ben.post("/external_weights_upload_finish", json={"upload_id": begun["upload_id"]}).status_code == 404
