@@ -215,8 +215,8 @@ SERVICE = {
     "copy_weights": Case(lambda w: (w.state,), is_path, note="shares its files with the original, and outlives it"),
     "create_custom_loss": Case(
         lambda w: (lambda logprobs: (logprobs.sum() * float(w.name()[1:]), {}), {"logprobs": 1}),
-        lambda handle, w: handle.name == "<lambda>",
-        note="traced, and computed in the client",
+        lambda handle, w: handle.loss_id is not None,
+        note="computed on the server, from a closed list of operators",
     ),
     "create_lora_training_client": Case(
         lambda w: ("tiny",), trains, {"rank": 4, "optimizer": types.AdamOptimizerConfig()}
@@ -236,7 +236,7 @@ TRAINING = {
     "forward": Case(lambda w: (DATUMS, "cross_entropy"), scored),
     "forward_backward": Case(lambda w: (DATUMS, "cross_entropy"), scored),
     "forward_backward_custom": Case(
-        train_custom, scored, note="the loss is computed in the client, from the server's logprobs"
+        train_custom, scored, note="a function runs in the client, a loss of `create_custom_loss` on the server"
     ),
     "get_console_url": Case(local=True, note="an address of the hosted service"),
     "get_info": Case(check=lambda info, w: (info.model_data.model_name, info.lora_rank) == ("tiny", 4)),

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from tests.contract.api_fixtures import Api, running_api
 from tests.contract.test_api_rules import PROMPT, message
+from tests.contract.test_every_route import LOSS
 from tinsmith.api.app import ROUTES
 
 ROUNDS = 40
@@ -56,7 +57,7 @@ def bodies(api: Api) -> dict[str, dict[str, Any]]:
         },
         "/get_info": {"model_id": model},
         "/optim_step": training | {"adam_params": {"learning_rate": 1e-4, "beta1": 0.9, "eps": 1e-8}},
-        "/create_custom_loss": {"session_id": session},
+        "/create_custom_loss": LOSS | {"session_id": session},
         "/save_weights": training | {"path": "a", "ttl_seconds": 7200, "user_metadata": {"a": "b"}},
         "/save_weights_for_sampler": training | {"sampling_session_seq_id": 3, "kind": "snapshot"},
         "/save_weights_external": training | {"path": "a", "age_encryption_recipients": None},

@@ -276,11 +276,6 @@ def test_sequences_are_named_when_they_are_asked_for(api: Api, session: str) -> 
     assert submitted["sample_sequence_ids"] == [f"{sampler}:{10**9}-0", f"{sampler}:{10**9}-1"]
 
 
-def test_custom_losses_are_refused_with_the_way_round_them(api: Api) -> None:
-    refused = api.post("/create_custom_loss", session_id="s")
-    assert (refused.status_code, "forward_backward_custom" in refused.text) == (400, True)
-
-
 def test_what_does_not_exist_is_not_found(api: Api) -> None:
     answers = [
         api.http.get("/nowhere"),

@@ -19,7 +19,6 @@ from tests.contract.sdk_cases import CLASSES, Case, Walked, World
 from tinsmith.demo import tiny_folder
 from tinsmith.demo.local_server import LocalServer
 
-
 pytestmark = [pytest.mark.xdist_group("server"), pytest.mark.timeout(300)]
 
 

@@ -38,11 +38,10 @@ NOBODYS = {
     "/telemetry": {"events": [], "platform": "", "sdk_version": "", "session_id": "s"},
     "/create_session": {"tags": []},
     "/external_weights_upload_start": {"base_model": "tiny", "lora_config": {"rank": 4}},
-    "/create_custom_loss": {"session_id": "s"},
 }
-"""Routes that concern no stored object, with a body that they take (or would: custom losses are always refused)."""
+"""Routes that concern no stored object, with a body that they take."""
 
-REFUSED = {("POST", "/create_custom_loss"), ("DELETE", "/auth/apikey/me")}  # a key of the settings cannot be given back
+REFUSED = {("DELETE", "/auth/apikey/me")}  # a key of the settings cannot be given back
 
 CHATS = {
     *(f"{prefix}/{path}" for prefix in ("/oai/api/v1", "/v1") for path in ("chat/completions", "completions")),
@@ -66,6 +65,21 @@ READ_BY_ADMINS = LISTS | {
     *("/samplers/{sampler_id}", "/get_info", "/weights_info"),
 }
 """What an admin may see of everybody. Everything else is the owner's alone."""
+
+
+LOSS = {
+    "custom_loss_seq_id": 0,
+    "name": "loss",
+    "inputs": [{"name": "logprobs", "rank": 1}],
+    "graph": {
+        "nodes": [
+            {"op": "placeholder", "name": "logprobs", "target": "logprobs"},
+            {"op": "call_method", "name": "sum_1", "target": "sum", "args": [{"ref": "logprobs"}]},
+            {"op": "output", "name": "output", "target": "output", "args": [[{"ref": "sum_1"}, {"dict": {}}]]},
+        ]
+    },
+}
+"""The smallest custom loss."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +142,7 @@ def requests(mine: Belongings, own_session: str) -> dict[str, Any]:
         "/sessions/{session_id}/project": {"project_id": "theirs"},
         "/join_sampling_session": {"sampling_session_id": mine.sampler},
         "/retrieve_futures": {"target": {"sampling_session_id": mine.sampler}, "timeout": 0},
+        "/create_custom_loss": LOSS | {"session_id": mine.session},
         "/copy_weights": {"source_path": mine.path, "destination_project_id": "theirs"},
         "/sessions/{session_id}/finish": {"reason": {"type": "errored"}},
         "/create_model": {"session_id": mine.session, "model_seq_id": 9, "base_model": "tiny"},

@@ -4,6 +4,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import msgspec
 import sqlalchemy as sa
@@ -15,6 +16,7 @@ from tinsmith.api.submission import Draft, json_draft, refuse, require_open_sess
 from tinsmith.errors import LimitError, UserError
 from tinsmith.protocols import Capabilities, ModelSpec
 from tinsmith.store import queue, records
+from tinsmith.store.custom_losses import require_custom_loss
 from tinsmith.wire import messages_pb2 as pb
 from tinsmith.wire import types
 from tinsmith.wire.codec import (
@@ -25,8 +27,8 @@ from tinsmith.wire.codec import (
     peek_address,
     train_call,
 )
+from tinsmith.wire.custom_codec import custom_call, loss_id
 from tinsmith.wire.jobs import Job
-from tinsmith.wire.packing import TrainCall
 
 OPTIMIZER = "adamw"
 _ADDRESS_BYTES = 1024  # of the beginning, which hold model and seq
@@ -165,7 +167,10 @@ async def _decoded(call: Call, content: partial[bytes], size: int) -> tuple[Addr
     services = call.services
     message = await compute(size, _message, content)
     limits = services.limits(await services.base_of(message.model_id, call.owner))
-    return Address(message.model_id, message.seq_id), await compute(size, _draft, message, limits)
+    program = None
+    if (loss := loss_id(message)) is not None:
+        program = await services.database.read_async(require_custom_loss, loss, call.owner)
+    return Address(message.model_id, message.seq_id), await compute(size, _draft, message, limits, program)
 
 
 def _message(content: partial[bytes]) -> pb.ForwardBackwardRequest:
@@ -175,8 +180,8 @@ def _message(content: partial[bytes]) -> pb.ForwardBackwardRequest:
     return message
 
 
-def _draft(message: pb.ForwardBackwardRequest, limits: Limits) -> Draft:
-    packed: TrainCall = train_call(message, limits)
+def _draft(message: pb.ForwardBackwardRequest, limits: Limits, program: dict[str, Any] | None) -> Draft:
+    packed = train_call(message, limits) if program is None else custom_call(message, limits, program)
     kind = "forward" if packed.forward_only else "forward_backward"
     return Draft(kind, packed.to_bytes(), packed.num_tokens)
 
@@ -191,11 +196,3 @@ def _prepare_step(body: types.OptimStepRequest, conn: sa.Connection, model: reco
     if body.adam_params is None:
         raise UserError("optim_step needs adam_params")
     return Draft("optim_step", msgspec.json.encode(body.adam_params))
-
-
-async def create_custom_loss(call: Call) -> Response:
-    """POST /create_custom_loss: refused. Custom losses work, computed by the client."""
-    raise UserError(
-        "custom losses are not computed on this server; forward_backward_custom computes them in the client, "
-        "which client/config tells it to (custom_loss_server_side is off)"
-    )

@@ -14,7 +14,8 @@ from tinsmith.errors import TinsmithError, UserError
 from tinsmith.models.full import FullModel
 from tinsmith.models.lora import Adapter
 from tinsmith.training.batching import Cut
-from tinsmith.training.losses import LOSS_FUNCTIONS, LossCase
+from tinsmith.training.custom_loss import CustomLossError, summed
+from tinsmith.training.losses import LOSS_FUNCTIONS, LossCase, Metrics
 from tinsmith.training.optimizers import AdamW
 from tinsmith.wire.losses import LOSSES
 from tinsmith.wire.packing import Float32, TrainCall, TrainOutput
@@ -69,8 +70,7 @@ class Run:
         self.model_id = model_id
         self.model = model
         self.call = call
-        self._loss = LOSS_FUNCTIONS[call.loss]
-        self._config = {**LOSSES[call.loss].config, **call.config}
+        self._config = call.config if call.custom else {**LOSSES[call.loss].config, **call.config}
         self._logprobs_M = np.empty(len(call.targets_M), np.float32)
         self.restart()
 
@@ -97,15 +97,14 @@ class Run:
 
     def lose(self, cut: Cut, logprobs_M: Tensor, datum_M: Tensor) -> "CutLoss":
         """The loss of a cut with these logprobs and its gradient; `take` has to follow."""
-        span = self._span(cut)
-        device = logprobs_M.device
-        inputs = {
-            name: torch.tensor(values[span]).to(device, non_blocking=True) for name, values in self.call.inputs.items()
-        }
         leaf_M = logprobs_M.detach().requires_grad_()
-        with torch.enable_grad():
-            loss, metrics = self._loss(LossCase(leaf_M, inputs, self._config, datum_M))
-            (gradient_M,) = torch.autograd.grad(loss, leaf_M)
+        try:
+            with torch.enable_grad():
+                loss, metrics = self._loss(cut, leaf_M, datum_M)
+                (gradient_M,) = torch.autograd.grad(loss, leaf_M)
+        except CustomLossError as error:
+            self.error = error
+            return CutLoss(torch.zeros_like(logprobs_M), [], torch.tensor([1.0, 0.0], device=logprobs_M.device))
         finite = loss.isfinite() & gradient_M.isfinite().all()
         values = torch.stack([finite.float(), loss.detach().float(), *(value.float() for value in metrics.values())])
         return CutLoss(gradient_M, list(metrics), values)
@@ -114,13 +113,24 @@ class Run:
         """Takes the cut's logprobs, and a `CutLoss`'s values; returns whether the call trains on."""
         self._logprobs_M[self._span(cut)] = logprobs_M
         finite, *values = values
-        if not finite:
+        if self.error is not None:
+            self._go_back()
+        elif not finite:
             self._fail(values[0])
         self._add_metrics(zip(["loss:sum", *names], values, strict=True))
         return not (self.error or self.call.forward_only)
 
     def _span(self, cut: Cut) -> slice:
         return slice(int(self.call.target_offsets[cut.first]), int(self.call.target_offsets[cut.last]))
+
+    def _loss(self, cut: Cut, lp_M: Tensor, datum_M: Tensor) -> tuple[Tensor, Metrics]:
+        if self.call.custom is not None:
+            return summed(self.call, cut.first, cut.last, lp_M)
+        span, device = self._span(cut), lp_M.device
+        inputs = {
+            name: torch.tensor(values[span]).to(device, non_blocking=True) for name, values in self.call.inputs.items()
+        }
+        return LOSS_FUNCTIONS[self.call.loss](LossCase(lp_M, inputs, self._config, datum_M))
 
     def outcome(self) -> TrainOutput | TinsmithError:
         if self.error:
@@ -144,10 +154,13 @@ class Run:
             f"shorter datums"
         )
 
-    def _fail(self, loss: float) -> None:
+    def _go_back(self) -> None:
         if self._before is not None:
             self._before.restore()
             self._before = None
+
+    def _fail(self, loss: float) -> None:
+        self._go_back()
         self.error = UserError(
             f"the loss {self.call.loss!r} or its gradient is not finite (loss {loss}); nothing of this request was "
             f"added to the gradient. Inputs must be finite numbers, and importance ratios within fp32's range"
@@ -156,9 +169,9 @@ class Run:
 
 def check_call(call: TrainCall, *, vocab_size: int, max_context: int) -> None:
     """Refuses with UserError what would fail, or read out of bounds, in a batch with others."""
-    if call.loss not in LOSS_FUNCTIONS:
+    if call.custom is None and call.loss not in LOSS_FUNCTIONS:
         raise UserError(f"unknown loss {call.loss!r}; known are {sorted(LOSS_FUNCTIONS)}")
-    for name in LOSSES[call.loss].inputs:
+    for name in () if call.custom else LOSSES[call.loss].inputs:
         if name not in call.inputs:
             raise UserError(f"loss {call.loss!r} needs the input {name!r}; given are {sorted(call.inputs)}")
     for name, values in call.inputs.items():

@@ -109,9 +109,12 @@ def parse_forward_backward(data: bytes) -> pb.ForwardBackwardRequest:
     return message
 
 
-def train_call(message: pb.ForwardBackwardRequest, limits: Limits) -> TrainCall:
-    """The request as flat arrays, fully checked. Raises UserError, TooLargeError."""
-    signature = LOSSES.get(message.loss_fn)
+def train_call(message: pb.ForwardBackwardRequest, limits: Limits, signature: LossSignature | None = None) -> TrainCall:
+    """The request as flat arrays, fully checked. Raises UserError, TooLargeError.
+
+    `signature` is of a loss that is not among LOSSES.
+    """
+    signature = signature or LOSSES.get(message.loss_fn)
     if signature is None:
         raise UserError(f"unknown loss_fn {message.loss_fn!r}; known: {', '.join(LOSSES)}")
     if not message.data:

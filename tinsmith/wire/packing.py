@@ -68,6 +68,7 @@ class TrainCall:
     target_offsets: Int64  # [N + 1]
     widths_N: Int32
     inputs: dict[str, Float32]
+    custom: "CustomLoss | None" = None  # what the loss `custom` computes
 
     @property
     def num_datums(self) -> int:
@@ -78,7 +79,7 @@ class TrainCall:
         return len(self.tokens_T)
 
     def to_bytes(self) -> bytes:
-        meta = {"loss": self.loss, "config": self.config, "forward_only": self.forward_only}
+        meta: dict[str, Any] = {"loss": self.loss, "config": self.config, "forward_only": self.forward_only}
         arrays: dict[str, NDArray[Any]] = {
             "tokens": self.tokens_T,
             "token_offsets": self.token_offsets,
@@ -87,6 +88,10 @@ class TrainCall:
             "widths": self.widths_N,
         }
         arrays |= {f"input.{name}": array for name, array in self.inputs.items()}
+        if self.custom is not None:
+            meta["program"] = self.custom.program
+            arrays |= {f"custom.{name}": array for name, array in self.custom.values.items()}
+            arrays |= {f"shape.{name}": array for name, array in self.custom.shapes.items()}
         return pack(meta, arrays)
 
     @classmethod
@@ -103,7 +108,26 @@ class TrainCall:
             arrays["target_offsets"],
             arrays["widths"],
             inputs,
+            CustomLoss.unpacked(meta["program"], arrays) if "program" in meta else None,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class CustomLoss:
+    """A checked graph (see `custom_loss`), and what it reads of the datums beside their logprobs.
+
+    The values of an input are those of all datums, one after the other; row n of its shapes [N, rank] is datum n's.
+    """
+
+    program: dict[str, Any]
+    values: dict[str, Float32 | Int64]
+    shapes: dict[str, Int64]
+
+    @classmethod
+    def unpacked(cls, program: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> "CustomLoss":
+        """From the arrays of a packed call."""
+        values = {name[7:]: array for name, array in arrays.items() if name.startswith("custom.")}
+        return cls(program, values, {name: arrays[f"shape.{name}"] for name in values})
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,7 @@ class ClientConfigResponse(Response):
     pjwt_auth_enabled: bool
     sample_use_retrieve_futures: bool
     sample_join_sampling_session: bool = True
+    custom_loss_server_side: bool = True
     parallel_fwdbwd_chunks: bool = True
     proto_compress_fwdbwd: bool = True
 
