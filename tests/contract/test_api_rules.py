@@ -143,7 +143,6 @@ def test_a_compressed_body_is_read(api: Api, model: str) -> None:
         ("/load_weights", {"path": "somewhere", "optimizer": True}, "'somewhere'"),
         ("/load_weights", {"path": "tinker://x:train:0/weights/a", "optimizer": True}, "no checkpoint"),
         ("/load_weights", {"path": "tinker://x/external_weights/a", "optimizer": True}, "optimizer state"),
-        ("/load_weights", {"path": "tinker://x/weights/a", "optimizer": True, "weights_access_token": "t"}, "publish"),
     ],
 )
 def test_a_refused_operation_says_why_and_uses_up_its_seq(
