@@ -68,7 +68,7 @@ class Services:
             if len(self.bases) >= _BASES:
                 self.bases.clear()
             self.bases[subject, owner] = base
-        return self.catalog.require_base(base, repr(subject)).base
+        return self.catalog.find_base(base, repr(subject)).base
 
 
 @dataclass(frozen=True, slots=True)
