@@ -42,9 +42,7 @@ def logprobs_of(trainer: TorchTrainer, datum: Any) -> np.ndarray:
     return output.logprobs_M
 
 
-@pytest.mark.parametrize(
-    "family", ["qwen3-tied", "qwen3-untied", "qwen2-biases", "phi3-fused", *BEYOND_LLAMA]
-)
+@pytest.mark.parametrize("family", ["qwen3-tied", "qwen3-untied", "qwen2-biases", "phi3-fused", *BEYOND_LLAMA])
 def test_a_merged_model_computes_what_the_adapter_does(
     family: str, new_trainer: NewTrainer, folders: Folders, tmp_path: Path
 ) -> None:
