@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 _ALIGNMENT = 16  # bytes; kernels are compiled for pointers that are multiples of it
+_DIRECT = triton.__version__.startswith("3.6.")
+"""Whether the launcher's parameters are known, which are no public interface; else Triton's own way is taken."""
 
 
 class Kernel:
@@ -36,17 +39,19 @@ class Kernel:
     ) -> None:
         """`grid` has one to three dimensions; `warps` other than 0 replaces the kernel's own number."""
         pointers = [tensor.data_ptr() for tensor in tensors]
-        key = (sizes, constants, warps, *[tensor.dtype for tensor in tensors])
+        device = tensors[0].device.index
+        key = (device, sizes, constants, warps, *[tensor.dtype for tensor in tensors])
         compiled = self._compiled.get(key)
-        if compiled is None or any(pointer % _ALIGNMENT for pointer in pointers):
+        unaligned = any(map((_ALIGNMENT - 1).__and__, pointers))
+        if compiled is None or unaligned:
             options = self._options | ({"num_warps": warps} if warps else {})
             kernel = self._function[grid](*tensors, *sizes, *values, *constants, **options)
-            if kernel is not None and not any(pointer % _ALIGNMENT for pointer in pointers):
+            if _DIRECT and kernel is not None and not unaligned:
                 self._compiled[key] = (kernel.run, kernel.function, kernel.packed_metadata)
             return
         run, function, metadata = compiled
         columns, layers = (*grid, 1, 1)[1:3]
-        stream = torch._C._cuda_getCurrentRawStream(tensors[0].device.index)
+        stream = torch._C._cuda_getCurrentRawStream(device)
         run(
             grid[0],
             columns,
