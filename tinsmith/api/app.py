@@ -40,6 +40,7 @@ from tinsmith.api.chat.streams import TokenStreams
 from tinsmith.api.metrics import metrics, status
 from tinsmith.api.observation import HEADER, HttpCounts, Observed, trace_of
 from tinsmith.api.pacing import Pacing
+from tinsmith.api.presence import Presence
 from tinsmith.api.tokens import InvalidTokenError
 from tinsmith.api.waiting import Waiters
 from tinsmith.config import Settings
@@ -112,7 +113,15 @@ def create_app(settings: Settings, served: Sequence[Served], database: Database,
     """The application. Database and doorbell are the caller's to open, migrate and close."""
     catalog, access = Catalog(served, settings.aliases, database, doorbell), Access(settings, database)
     services = Services(
-        settings, database, doorbell, catalog, Waiters(doorbell), access, Pacing(), Backlog(settings, database)
+        settings,
+        database,
+        doorbell,
+        catalog,
+        Waiters(doorbell),
+        access,
+        Pacing(),
+        Backlog(settings, database),
+        Presence(database),
     )
 
     chat = Chat.over(TokenStreams(doorbell))

@@ -20,6 +20,7 @@ from tinsmith.api.bodies import SMALL_BODY, decode_json, plain, read_raw
 from tinsmith.api.catalog import Catalog
 from tinsmith.api.observation import new_registry, trace_of
 from tinsmith.api.pacing import Pacing
+from tinsmith.api.presence import Presence
 from tinsmith.api.waiting import Waiters
 from tinsmith.config import Settings
 from tinsmith.errors import NotFoundError, UserError
@@ -46,6 +47,7 @@ class Services:
     access: Access
     pacing: Pacing
     backlog: Backlog
+    presence: Presence
 
     bases: dict[tuple[str, str], str] = field(default_factory=dict)  # (model or sampler, owner) → base, as it was found
     registry: CollectorRegistry = field(default_factory=new_registry)

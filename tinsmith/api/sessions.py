@@ -37,7 +37,7 @@ async def create_session(call: Call) -> Response:
 async def session_heartbeat(call: Call) -> Response:
     """POST /session_heartbeat."""
     body = await call.json(types.SessionHeartbeatRequest)
-    await call.services.database.write_async(records.touch_session, body.session_id, call.owner, time.time())
+    await call.services.presence.beat(body.session_id, call.owner)
     return answer(types.SessionHeartbeatResponse())
 
 
