@@ -1,11 +1,13 @@
 """What strangers can send before anybody asks who they are, and names that want to be something else."""
 
+import asyncio
 import http.client
 import json
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pytest
@@ -168,6 +170,22 @@ def test_a_slow_body_that_moves_is_read_to_its_end(api: Api, monkeypatch: pytest
             connection.sendall(b" " * 5000)
             time.sleep(0.05)
         assert answered(connection) == 400  # no JSON
+
+
+def test_a_body_that_the_server_itself_makes_wait_is_read_to_its_end(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "BODY_SECONDS", 0.2)
+    caller = api.access.caller
+
+    async def slow_caller(request: Any) -> Any:
+        await asyncio.sleep(1)
+        return await caller(request)
+
+    monkeypatch.setattr(api.access, "caller", slow_caller)
+    body = b"\0" * (6 * MEGABYTE)
+    head = f"POST /api/v1/forward_backward HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    with connected(api) as connection:
+        connection.sendall(head.encode() + body)
+        assert answered(connection) == 400
 
 
 def test_a_waiting_answer_is_no_slow_request(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
