@@ -170,7 +170,6 @@ class Api:
         self.waiters, self.access, self.pacing = services.waiters, services.access, services.pacing
         self.counts = app.state.counts
         self.backlog = services.backlog
-        self.backlog = services.backlog
         self.settings, self.database, self.engine = services.settings, services.database, engine
         self.doorbell, self.chat, self.server = services.doorbell, app.state.chat, server
         self.http = self.client("tml-test")
