@@ -41,12 +41,12 @@ def test_others_get_a_token_in_every_step_while_a_very_long_prompt_runs(model: B
         if step == 4:  # and some who come later
             for call in calls[3:]:
                 sampler.submit(call)
-        before = sampler._running[0].computed if 0 in sampler._running else 0
+        before = sampler._seats.running[0].computed if 0 in sampler._seats.running else 0
         for end in sampler.step():
             finished[end.request_id], ends_at[end.request_id] = sequences(end.output), step
         sampler.check()
-        if 0 in sampler._running:
-            chunks.append(sampler._running[0].computed - before)
+        if 0 in sampler._seats.running:
+            chunks.append(sampler._seats.running[0].computed - before)
     assert [ends_at[call.request_id] for call in calls] == [11, 11, 11, 15, 15, 15]
     assert [finished[call.request_id] for call in calls] == [sequences(output) for output in alone]
     assert max(chunks[5:16]) < CHUNK // 4, "a chunk far behind the beginning costs more, so it is shorter"

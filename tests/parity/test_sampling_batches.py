@@ -94,14 +94,14 @@ def test_a_seed_gives_the_same_tokens_in_any_batch(
 def test_preemption_happens_and_changes_nothing(model: BaseModel, alone: list[list[list[int]]]) -> None:
     sampler = new_sampler(model, kv_tokens=104)
     preempted = []
-    original = sampler._preempt
+    original = sampler._seats.preempt
 
     def watched() -> None:
-        before = set(sampler._running)
+        before = set(sampler._seats.running)
         original()
-        preempted.extend(before - set(sampler._running))
+        preempted.extend(before - set(sampler._seats.running))
 
-    sampler._preempt = watched  # type: ignore[method-assign]
+    sampler._seats.preempt = watched  # type: ignore[method-assign]
     assert tokens_of(run(sampler, *crowd())) == alone
     assert preempted
 
@@ -175,7 +175,7 @@ def test_samples_of_one_prompt_leave_half_the_places_to_a_tenant_that_waits_for_
     sampler.submit(sample("many", prompt(80), num_samples=12, max_tokens=5))
     sampler.submit(sample("large", prompt(240), tenant="b", max_tokens=5))
     sampler.step()
-    assert len(sampler._running) == 8
+    assert len(sampler._seats.running) == 8
     assert sorted(drain(sampler)) == ["large", "many"]
 
 
@@ -420,7 +420,7 @@ def test_any_workload_ends_with_every_request_answered_and_every_block_free(
         sampler.check()
     results |= drain(sampler)
     assert {request_id: len(output.stopped) for request_id, output in results.items()} == expected
-    assert sampler._pool.available == sampler._pool.num_blocks
+    assert sampler._seats.pool.available == sampler._seats.pool.num_blocks
     for output in results.values():
         assert np.isfinite(output.logprobs_S).all()
 

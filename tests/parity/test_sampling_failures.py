@@ -22,12 +22,12 @@ def breaking(where: str) -> Iterator[None]:
     """Passes break that run the tokens `CURSED` one behind the other: at their start, or when all is in the cache."""
     curse = str(CURSED)[1:-1]
 
-    def forward(model: BaseModel, cache: Any, lanes: Any, states: Any, works: Sequence[Work]) -> torch.Tensor:
+    def forward(model: BaseModel, cache: Any, lanes: Any, states: Any, works: Sequence[Work], *rest: Any) -> torch.Tensor:
         spans = [(work.sample, work.sample.computed, work.rows) for work in works]
         cursed = any(curse in str(sample.slice(past, past + rows)) for sample, past, rows in spans)
         if cursed and where == "start":
             raise torch.OutOfMemoryError("tried to allocate 3.14 GiB")
-        hidden_TD = batch.forward(model, cache, lanes, states, works)
+        hidden_TD = batch.forward(model, cache, lanes, states, works, *rest)
         if cursed:
             raise torch.OutOfMemoryError("tried to allocate 3.14 GiB")
         return hidden_TD
@@ -61,7 +61,7 @@ def test_a_request_that_breaks_a_pass_fails_alone(family: str, where: str, bases
     assert guilty.category == "server"
     assert "OutOfMemoryError: tried to allocate 3.14 GiB" in str(guilty)
     assert [sequences(results[call.request_id]) for call in calls] == alone
-    assert sampler._pool.available == sampler._pool.num_blocks
+    assert sampler._seats.pool.available == sampler._seats.pool.num_blocks
     assert sequences(run(sampler, calls[-1])) == alone[-1]
 
 

@@ -8,7 +8,6 @@ Legend: T rows of a packed batch, D hidden size.
 """
 
 import logging
-from bisect import insort
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -32,6 +31,7 @@ from tinsmith.sampling.paged_rows import PagedRows
 from tinsmith.sampling.recurrent import StateStore
 from tinsmith.sampling.requests import NextToken, Request, Sample, broken, check, diverged
 from tinsmith.sampling.scoring import PromptScores
+from tinsmith.sampling.seats import Seats
 from tinsmith.sampling.snapshots import Snapshots
 from tinsmith.sampling.stopping import StopStrings, end_of_sequence_tokens
 from tinsmith.wire.progress import Progress
@@ -70,7 +70,6 @@ class TorchSampler:
         of models with recurrent layers. On a GPU, adapters of more than `max_rank` decode more slowly.
         """
         self._model = model
-        self._max_running = max_running
         self._block_size = block_size
         on_gpu = model.device.type == "cuda"
         self._prefill_tokens = prefill_tokens or (CUDA_PREFILL_TOKENS if on_gpu else PREFILL_TOKENS)
@@ -78,10 +77,10 @@ class TorchSampler:
         self._max_context = min(model.max_context, kv_tokens // block_size * block_size)
         self._stop_strings = StopStrings(tokenizer)
         self._end_tokens = end_of_sequence_tokens(model.module.generation_config, tokenizer)
-        self._pool = BlockPool(kv_tokens // block_size)
+        pool = BlockPool(kv_tokens // block_size)
         self._cache = KVCache(
             model.cache_shape,
-            num_blocks=self._pool.num_blocks,
+            num_blocks=pool.num_blocks,
             block_size=block_size,
             dtype=model.dtype,
             device=model.device,
@@ -91,16 +90,14 @@ class TorchSampler:
         )
         self._flight: Flight | None = None  # tokens that are on their way
         self._states = StateStore()
+        self._seats = Seats(pool, self._cache, self._states, max_running=max_running, is_recurrent=model.is_recurrent)
         self._deterministic = deterministic
         self._lanes: dict[int, Lanes | PagedRows] = {}  # by version of the module that runs; the base is -1
         self._arrivals = count()
         self._snapshots = Snapshots(model, snapshot_bytes)
         self._requests: dict[str, Request] = {}
         self._streams: dict[str, Request] = {}  # those whose callers read along
-        self._running: dict[int, Sample] = {}
-        self._waiting: dict[int, Sample] = {}
-        self._queues: dict[str, list[int]] = defaultdict(list)  # by tenant, the keys of `_waiting` in order
-        self._prefilled = self._sampled = self._preempted = 0
+        self._sampled = 0
 
     @property
     def load(self) -> int:
@@ -120,18 +117,18 @@ class TorchSampler:
         )
 
     def usage(self) -> SamplerUsage:
-        pool, block = self._pool, self._block_size
+        pool, block = self._seats.pool, self._block_size
         return SamplerUsage(
-            running=len(self._running),
-            waiting=len(self._waiting),
+            running=len(self._seats.running),
+            waiting=len(self._seats.waiting),
             kv_tokens=pool.num_blocks * block,
             kv_tokens_held=(pool.num_blocks - pool.available) * block,
             kv_tokens_kept=pool.reusable * block,
             snapshots=len(self._snapshots) - 1,  # the base model is one, too
             snapshot_bytes=self._snapshots.taken_bytes,
-            prefilled=self._prefilled,
+            prefilled=self._seats.prefilled,
             sampled=self._sampled,
-            preempted=self._preempted,
+            preempted=self._seats.preempted,
         )
 
     # Snapshots
@@ -177,16 +174,16 @@ class TorchSampler:
         self._requests[call.request_id] = request
         if asked.stream:
             self._streams[call.request_id] = request
-        self._enqueue(request.samples[0])  # the others follow once it has run the prompt
+        self._seats.enqueue(request.samples[0])  # the others follow once it has run the prompt
 
     def cancel(self, request_id: str) -> None:
         request = self._requests.pop(request_id, None)
         if request is not None:
-            self._drop(request, forget=False)
+            self._seats.drop(request, forget=False)
 
     def step(self) -> list[Finished]:
-        self._preempt()
-        self._admit()
+        self._seats.preempt()
+        self._seats.admit()
         finished: list[Finished] = []
         batches = self._batches()
         new_lanes = PagedRows if self._deterministic else Lanes
@@ -206,125 +203,7 @@ class TorchSampler:
 
     def check(self) -> None:
         """Raises AssertionError unless cache and sequences agree; for tests, after each step."""
-        self._pool.check(sample.blocks for sample in self._running.values())
-        assert all(not sample.blocks and not sample.computed for sample in self._waiting.values())
-        assert sorted(self._waiting) == sorted(key for queue in self._queues.values() for key in queue)
-        assert len(self._running) <= self._max_running
-        begun = [key for key, sample in self._running.items() if sample.computed]
-        self._states.check(begun if self._model.is_recurrent else [])
-        for sample in self._running.values():
-            assert sample.computed < sample.length <= self._max_context
-            assert sample.computed <= len(sample.blocks) * self._block_size
-
-    # Waiting and running
-
-    def _enqueue(self, sample: Sample) -> None:
-        self._waiting[sample.key] = sample
-        insort(self._queues[sample.tenant], sample.key)
-
-    def _dequeue(self, sample: Sample) -> None:
-        del self._waiting[sample.key]
-        queue = self._queues[sample.tenant]
-        queue.remove(sample.key)
-        if not queue:
-            del self._queues[sample.tenant]
-
-    def _growth(self, sample: Sample, rows: int = 1) -> int:
-        """Blocks that the sample needs before its next rows: new ones, and its own copy of a shared one."""
-        first, last = (row // self._block_size for row in (sample.computed, sample.computed + rows - 1))
-        shared = first < len(sample.blocks) and self._pool.references(sample.blocks[first]) > 1
-        return max(0, last + 1 - len(sample.blocks)) + int(shared)
-
-    def _private(self, sample: Sample) -> int:
-        """Blocks that nobody else holds."""
-        return sum(self._pool.references(block) == 1 for block in sample.blocks)
-
-    def _weights(self) -> dict[str, float]:
-        waiting = (self._waiting[queue[0]] for queue in self._queues.values())
-        calls = (sample.request.call for sample in (*self._running.values(), *waiting))
-        return scheduling.tenant_weights({call.tenant: (call.owner or call.tenant, call.weight) for call in calls})
-
-    def _preempt(self) -> None:
-        growth = {key: self._growth(sample) for key, sample in self._running.items()}
-        if sum(growth.values()) <= self._pool.available:
-            return
-        growing = [scheduling.Growing(key, growth[key], self._private(sample)) for key, sample in self._running.items()]
-        for key in scheduling.victims(growing, self._pool.available):
-            self._suspend(self._running[key])
-
-    def _suspend(self, sample: Sample) -> None:
-        """Makes a running sample wait again; what it has computed remains only as far as the cache keeps it."""
-        self._preempted += 1
-        del self._running[sample.key]
-        self._release(sample)
-        self._enqueue(sample)
-
-    def _admit(self) -> None:
-        if not self._waiting:
-            return
-        weights = self._weights()
-        tenants = [sample.tenant for sample in self._running.values()]
-        slots = max(1, self._max_running - len(self._running))
-        candidates = [self._waiting[key] for key in scheduling.fair_order(tenants, self._queues, slots, weights)]
-        self._reclaim(candidates[0], weights)
-        candidates = candidates[: self._max_running - len(self._running)]
-        growth = sum(self._growth(sample) for sample in self._running.values())
-        costs = (self._cost(sample) for sample in candidates)
-        admitted = scheduling.admissible(costs, self._pool.available - growth, len(self._running))
-        for sample in candidates[:admitted]:
-            self._dequeue(sample)
-            self._start(sample)
-
-    def _reclaim(self, sample: Sample, weights: dict[str, float]) -> None:
-        """Makes room for a sample that has none, if tenants that have more than its tenant can give it."""
-        growth = sum(self._growth(other) for other in self._running.values())
-        blocks = self._cost(sample) + len(self._running) + growth - self._pool.available
-        slots = 1 + len(self._running) - self._max_running
-        if blocks <= 0 and slots <= 0:
-            return
-        held = [scheduling.Holding(key, other.tenant, self._private(other)) for key, other in self._running.items()]
-        for key in scheduling.reclaimed(held, sample.tenant, weights, slots=slots, blocks=blocks):
-            self._suspend(self._running[key])
-
-    def _start(self, sample: Sample) -> None:
-        blocks = self._reusable(sample)
-        sample.blocks = self._pool.allocate(self._blocks_for(sample) - len(blocks), blocks)
-        sample.computed = len(blocks) * self._block_size
-        sample.digests = sample.known_digests[: len(blocks)]
-        if sample.request.cache_hit_tokens is None:
-            sample.request.cache_hit_tokens = sample.computed
-        self._running[sample.key] = sample
-
-    def _cost(self, sample: Sample) -> int:
-        """What `_start` takes out of the available blocks."""
-        shared = self._reusable(sample)
-        return self._pool.cost(self._blocks_for(sample) - len(shared), shared)
-
-    def _blocks_for(self, sample: Sample) -> int:
-        return -(-sample.length // self._block_size)
-
-    def _reusable(self, sample: Sample) -> list[int]:
-        """Cached blocks of the sample's beginning; its last token, and prompt rows to be scored, must run again.
-
-        A recurrent model must run all of it: its states are not in the blocks.
-        """
-        if self._model.is_recurrent:
-            return []
-        limit = min(sample.length - 1, sample.request.scores.next_row) // self._block_size
-        return self._pool.match(sample.known_digests[:limit])
-
-    def _release(self, sample: Sample, *, forget: bool = False) -> None:
-        self._pool.release(sample.blocks, forget=forget)
-        self._states.drop(sample.key)
-        sample.blocks, sample.computed = [], 0
-
-    def _drop(self, request: Request, *, forget: bool) -> None:
-        """Takes all of a request's samples out."""
-        for sample in request.samples:
-            if self._running.pop(sample.key, None):
-                self._release(sample, forget=forget)
-            elif sample.key in self._waiting:
-                self._dequeue(sample)
+        self._seats.check(self._max_context)
 
     # One step
 
@@ -337,7 +216,7 @@ class TorchSampler:
             for sample in samples
             if sample.pending > 1
         ]
-        weights = self._weights() if prefilling else {}
+        weights = self._seats.weights() if prefilling else {}
         shares = scheduling.prefill_shares(prefilling, self._prefill_tokens, weights)
         batches: dict[int, list[Work]] = defaultdict(list)
         for sample in samples:
@@ -355,9 +234,9 @@ class TorchSampler:
 
     def _in_turn(self) -> Sequence[Sample]:
         """All running samples; while requests are suspected of breaking passes, those of the oldest such alone."""
-        suspects = [sample for sample in self._running.values() if sample.request.suspect]
+        suspects = [sample for sample in self._seats.running.values() if sample.request.suspect]
         if not suspects:
-            return list(self._running.values())
+            return list(self._seats.running.values())
         oldest = min(suspects, key=lambda sample: sample.key).request
         return [sample for sample in suspects if sample.request is oldest]
 
@@ -376,8 +255,8 @@ class TorchSampler:
             for request in requests:
                 request.suspect = True
                 for sample in request.samples:
-                    if sample.key in self._running:
-                        self._suspend(sample)
+                    if sample.key in self._seats.running:
+                        self._seats.suspend(sample)
             return []
 
     def _run(self, works: list[Work], lanes: Lanes | PagedRows) -> list[Finished]:
@@ -393,18 +272,18 @@ class TorchSampler:
 
     def _pass(self, works: list[Work], lanes: Lanes | PagedRows) -> list[Finished]:
         """The works' rows through the model, and a token for every sample that has no rows left."""
-        self._make_room([work.sample for work in works], 1)
+        self._seats.make_room([work.sample for work in works], 1)
         layers = self._cuda.layers if self._cuda else None
         hidden_TD = forward(self._model, self._cache, lanes, self._states, works, layers)
         score_prompts(self._model, works, hidden_TD)
         for work in works:
-            self._advance(work.sample, work.rows)
-        ready = [(work, [work.sample, *self._fork(work.sample)]) for work in works if work.sample.pending == 0]
+            self._seats.advance(work.sample, work.rows)
+        ready = [(work, [work.sample, *self._seats.fork(work.sample)]) for work in works if work.sample.pending == 0]
         return self._accept(next_tokens(self._model, ready, hidden_TD)) if ready else []
 
     def _burst(self, samples: Sequence[Sample], graphs: "DecodeGraphs") -> list[Finished]:
         """Some tokens for each sample, or those that are on their way; the next are asked for before these arrive."""
-        prompts_wait = any(sample.pending > 1 for sample in self._running.values())
+        prompts_wait = any(sample.pending > 1 for sample in self._seats.running.values())
         flight, self._flight = self._flight, None
         if flight is None:
             steps = scheduling.burst_steps(
@@ -412,9 +291,9 @@ class TorchSampler:
                 prompts_wait=prompts_wait,
                 most=graphs.most_steps,
             )
-            if sum(self._growth(sample, steps) for sample in samples) > self._pool.available:
+            if sum(self._seats.growth(sample, steps) for sample in samples) > self._seats.pool.available:
                 steps = 1
-            self._make_room(samples, steps)
+            self._seats.make_room(samples, steps)
             flight = graphs.launch(samples, steps)
         if not prompts_wait:
             self._flight = self._next_flight(flight, samples, graphs)
@@ -426,7 +305,7 @@ class TorchSampler:
         alive = {
             row: sample
             for row, (sample, start) in enumerate(zip(flight.samples, flight.starts, strict=True))
-            if sample.key in self._running
+            if sample.key in self._seats.running
             and sample.computed == start
             and sample.request.limit - len(sample.tokens) > steps
         }
@@ -434,70 +313,18 @@ class TorchSampler:
         joined = {sample.key for sample in going} - {sample.key for sample in alive.values()}
         if joined or not scheduling.worth_going_on(len(alive), len(flight.samples)):
             return None
-        growth = sum(self._growth(sample, 2 * steps) for sample in alive.values())
-        if growth > self._pool.available or not graphs.can_follow(flight, steps):
+        growth = sum(self._seats.growth(sample, 2 * steps) for sample in alive.values())
+        if growth > self._seats.pool.available or not graphs.can_follow(flight, steps):
             return None
-        self._make_room(list(alive.values()), 2 * steps)
+        self._seats.make_room(list(alive.values()), 2 * steps)
         return graphs.follow(flight, alive.keys(), steps)
 
     def _counted(self, chosen: Iterator[tuple[int, NextToken]]) -> Iterator[NextToken]:
         """Counts the rows before tokens; drops those of samples that have ended or begun again meanwhile."""
         for position, new in chosen:
-            if new.sample.key in self._running and new.sample.computed == position:
-                self._advance(new.sample, 1)
+            if new.sample.key in self._seats.running and new.sample.computed == position:
+                self._seats.advance(new.sample, 1)
                 yield new
-
-    def _make_room(self, samples: Sequence[Sample], rows: int) -> None:
-        """Gives every sample blocks of its own for its next rows."""
-        sources, targets = [], []
-        for sample in (sample for sample in samples if self._growth(sample, rows)):
-            index = sample.computed // self._block_size
-            if index < len(sample.blocks) and self._pool.references(sample.blocks[index]) > 1:
-                block = self._pool.allocate(1)[0]
-                sources.append(sample.blocks[index])
-                targets.append(block)
-                self._pool.release([sample.blocks[index]])
-                sample.blocks[index] = block
-            sample.blocks += self._pool.allocate(self._growth(sample, rows))
-        if sources:
-            self._cache.copy_blocks(sources, targets)
-
-    def _advance(self, sample: Sample, rows: int) -> None:
-        """Counts rows as computed, and makes the blocks that they filled known for reuse."""
-        if (left := len(sample.request.prompt) - sample.computed) > 0:
-            self._prefilled += min(rows, left)
-        sample.computed += rows
-        for index in range(len(sample.digests), sample.computed // self._block_size):
-            parent = sample.digests[-1] if index else sample.request.root
-            tokens = sample.slice(index * self._block_size, (index + 1) * self._block_size)
-            sample.digests += chain_digests(parent, tokens, self._block_size)
-            self._pool.register(sample.blocks[index], sample.digests[index])
-
-    def _fork(self, leader: Sample) -> list[Sample]:
-        """The samples that go on from the prompt that `leader` has just run, sharing its blocks; the others wait."""
-        request = leader.request
-        if request.forked:
-            return []
-        request.forked = True
-        waiting = request.samples[1:]
-        tenants = [sample.tenant for sample in self._running.values()]
-        growth = sum(self._growth(sample) for sample in self._running.values())
-        allowed = scheduling.fork_allowance(
-            leader.tenant,
-            tenants,
-            self._queues,
-            self._max_running - len(self._running),
-            self._pool.available - growth - len(self._running),
-            self._weights(),
-        )
-        for sample in waiting[:allowed]:
-            sample.blocks = self._pool.allocate(0, leader.blocks)
-            sample.digests, sample.computed = leader.digests.copy(), leader.computed
-            self._states.fork(leader.key, sample.key)
-            self._running[sample.key] = sample
-        for sample in waiting[allowed:]:
-            self._enqueue(sample)
-        return waiting[:allowed]
 
     def _accept(self, chosen: Iterator[NextToken]) -> list[Finished]:
         """Appends the new tokens; ends samples, and requests whose last sample has ended or whose logits are broken."""
@@ -519,8 +346,8 @@ class TorchSampler:
                 finished.append(self._fail(request, broken(error)))
                 continue
             if sample.stopped or len(sample.tokens) == request.limit:
-                del self._running[sample.key]
-                self._release(sample)
+                del self._seats.running[sample.key]
+                self._seats.release(sample)
                 request.unfinished -= 1
                 if not request.unfinished:
                     del self._requests[request.request_id]
@@ -536,6 +363,6 @@ class TorchSampler:
     def _fail(self, request: Request, error: TinsmithError) -> Finished:
         del self._requests[request.request_id]
         blocks = {block for sample in request.samples for block in sample.blocks}
-        self._drop(request, forget=True)
-        self._cache.clear_blocks([block for block in blocks if not self._pool.references(block)])
+        self._seats.drop(request, forget=True)
+        self._cache.clear_blocks([block for block in blocks if not self._seats.pool.references(block)])
         return Finished(request.request_id, error)
