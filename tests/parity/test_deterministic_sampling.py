@@ -13,11 +13,11 @@ from tests.parity.sampling_lab import drain, lora, new_sampler, prompt, run, sam
 from tests.parity.training_lab import FULL, add, data_of, outputs
 from tests.tiny_families import FAMILIES, RECURRENT
 from tinsmith.backend import load_backend
-from tinsmith.served import Served
 from tinsmith.config import Settings
 from tinsmith.models.loading import BaseModel
 from tinsmith.protocols import AdamParams, ModelCall
 from tinsmith.sampling.sampler import TorchSampler
+from tinsmith.served import Served
 from tinsmith.training.trainer import TorchTrainer
 from tinsmith.wire.packing import SampleOutput
 

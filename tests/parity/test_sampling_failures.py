@@ -22,7 +22,9 @@ def breaking(where: str) -> Iterator[None]:
     """Passes break that run the tokens `CURSED` one behind the other: at their start, or when all is in the cache."""
     curse = str(CURSED)[1:-1]
 
-    def forward(model: BaseModel, cache: Any, lanes: Any, states: Any, works: Sequence[Work], *rest: Any) -> torch.Tensor:
+    def forward(
+        model: BaseModel, cache: Any, lanes: Any, states: Any, works: Sequence[Work], *rest: Any
+    ) -> torch.Tensor:
         spans = [(work.sample, work.sample.computed, work.rows) for work in works]
         cursed = any(curse in str(sample.slice(past, past + rows)) for sample, past, rows in spans)
         if cursed and where == "start":
