@@ -49,6 +49,9 @@ def main() -> None:
     parser.add_argument("--name", default="sampling_gpu")
     parser.add_argument("--profile", type=Path)
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("needs a CUDA device")
+        return
     rivals = dict(_rivals(arguments.rival))
     rows: list[Row] = []
     for size in arguments.sizes.split(","):
