@@ -1,6 +1,7 @@
 """Audit, usage, search, projects, traces, copies and clients of samplers, over HTTP against a canned engine."""
 
 import json
+import pickle
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from typing import Any
 import httpx
 import pytest
 import sqlalchemy as sa
+import tinker
+from tinker import types
 
 from tests.contract.api_fixtures import Api, running_api
 from tests.contract.test_api_rules import message, sample
@@ -18,6 +21,7 @@ from tinsmith.store import keys, queue, records, tables, usage
 from tinsmith.wire.jobs import Usage
 
 ANNA, BEN = "tml-anna", "tml-ben"
+PARAMS = types.SamplingParams(max_tokens=1)
 PRICES = {"price_train": 2.0, "price_sample": 8.0, "price_storage": 3.6}
 
 
@@ -337,3 +341,17 @@ def test_a_question_is_held_until_something_ends_or_was_given_up(api: Api, sessi
     (end,) = found["completions"]
     assert (end["request_id"], end["state"]) == (submitted, "failed")
     assert api.database.read(queue.find, submitted) is not None
+
+
+def test_the_sdk_hears_of_all_its_samples_at_once_also_as_a_clone(tmp_path: Path) -> None:
+    with running_api(tmp_path, batched_polling=True) as api:
+        asked: list[str] = []
+        with tinker.ServiceClient(base_url=api.base_url, api_key="tml-any") as service:
+            sampler = service.create_sampling_client(base_model="tiny").result()
+            clones = [pickle.loads(pickle.dumps(sampler)) for _ in range(2)]
+            for client in (sampler, *clones):
+                futures = [client.sample(types.ModelInput.from_ints([1, 2, 3]), 1, PARAMS) for _ in range(3)]
+                assert all(future.result(60).sequences[0].tokens == [7] for future in futures)
+            asked = [header.request_id for header, _ in api.engine.jobs if header.kind == "sample"]
+        numbers = {int(request_id.rpartition(":")[2]) // 10**9 for request_id in asked}
+        assert numbers == {0, 1, 2}, "each client numbers its own samples"
