@@ -7,18 +7,33 @@ Knows no prices. Functions take a connection inside a transaction; an owner of N
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
+from sqlalchemy.dialects import postgresql, sqlite
 
-from tinsmith.store.tables import checkpoints, insert, models, sessions, storage, usage
+from tinsmith.store.prepared import Prepared
+from tinsmith.store.tables import checkpoints, models, sessions, storage, usage
 from tinsmith.wire.jobs import Usage
 
 HOUR = 3600
 About = dict[str, tuple[str | None, dict[str, object]]]
 _AT_ONCE = 1000  # parameters of one query
 TOKEN_KINDS = ("train", "prefill", "cached_prefill", "sample")
+
+
+def _adding(dialect: ModuleType) -> sa.ClauseElement:
+    """Adds tokens to a row, or the row."""
+    values = {column.name: sa.bindparam(column.name, type_=column.type) for column in usage.c}
+    statement = dialect.insert(usage).values(values)
+    more = {"tokens": usage.c.tokens + statement.excluded.tokens}
+    added: sa.ClauseElement = statement.on_conflict_do_update(index_elements=list(usage.primary_key), set_=more)
+    return added
+
+
+_ADD = Prepared(sqlite=_adding(sqlite), postgresql=_adding(postgresql))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +84,7 @@ def add(conn: sa.Connection, base: str, used: Iterable[Usage], now: float) -> No
                 counted[one.owner, one.session_id, kind] += tokens
     for (owner, session_id, kind), tokens in sorted(counted.items()):  # in one order: nobody deadlocks
         row = {"hour": int(now // HOUR), "owner": owner, "session_id": session_id, "base": base, "kind": kind}
-        statement = insert(conn, usage).values(**row, tokens=tokens)
-        more = {"tokens": usage.c.tokens + statement.excluded.tokens}
-        conn.execute(statement.on_conflict_do_update(index_elements=list(row), set_=more))
+        _ADD(conn, row | {"tokens": tokens})
 
 
 def tokens(conn: sa.Connection, owner: str | None, first_hour: int, last_hour: int) -> list[Tokens]:
