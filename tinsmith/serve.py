@@ -215,7 +215,7 @@ def run_engine(settings: Settings, served: Served, stop: threading.Event) -> Non
 
     database, doorbell = Database(settings.effective_database_url), Doorbell(settings.effective_database_url)
     database.migrate()
-    ledger = Ledger(database, doorbell, served.base)
+    ledger = Ledger(database, doorbell, served.base, settings.keep_checkpoints)
     try:
         with _no_collections():
             trainer, sampler = load_backend(settings, served, partial(_report, ledger, stop))

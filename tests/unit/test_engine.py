@@ -415,3 +415,16 @@ def test_a_finished_session_frees_its_models(bench: Bench) -> None:
     assert record.state == "closed"
     assert not list((bench.folder / "recovery").iterdir())
     assert "session is over" in bench.error(bench.train(model, [1, 2, 3]))
+
+
+def test_a_model_that_asks_for_it_keeps_only_its_latest_checkpoints_also_on_disk(bench: Bench) -> None:
+    model = bench.create("a")
+    bench.run()
+    bench.database.write(records.update_model, model, user_metadata={"keep_checkpoints": "2"})
+    paths = [f"tinker://{model}/weights/{number}" for number in range(4)]
+    for number, path in enumerate(paths):
+        bench.result(bench.submit(model, "save_weights", {"path": path, "name": str(number), "overwrite": False}))
+    found = [bench.database.read(records.find_checkpoint, path) for path in paths]
+    assert [checkpoint is not None for checkpoint in found] == [False, False, True, True]
+    kept = {folder.name for folder in (bench.folder / "checkpoints").glob("*/weights/*")}
+    assert kept == {Path(checkpoint.folder).name for checkpoint in found if checkpoint is not None}

@@ -15,7 +15,7 @@ from tinsmith.api.calls import Call, answer
 from tinsmith.api.submission import Draft, json_draft, refuse, require_open_session, submit, submit_json
 from tinsmith.errors import LimitError, UserError
 from tinsmith.protocols import Capabilities, ModelSpec
-from tinsmith.store import queue, records
+from tinsmith.store import queue, records, retention
 from tinsmith.store.custom_losses import require_custom_loss
 from tinsmith.wire import messages_pb2 as pb
 from tinsmith.wire import types
@@ -60,7 +60,11 @@ def new_model(
     spec: ModelSpec,
     metadata: types.Metadata | None,
 ) -> records.Model:
-    """The record of a model that is about to be created. `base` is its base model's key, and what the client says."""
+    """The record of a model that is about to be created. `base` is its base model's key, and what the client says.
+
+    Raises UserError for metadata that asks for what cannot be.
+    """
+    retention.wanted(metadata or {}, 0)
     now = time.time()
     return records.Model(
         id=f"{session_id}:train:{number}",

@@ -158,8 +158,9 @@ class Operations:
         except BaseException:
             remove_folder(folder)
             raise
-        if previous is not None:
-            remove_folder(Path(previous.folder))
+        superseded = self._ledger.drop_superseded_checkpoints(model_id, kind)
+        for old in [*superseded, *([] if previous is None else [Path(previous.folder)])]:
+            remove_folder(old)
 
     def _new_checkpoint(self, request: Request, kind: str, folder: Path, size: int) -> "NewCheckpoint":
         return self._checkpoint(

@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from tinsmith.store import keys, pruning, queue, records, usage
+from tinsmith.store import keys, pruning, queue, records, retention, usage
 from tinsmith.store.database import Database
 from tinsmith.store.doorbell import Bell, Doorbell
 from tinsmith.wire.jobs import Header, Job, Outcome, Past
@@ -34,8 +34,10 @@ class NewCheckpoint:
 class Ledger:
     """Jobs and records of one base model, for one engine process."""
 
-    def __init__(self, database: Database, doorbell: Doorbell, base: str) -> None:
+    def __init__(self, database: Database, doorbell: Doorbell, base: str, keep_checkpoints: int = 0) -> None:
+        """Of every model's checkpoints the latest `keep_checkpoints` of each kind stay, if it does not say; 0: all."""
         self.base = base
+        self._keep_checkpoints = keep_checkpoints
         self.engine_id = secrets.token_hex(8)
         self._database = database
         self._doorbell = doorbell
@@ -157,6 +159,11 @@ class Ledger:
     def weights(self) -> dict[str, float]:
         """How many times the usual share an owner gets; of those who get another than that."""
         return self._database.read(keys.weights)
+
+    def drop_superseded_checkpoints(self, model_id: str, kind: str) -> list[Path]:
+        """Forgets a model's checkpoints behind the latest ones that are to be kept; returns their folders."""
+        dropped = self._database.write(retention.drop_superseded, model_id, kind, self._keep_checkpoints)
+        return [Path(checkpoint.folder) for checkpoint in dropped]
 
     def drop_expired_checkpoints(self, now: float) -> list[Path]:
         """Forgets checkpoints whose time is over; returns their folders, for removal."""
