@@ -133,7 +133,10 @@ def random_base(size: str) -> BaseModel:
     targets = find_targets(module)
     module.set_attn_implementation(IMPLEMENTATION)
     base = BaseModel(size, module, targets, torch.device("cuda"))
-    base.fused = fused_layers(base, print)
+    layers = fused_layers(base, print)
+    if layers is None:
+        raise SystemExit("these layers are what is measured")
+    base.fuse(layers)
     return base
 
 

@@ -112,3 +112,14 @@ def test_fused_layers_compute_what_the_module_does(
     ours = run(base, fused, lengths)
     for mine, theirs, true in zip(ours, plain, exact, strict=True):
         assert distance(mine, true) <= (1e-4 if INTERPRETED else max(1.3 * distance(theirs, true), 0.01))
+
+
+def test_who_cannot_use_fused_layers_has_shorter_passes(folders: Callable[[str], Path]) -> None:
+    base = load(folders("qwen3-tied"), torch.bfloat16, DEVICE)
+    base.fused = None
+    plain_bytes = base.activation_bytes
+    base.fuse(fused_layers(base))
+    usual, large = (base.new_adapter(ModelSpec(rank, 1)) for rank in (128, 136))
+    assert base.rows_share([usual, usual]) == 1.0
+    assert base.rows_share([None]) == base.rows_share([usual, large]) == base.activation_bytes / plain_bytes
+    assert not base.fused.fits([large])

@@ -9,7 +9,7 @@ Shapes: `T` rows of a packed batch, `D` hidden size, `O` outputs of a group of l
 feed-forward network, `R` ranks of all layers of a group, `H` query heads, `G` key/value heads, `d` head dimension.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from tinsmith.models.adapter_table import MOST_RANKS, AdapterPlaces, AdapterTabl
 from tinsmith.models.attention import PackedAttention
 from tinsmith.models.fused_attention import AttentionChoice, FusedAttention
 from tinsmith.models.kernels import add_rms_norm, norm_rope, norm_rope_backward, rms_norm_backward
-from tinsmith.models.lora import LinearGroup, Segment
+from tinsmith.models.lora import Adapter, LinearGroup, Segment
 from tinsmith.models.norms import FrozenRMSNorm
 from tinsmith.models.quick import FAMILIES, AttentionObserver
 
@@ -57,9 +57,14 @@ class FusedLayers:
         self._attention = AttentionChoice()
         self.recomputes = False
 
-    def fits(self, segments: Sequence[Segment]) -> bool:
+    def fits(self, adapters: Iterable[Adapter | None]) -> bool:
         """Whether the kernels are made for these adapters' ranks."""
-        return all(each.adapter is None or each.adapter.spec.rank <= MOST_RANKS for each in segments)
+        return all(adapter is None or adapter.spec.rank <= MOST_RANKS for adapter in adapters)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of one token: what backward keeps, and a quarter more for what lies beside it for a while."""
+        return sum(layer.kept_bytes for layer in self._layers) * 5 // 4
 
     def hidden(
         self, tokens_T: Tensor, positions_T: Tensor, segments: Sequence[Segment], attention: PackedAttention
@@ -144,6 +149,14 @@ class _Layer:
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
         return self._heads, self._out, self._gate_up, self._down
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of one token: the layer's input, all products but the last, attention's output and its fp32 logsumexp."""
+        products = sum(sum(group.outputs) for group in self.groups)
+        inner = sum(len(group.linears) for group in self.groups) * MOST_RANKS
+        numbers = products + self._out.weight_OI.shape[1] + inner
+        return numbers * self._out.weight_OI.itemsize + 4 * self._counts[0]
 
     def forward(self, x_TD: Tensor, this: Pass) -> tuple[Tensor, list[Tensor]]:
         """(what comes out [T, D], what `backward` needs beside what came in)."""

@@ -98,6 +98,21 @@ class BaseModel:
         self.activation_bytes: int = 2 * _numbers_per_token(config, targets[:-1]) * self.dtype.itemsize
         self.activation_bytes += sum(activation_bytes(layer) for layer in delta_nets)
         """Of one token: a generous estimate of what backward keeps, the inputs of every matrix product twice."""
+        self._module_bytes = self.activation_bytes
+
+    def fuse(self, layers: "FusedLayers") -> None:
+        """From now on adapters are trained through these layers, which keep less for backward."""
+        self.fused = layers
+        self.activation_bytes = min(self.activation_bytes, layers.activation_bytes)
+
+    def rows_share(self, adapters: Sequence[Adapter | None]) -> float:
+        """Of the rows that `activation_bytes` allows, the part that a pass with these adapters may have.
+
+        None stands for a full-parameter model: less than all where fused layers cannot be used.
+        """
+        if self.fused is None or (None not in adapters and self.fused.fits(adapters)):
+            return 1.0
+        return self.activation_bytes / self._module_bytes
 
     def _adapt(self, indices: tuple[int, ...]) -> LinearGroup:
         """Replaces the linear layers with these indices, which read the same input."""
@@ -122,9 +137,9 @@ class BaseModel:
         """
         owner: Any = self.module if module is None else module
         self._current.segments = segments
-        is_fused = self.fused is not None and module is None and self.fused.fits(segments)
-        if self.fused is not None and is_fused and type(attention) is PackedAttention:
-            return self.fused.hidden(tokens_T, positions_T, segments, attention)
+        fused = self.fused if module is None else None
+        if fused and type(attention) is PackedAttention and fused.fits(segment.adapter for segment in segments):
+            return fused.hidden(tokens_T, positions_T, segments, attention)
         embedded = owner.get_input_embeddings()(tokens_T[None])
         if torch.is_grad_enabled() and not embedded.requires_grad:
             embedded.requires_grad_(True)
@@ -299,7 +314,9 @@ def load_base(
     if device.type == "cuda":
         from tinsmith.models.fused import fused_layers  # what it is written in comes with torch for CUDA only
 
-        model.fused = fused_layers(model, on_progress)
+        fused = fused_layers(model, on_progress)
+        if fused is not None:
+            model.fuse(fused)
     on_progress(f"loaded {model.architecture}, {model.parameters / 1e6:,.1f} M parameters")
     return model
 

@@ -38,7 +38,8 @@ log = logging.getLogger(__name__)
 
 
 class TorchTrainer:
-    """Trains on one device. `micro_batch_tokens` bounds the rows of one pass; a longer datum passes alone.
+    """Trains on one device. `micro_batch_tokens` bounds the rows of one pass; a longer datum passes alone, and
+    full-parameter models have shorter passes where adapters are trained through layers that keep less.
     `micro_batch_datums` bounds its datums (0: nothing does).
 
     If `deterministic`, every call runs in passes of its own: products of other shapes round differently (by about
@@ -186,7 +187,8 @@ class TorchTrainer:
         """Returns why a pass broke, with every gradient as it was before; None if none did."""
         calls = [run.call for run in group]
         backups: list[GradientBackup] = []
-        for cuts in plan(calls, [run.model_id for run in group], self._budget, self._datums):
+        budget = int(self._budget * self._share(group))
+        for cuts in plan(calls, [run.model_id for run in group], budget, self._datums):
             try:
                 backups = backups or _back_up(group)
                 with _deterministic(self._model.device) if self._deterministic else nullcontext():
@@ -212,7 +214,7 @@ class TorchTrainer:
         module = None if isinstance(weights, Adapter) else weights.module
         training = not runs[0].call.forward_only
         if training:
-            self._model.checkpoint_gradients(self._recomputes(len(batch.tokens_T)), module)
+            self._model.checkpoint_gradients(self._recomputes(len(batch.tokens_T), self._share(runs)), module)
             for run, cut in zip(runs, batch.cuts, strict=True):
                 run.begin(cut)
         segments = _segments(runs, batch)
@@ -224,9 +226,14 @@ class TorchTrainer:
             for run, segment in zip(runs, segments, strict=False):
                 run.model.accumulated |= segment.trains
 
-    def _recomputes(self, rows: int) -> bool:
+    def _share(self, runs: Sequence[Run]) -> float:
+        """The part of the usual rows that a pass of these calls may have."""
+        weights = [run.model.weights for run in runs]
+        return self._model.rows_share([each if isinstance(each, Adapter) else None for each in weights])
+
+    def _recomputes(self, rows: int, share: float) -> bool:
         """Whether backward of a pass of so many rows computes the inside of each layer again."""
-        return self._checkpointing if isinstance(self._checkpointing, bool) else rows > self._checkpointing
+        return self._checkpointing if isinstance(self._checkpointing, bool) else rows > self._checkpointing * share
 
     def _logprobs(self, batch: MicroBatch, segments: Sequence[Segment], module: torch.nn.Module | None) -> Tensor:
         tokens_T, positions_T, targets_M = map(self._tensor, (batch.tokens_T, batch.positions_T, batch.targets_M))
