@@ -3,6 +3,7 @@
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -126,18 +127,6 @@ def create_app(settings: Settings, served: Sequence[Served], database: Database,
 
     chat = Chat.over(TokenStreams(doorbell))
 
-    async def health(_request: Request) -> Response:
-        return service.health(services)
-
-    async def download(request: Request) -> Response:
-        return await downloads.download(services, request)
-
-    async def upload(request: Request) -> Response:
-        return await uploads.put(services, request)
-
-    async def trace(request: Request) -> Response:
-        return await traces.download_trace(services, request)
-
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         services.catalog.start()
@@ -149,12 +138,7 @@ def create_app(settings: Settings, served: Sequence[Served], database: Database,
             services.waiters.close()
             chat.streams.shut()
 
-    routes = [
-        Route(f"{PREFIX}/healthz", health, methods=["GET"]),
-        Route(f"{PREFIX}{downloads.FILES}/{{token}}/{{name}}", download, methods=["GET"]),
-        Route(f"{PREFIX}{uploads.FILES}/{{token}}/{{name}}", upload, methods=["PUT"]),
-        Route(f"{PREFIX}{traces.FILES}/{{token}}", trace, methods=["GET"]),
-    ]
+    routes = _open_routes(services)
     ours = [(method, PREFIX + path, handler) for method, path, handler in ROUTES]
     ours += [("GET", "/metrics", metrics), ("GET", "/status", status)]
     for method, path, handler in (*ours, *chat_routes(chat)):
@@ -173,6 +157,22 @@ def create_app(settings: Settings, served: Sequence[Served], database: Database,
     )
     app.state.services, app.state.chat, app.state.counts = services, chat, counts
     return app
+
+
+def _open_routes(services: Services) -> list[Route]:
+    """Those that take no key: health, and files, whose address is the permission."""
+
+    async def health(_request: Request) -> Response:
+        return service.health(services)
+
+    files = (
+        ("GET", f"{downloads.FILES}/{{token}}/{{name}}", downloads.download),
+        ("PUT", f"{uploads.FILES}/{{token}}/{{name}}", uploads.put),
+        ("GET", f"{traces.FILES}/{{token}}", traces.download_trace),
+    )
+    routes = [Route(f"{PREFIX}/healthz", health, methods=["GET"])]
+    routes += [Route(PREFIX + path, partial(handler, services), methods=[method]) for method, path, handler in files]
+    return routes
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
