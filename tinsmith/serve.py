@@ -44,6 +44,7 @@ logger = logging.getLogger("tinsmith.serve")  # not __name__: the children run t
 API_GRACE = 5.0  # seconds to answer what is under way
 ENGINE_GRACE = 60.0  # seconds to finish a slice of work and write what it must
 DATABASE_PATIENCE = 60.0  # seconds; the database may be starting at the same time as the server
+PROBE_SECONDS = 120.0  # loading torch from a slow disk, and waking a GPU
 KEEP_ALIVE = 120  # seconds; longer than clients keep idle connections, so that they never meet a closed one
 
 
@@ -148,7 +149,14 @@ def _probe(settings: Settings) -> Device:
     """Asks a process of its own, since this one shall not load torch."""
     command = [sys.executable, "-P", "-m", "tinsmith.serve", "probe"]
     environment, line = engine_environment(settings), _first_line(settings, ()) + "\n"
-    ended = subprocess.run(command, input=line, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        ended = subprocess.run(
+            command, input=line, stdout=subprocess.PIPE, text=True, env=environment, timeout=PROBE_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(
+            f"the device did not say within {PROBE_SECONDS:g} s what it is; is its driver well?"
+        ) from error
     if ended.returncode:
         raise ConfigError(f"the device could not be looked at (exit code {ended.returncode})")
     found = json.loads(ended.stdout)

@@ -158,8 +158,13 @@ class Writer:
         while True:
             try:
                 conn = self._connection()
-                if unsure and unsure.ticket and _was_committed(conn, unsure.ticket):
-                    return unsure.outcomes
+                if unsure and unsure.ticket:
+                    fate = _fate(conn, unsure.ticket)
+                    if fate == "in progress":
+                        self._wait(unsure.__cause__, unsure)
+                        continue
+                    if fate == "committed":
+                        return unsure.outcomes
                 unsure = None
                 outcomes = _commit(conn, batch)
                 self._away_since = None
@@ -299,9 +304,8 @@ def _ticket(conn: sa.Connection) -> str | None:
     return ticket
 
 
-def _was_committed(conn: sa.Connection, ticket: str) -> bool:
-    """How a transaction of a lost connection ended; waits while it has not."""
+def _fate(conn: sa.Connection, ticket: str) -> str | None:
+    """How a transaction of a lost connection ended: `committed`, `aborted`, or `in progress` if it has not."""
     with conn.begin():
-        while (status := conn.scalar(_STATUS, {"ticket": ticket})) == "in progress":
-            time.sleep(_RETRY_SECONDS)
-    return bool(status == "committed")
+        fate: str | None = conn.scalar(_STATUS, {"ticket": ticket})
+    return fate
