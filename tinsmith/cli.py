@@ -13,6 +13,7 @@ from tinsmith import __version__
 from tinsmith.backend_config import check_tensor_parallel, merge, translate
 from tinsmith.commands import keys, operations, weights
 from tinsmith.commands import models as models_commands
+from tinsmith.commands.bench import bench
 from tinsmith.config import describe, load_settings, read_environment
 from tinsmith.errors import TinsmithError
 
@@ -29,6 +30,7 @@ app.command("export")(weights.export)
 app.command("import")(weights.import_)
 app.command("status")(operations.status)
 app.command("doctor")(operations.doctor)
+app.command("bench")(bench)
 
 
 Models = Annotated[

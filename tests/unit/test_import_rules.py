@@ -43,7 +43,9 @@ ALLOWED: dict[str, set[str]] = {
     "importing": {"errors", "models.peft_format"},
     "exporting": {"errors", "served", "model_files", "models", "engine.exports"},
     "doctor": {"errors", "config", "served", "model_files", "sizing", "store"},
+    "bench": {"protocols", "wire.packing"},
     "commands": {
+        *("backend", "bench"),
         *("errors", "config", "served", "model_files", "models", "store", "importing", "exporting", "demo", "doctor"),
     },
     "exclusive": {"errors"},
