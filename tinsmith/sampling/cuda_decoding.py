@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tinsmith.lost_device import raise_if_lost
 from tinsmith.models.loading import BaseModel
 from tinsmith.sampling.batch import Work
 from tinsmith.sampling.kv_cache import KVCache
@@ -53,9 +54,20 @@ class CudaDecoding:
 def cuda_decoding(
     model: BaseModel, cache: KVCache, *, max_rows: int, max_context: int, max_rank: int
 ) -> CudaDecoding | None:
-    """None without a GPU or Triton, and for a model whose layers are not known to be as simple as the fused ones."""
+    """None without a GPU or Triton, where its kernels do not work, and for a model whose layers are not so simple."""
     if model.device.type != "cuda" or find_spec("triton") is None:
         return None
+    try:
+        return _prepared(model, cache, max_rows=max_rows, max_context=max_context, max_rank=max_rank)
+    except Exception as error:  # an older device may refuse a kernel, or have no room for what is prepared
+        raise_if_lost(error)
+        log.warning("fused kernels do not work here: %s: %s", type(error).__name__, error, exc_info=True)
+        return None
+
+
+def _prepared(
+    model: BaseModel, cache: KVCache, *, max_rows: int, max_context: int, max_rank: int
+) -> CudaDecoding | None:
     from tinsmith.sampling.cuda_layers import cuda_layers
     from tinsmith.sampling.graphs import DecodeGraphs
 

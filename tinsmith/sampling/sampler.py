@@ -194,8 +194,14 @@ class TorchSampler:
 
     def warm_up(self, on_progress: Callable[[str], None]) -> None:
         """Does beforehand what would otherwise make the first requests wait."""
-        if self._cuda:
+        if self._cuda is None:
+            return
+        try:
             self._cuda.warm_up(on_progress)
+        except Exception as error:  # a device with less of something; sampling works without, too
+            raise_if_lost(error)
+            log.warning("decoding steps cannot be captured here: %s: %s", type(error).__name__, error, exc_info=True)
+            self._cuda = None
 
     def progress(self) -> list[Progress]:
         self._streams = {name: request for name, request in self._streams.items() if name in self._requests}
