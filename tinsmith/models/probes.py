@@ -6,19 +6,32 @@ Shapes: `T` rows of a packed batch, `M` targets of all prompts.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from tinsmith.models.attention import PackedAttention
-from tinsmith.models.head import target_logprobs
+from tinsmith.models.attention import Attention, PackedAttention
+from tinsmith.models.head import HasHead, target_logprobs
 from tinsmith.models.lora import Adapter, Segment
 
-if TYPE_CHECKING:
-    from tinsmith.models.loading import BaseModel
-
 _LENGTHS = (11, 6)
+
+
+class HasLayers(HasHead, Protocol):
+    """What is asked of a base model."""
+
+    device: torch.device
+
+    def hidden(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        segments: Sequence[Segment],
+        attention: Attention,
+        module: nn.Module | None = None,
+    ) -> Tensor:
+        """[T, D] after the final norm."""
 
 
 def probe_prompts(vocab_size: int, device: torch.device) -> list[Tensor]:
@@ -40,7 +53,7 @@ def _plain_logprobs(module: Any, prompt_T: Tensor) -> Tensor:
 
 @torch.no_grad()
 def packed_logprobs(
-    model: "BaseModel", prompts: Sequence[Tensor], adapter: Adapter | None = None, module: nn.Module | None = None
+    model: HasLayers, prompts: Sequence[Tensor], adapter: Adapter | None = None, module: nn.Module | None = None
 ) -> Tensor:
     """fp32 [M] of the same tokens, by our packed computation with an adapter, or of a full model's own module."""
     ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0).tolist()
