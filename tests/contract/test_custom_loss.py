@@ -169,4 +169,9 @@ def test_a_loss_that_fails_is_its_requests_own_fault(server: LocalServer) -> Non
         assert client.forward_backward_custom(bare[:1], handle).result().metrics["loss:sum"] < 0
         with pytest.raises(tinker.RequestFailedError, match="fails in view"):
             client.forward_backward_custom(bare, handle).result()
+        steps = service.create_custom_loss(
+            lambda logprobs: (torch.floor_divide(logprobs, 2).sum(), {}), {"logprobs": 1}
+        ).result()
+        with pytest.raises(tinker.RequestFailedError, match="has no gradient"):
+            client.forward_backward_custom(bare, steps).result()
         assert client.forward_backward_custom(bare[:1], handle).result().metrics["loss:sum"] < 0

@@ -13,8 +13,9 @@ from tinker.lib.public_interfaces.custom_loss import encode_graph, trace_loss
 from torch import Tensor
 
 from tinsmith.errors import UserError
-from tinsmith.training import custom_loss
-from tinsmith.training.custom_loss import CustomLossError, evaluate, summed
+from tinsmith.training import loss_bounds
+from tinsmith.training.custom_loss import evaluate, summed
+from tinsmith.training.loss_bounds import CustomLossError
 from tinsmith.wire import operators
 from tinsmith.wire.custom_loss import CreateCustomLossRequest, checked_program
 from tinsmith.wire.packing import CustomLoss, TrainCall
@@ -213,15 +214,50 @@ def test_what_grows_too_large_or_fails_is_the_requests_own_fault(added: dict[str
 
 
 def test_many_tensors_together_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(custom_loss, "MAX_ELEMENTS", 100)
+    monkeypatch.setattr(loss_bounds, "MAX_ELEMENTS", 1000)
     content = with_node(node("torch.exp", LP))
     last = "x"
     for number in range(60):
         more = node("torch.exp", {"ref": last}) | {"name": f"e{number}"}
         content["graph"]["nodes"].insert(2 + number, more)
         last = f"e{number}"
-    with pytest.raises(CustomLossError, match="100 elements"):
+    with pytest.raises(CustomLossError, match="1000 elements"):
         evaluate(program_of(content), [torch.zeros(3, requires_grad=True)])
+
+
+def ref(name: str) -> dict[str, str]:
+    return {"ref": name}
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ([("torch.zeros", [2**24, 0]), ("torch.unbind", ref("x0"))], "rows apart"),
+        ([("torch.zeros", [2**40, 0])], "elements"),
+        ([("torch.zeros", [2**22]), ("torch.split", ref("x0"), 1)], "rows apart"),
+        ([("torch.zeros", [2**22]), ("torch.chunk", ref("x0"), 2**22)], "rows apart"),
+        ([("torch.zeros", [2**9, 1, 1, 2**13]), ("torch.zeros", [2**9, 2**13, 1]), "product"], "elements"),
+        ([("torch.zeros", [2**16, 1]), ("torch.zeros", [1, 2**16]), "distance"], "elements"),
+        ([("torch.zeros", [2**16]), ("torch.diff", ref("x0"), 2**15)], "differences"),
+        ([("torch.zeros", [2**24]), *[("torch.sum", ref("x0"))] * 400], "work"),
+    ],
+)
+def test_what_takes_more_than_its_result_shows_never_runs(steps: list[Any], said: str) -> None:
+    pairs = {"product": "torch.matmul", "distance": "torch.nn.functional.mse_loss"}
+    content = with_node(node("torch.exp", LP))
+    for number, step in enumerate(steps):
+        target, *args = (pairs[step], ref("x0"), ref("x1")) if isinstance(step, str) else step
+        content["graph"]["nodes"].insert(2 + number, node(target, *args) | {"name": f"x{number}"})
+    with pytest.raises(CustomLossError, match=said):
+        evaluate(program_of(content), [torch.zeros(4096, requires_grad=True)])
+
+
+def test_a_short_datum_cannot_take_as_much_as_a_long_one() -> None:
+    program = program_of(with_node(node("torch.zeros", [2**20])))
+    evaluate(program, [torch.zeros(2048, requires_grad=True)])
+    with pytest.raises(CustomLossError, match="of this length"):
+        evaluate(program, [torch.zeros(3, requires_grad=True)])
 
 
 def test_the_engine_checks_names_again() -> None:

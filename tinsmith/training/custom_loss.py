@@ -1,7 +1,8 @@
 """Computes custom losses: follows a checked graph, node by node, with functions from a closed list and bounded memory.
 
 Each tensor operation is tried without data first (torch's meta device), which tells its shape: an operation whose
-result is too large never runs. Arithmetic on plain numbers is bounded likewise. Runs once per datum.
+result is too large never runs. Arithmetic on plain numbers is bounded likewise. Runs once per datum, on the CPU: an
+index out of range ends a whole process's use of a GPU, and a full GPU is everybody's.
 """
 
 import math
@@ -13,18 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinsmith.errors import UserError
+from tinsmith.training.loss_bounds import Bounds, CustomLossError
 from tinsmith.wire.operators import ATTRIBUTES, METHODS, known_function
 from tinsmith.wire.packing import TrainCall
 
-MAX_ELEMENTS = 2**25  # of all nodes' tensors together, for one datum
 _LARGEST = 2**63
 
 Number = bool | int | float
-
-
-class CustomLossError(UserError):
-    """The loss cannot be computed of this datum."""
 
 
 def summed(call: TrainCall, first: int, last: int, lp_M: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -36,6 +32,7 @@ def summed(call: TrainCall, first: int, last: int, lp_M: Tensor) -> tuple[Tensor
     assert custom is not None
     names = [each["name"] for each in custom.program["inputs"][1:]]
     ends = {name: np.cumsum(custom.shapes[name].prod(axis=1)) for name in names}
+    device, lp_M = lp_M.device, lp_M.cpu()
     losses: list[Tensor] = []
     sums: dict[str, Tensor] = {}
     for datum in range(first, last):
@@ -45,7 +42,7 @@ def summed(call: TrainCall, first: int, last: int, lp_M: Tensor) -> tuple[Tensor
         for name in names:
             shape, stop = custom.shapes[name][datum].tolist(), int(ends[name][datum])
             values = custom.values[name][stop - math.prod(shape) : stop]
-            tensors.append(torch.tensor(values, device=lp_M.device).view(shape))
+            tensors.append(torch.tensor(values).view(shape))
         loss, metrics = evaluate(custom.program, tensors)
         losses.append(loss.float())
         for key, value in metrics.items():
@@ -54,7 +51,7 @@ def summed(call: TrainCall, first: int, last: int, lp_M: Tensor) -> tuple[Tensor
     total = torch.stack(losses).sum()
     if not total.requires_grad:
         raise CustomLossError("the custom loss does not depend on logprobs, so nothing can be learnt from it")
-    return total, sums
+    return total.to(device), {key: value.to(device) for key, value in sums.items()}
 
 
 def evaluate(program: Mapping[str, Any], tensors: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -63,7 +60,7 @@ def evaluate(program: Mapping[str, Any], tensors: list[Tensor]) -> tuple[Tensor,
     `tensors` are the logprobs ([T] or [T, K]) and what else the loss reads, in the order of its inputs. Raises
     CustomLossError.
     """
-    run = _Run(tensors[0].device)
+    run = _Run(tensors)
     inputs = iter(tensors)
     for node in program["nodes"]:
         if node["op"] == "placeholder":
@@ -81,10 +78,10 @@ def evaluate(program: Mapping[str, Any], tensors: list[Tensor]) -> tuple[Tensor,
 class _Run:
     """The values of one datum's nodes."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, tensors: list[Tensor]) -> None:
         self.values: dict[str, Any] = {}
-        self._device = device
-        self._room = MAX_ELEMENTS
+        self._device = tensors[0].device
+        self._bounds = Bounds(sum(tensor.numel() for tensor in tensors))
 
     def scalar(self, name: str, what: str) -> Tensor:
         value = self.values[name]
@@ -136,11 +133,11 @@ class _Run:
 
     def _run(self, function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
         """Applies a function of torch, if what it makes has room."""
+        name = function.__name__
+        self._bounds.check(name, args, kwargs)
         with torch.device("meta"), torch.no_grad():
-            shapes = function(*_without_data(args), **_without_data(kwargs))
-        self._room -= _elements(shapes)
-        if self._room < 0:
-            raise CustomLossError(f"the custom loss makes tensors of more than {MAX_ELEMENTS} elements for one datum")
+            made = function(*_without_data(args), **_without_data(kwargs))
+        self._bounds.take(name, args, kwargs, made)
         with torch.device(self._device):
             return function(*args, **kwargs)
 
@@ -196,9 +193,3 @@ def _without_data(value: Any) -> Any:
     if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
         return type(value)(_without_data(each) for each in value) if type(value) in (list, tuple) else value
     return value
-
-
-def _elements(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel()
-    return sum(map(_elements, value)) if isinstance(value, list | tuple) and not isinstance(value, torch.Size) else 0

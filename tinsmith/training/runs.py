@@ -14,7 +14,8 @@ from tinsmith.errors import TinsmithError, UserError
 from tinsmith.models.full import FullModel
 from tinsmith.models.lora import Adapter
 from tinsmith.training.batching import Cut
-from tinsmith.training.custom_loss import CustomLossError, summed
+from tinsmith.training.custom_loss import summed
+from tinsmith.training.loss_bounds import CustomLossError
 from tinsmith.training.losses import LOSS_FUNCTIONS, LossCase, Metrics
 from tinsmith.training.optimizers import AdamW
 from tinsmith.wire.losses import LOSSES
@@ -101,7 +102,7 @@ class Run:
         try:
             with torch.enable_grad():
                 loss, metrics = self._loss(cut, leaf_M, datum_M)
-                (gradient_M,) = torch.autograd.grad(loss, leaf_M)
+                gradient_M = self._gradient(loss, leaf_M)
         except CustomLossError as error:
             self.error = error
             return CutLoss(torch.zeros_like(logprobs_M), [], torch.tensor([1.0, 0.0], device=logprobs_M.device))
@@ -131,6 +132,16 @@ class Run:
             name: torch.tensor(values[span]).to(device, non_blocking=True) for name, values in self.call.inputs.items()
         }
         return LOSS_FUNCTIONS[self.call.loss](LossCase(lp_M, inputs, self._config, datum_M))
+
+    def _gradient(self, loss: Tensor, lp_M: Tensor) -> Tensor:
+        try:
+            (gradient_M,) = torch.autograd.grad(loss, lp_M)
+        except RuntimeError as error:
+            if self.call.custom is None:
+                raise
+            reason = str(error).partition("\n")[0]
+            raise CustomLossError(f"the custom loss has no gradient: {reason}") from None
+        return gradient_M
 
     def outcome(self) -> TrainOutput | TinsmithError:
         if self.error:
