@@ -13,8 +13,9 @@ PAGE = Path(__file__).parent / "RESULTS.md"
 HEAD = """# Results
 
 Made by `python -m benchmarks.report` from `benchmarks/results/*.json`; do not edit. Every number is measured, on the
-hardware and commit that stand above it. *Rival* is the best that we measured of other servers for this API on
-comparable hardware, *goal* is what we aim at.
+hardware and commit that stand above it (`+`: with changes that were not committed yet). *Rival* is the best that we
+measured of others on comparable hardware: servers for this API in round trips; on a GPU PEFT with `torch.compile` in
+training, vLLM in sampling. *Goal* is what we aim at.
 """
 
 
@@ -53,7 +54,8 @@ def _line(cells: list[str]) -> str:
 
 
 def _cell(value: object) -> str:
-    return f"{value:,.6g}" if isinstance(value, (int, float)) else str(value)
+    text = f"{value:,.6g}" if isinstance(value, (int, float)) else str(value)
+    return text.replace("|", "\\|")  # it would end the cell
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 python -m benchmarks.sampling_cpu [--rounds N] [--threads N]
 
-The model has Qwen3's architecture with 6 layers of width 320 (8.7 M parameters) and random weights. Both sides sample
+The model has Qwen3's architecture with 6 layers of width 320 (8.3 M parameters) and random weights. Both sides sample
 the same number of tokens from the same prompts, at temperature 1, alternately; the best round of each counts. Ours also
 computes logprobs; generate, which runs one fixed batch, doesn't. The rows with HTTP are the same requests through a
 server and the real SDK, against the sampler alone with the server's number of threads.

@@ -28,7 +28,6 @@ from benchmarks.qwen3 import milliseconds
 from benchmarks.recording import Row, record
 from tinsmith.models.attention import IMPLEMENTATION
 from tinsmith.models.families import find_targets
-from tinsmith.models.fused import fused_layers
 from tinsmith.models.loading import BaseModel
 from tinsmith.protocols import AdamParams, ModelCall, ModelSpec
 from tinsmith.training.trainer import TorchTrainer
@@ -78,6 +77,9 @@ def main() -> None:
     parser.add_argument("--no-rival", action="store_true", help="it takes a minute or more to compile")
     parser.add_argument("--rival", choices=list(SHAPES), help=argparse.SUPPRESS)  # in a process of its own
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("needs a CUDA device")
+        return
     if arguments.rival:
         result = rival(arguments.rival, arguments.rounds)
         print(json.dumps([result.tokens_per_second, result.peak]))
@@ -129,6 +131,8 @@ def random_module(size: str, attention: str) -> Any:
 
 def random_base(size: str) -> BaseModel:
     """As `load_base` makes one of a folder."""
+    from tinsmith.models.fused import fused_layers  # needs Triton
+
     module = random_module(size, "eager").eval().requires_grad_(False)
     targets = find_targets(module)
     module.set_attn_implementation(IMPLEMENTATION)
