@@ -98,6 +98,7 @@ def _make(
         gradient_checkpointing={"on": True, "off": False}.get(settings.gradient_checkpointing, budgets.kept_tokens),
         max_adapters=settings.max_lora_adapters,
         max_rank=settings.max_lora_rank,
+        model_bytes=budgets.model_bytes,
         deterministic=settings.deterministic,
     )
     sampler = TorchSampler(
@@ -214,6 +215,7 @@ def _budgets(settings: Settings, served: Served, model: "BaseModel") -> "Budgets
         train_tokens=settings.train_tokens or fixed or fitting,
         kept_tokens=sizing.trainable_tokens(sizes, free, checkpointing=False),
         snapshot_bytes=int(free * sizing.SNAPSHOT_SHARE),
+        model_bytes=int(free * sizing.MODEL_SHARE),
     )
 
 

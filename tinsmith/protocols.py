@@ -138,6 +138,9 @@ class Trainer(Protocol):
     def add(self, model_id: str, spec: ModelSpec) -> None:
         """A new model: a fresh adapter from `spec.seed`, or a copy of all base weights. Raises UserError."""
 
+    def excess_bytes(self, spec: ModelSpec | None = None) -> int:
+        """By how many bytes the models, and a further one of `spec`, exceed their share of memory; 0 if they fit."""
+
     def drop(self, model_id: str) -> None:
         """Forgets the model and frees its memory."""
 

@@ -15,6 +15,7 @@ KV_SHARE = 0.35  # of free memory
 STATE_SHARE = 0.1
 TRAIN_SHARE = 0.25
 SNAPSHOT_SHARE = 0.15
+MODEL_SHARE = 0.15
 CPU_KV_TOKENS = 65536  # a CPU cannot use more at its speed
 CPU_TRAIN_TOKENS = 1024  # larger micro-batches gain nothing on a CPU, and a neighbour's token waits for one
 SMALL_MODEL = 50_000_000
@@ -55,7 +56,8 @@ class ModelSizes:
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """What a server may do at once: sequences sampled, tokens cached, tokens trained, bytes of weights to sample from.
+    """What a server may do at once: sequences sampled, tokens cached, tokens trained, bytes of weights to sample
+    from, and of models that train.
 
     A training pass of more than `kept_tokens` must not keep all activations.
     """
@@ -65,6 +67,7 @@ class Budgets:
     train_tokens: int
     kept_tokens: int
     snapshot_bytes: int
+    model_bytes: int
 
 
 def running_sequences(state_bytes: int, free_bytes: int, most: int) -> int:

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from tinsmith.demo import tiny_folder
 from tinsmith.engine.loop import Engine
 from tinsmith.models.loading import BaseModel, load_base
+from tinsmith.protocols import ModelSpec
 from tinsmith.sampling.sampler import TorchSampler
 from tinsmith.store import keys, queue, records, tables
 from tinsmith.store.database import Database
@@ -278,19 +279,26 @@ def test_a_model_that_could_not_be_created_says_so_to_every_later_request(bench:
     assert "100000" in (bench.find(f"{model}:0").error or "")
 
 
-def test_models_beyond_the_limit_take_turns_on_the_device_without_a_trace(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bound", ["number", "bytes"])
+def test_models_beyond_the_limit_take_turns_on_the_device_without_a_trace(bound: str, tmp_path: Path) -> None:
     outcomes = []
-    for max_models in (1, 8):
-        bench = Bench(tmp_path / str(max_models), max_models) if (tmp_path / str(max_models)).mkdir() is None else None
-        assert bench is not None
+    for is_bounded in (True, False):
+        (tmp_path / str(is_bounded)).mkdir()
+        bench = Bench(tmp_path / str(is_bounded), 1 if is_bounded and bound == "number" else 8)
+        trainer: Any = bench.engine._trainer
+        if is_bounded and bound == "bytes":
+            trainer._model_bytes = trainer._bytes_of(ModelSpec(4, 1)) + trainer._bytes_of(ModelSpec(8, 1))
         models = [bench.create(name, rank) for name, rank in (("a", 4), ("b", 8), ("c", 0))]
+        most = 0
         for step in range(3):
             for model in models:
                 bench.train(model, [20 + step, 21, 22, 23, 24])
                 bench.train(model, [30, 31 + step, 32])
                 bench.run()
+                most = max(most, len(trainer._models))
             for model in models:
                 bench.step(model)
+        assert most == (3 if not is_bounded else 1 if bound == "number" else 2)
         outcomes.append([bench.logprobs(model) for model in models])
         bench.close()
     for paged, resident in zip(*outcomes, strict=True):

@@ -70,8 +70,9 @@ class Operations:
         record = self._ledger.find_model(model_id)
         if record is None:
             raise NotFoundError(f"no model {model_id}")
-        self._residency.make_room()
-        self._trainer.add(model_id, ModelSpec(**record.spec))
+        spec = ModelSpec(**record.spec)
+        self._residency.make_room(spec)
+        self._trainer.add(model_id, spec)
         self._residency.admit(model_id)
 
     def _load_weights(self, header: Header, request: Request) -> None:
@@ -106,7 +107,7 @@ class Operations:
         adopted = self._trainer.adopt(folder, spare)
         spec = self._trainer.describe(adopted)
         _check_promise(spec, request["promised"], widened=adopted == spare)
-        self._residency.make_room()
+        self._residency.make_room(spec)
         self._trainer.add(header.subject, spec)
         try:
             self._trainer.load(header.subject, adopted, optimizer=False)

@@ -13,7 +13,7 @@ from tinsmith.engine.exports import readable_folder
 from tinsmith.engine.recovery import Recovery
 from tinsmith.errors import NotFoundError, TinsmithError
 from tinsmith.manifests import verify_folder
-from tinsmith.protocols import BASE_SNAPSHOT, Sampler, Trainer, Weights
+from tinsmith.protocols import BASE_SNAPSHOT, ModelSpec, Sampler, Trainer, Weights
 
 if TYPE_CHECKING:
     from tinsmith.store.ledger import Ledger
@@ -27,7 +27,7 @@ LONG_LOG = 64  # operations behind a recovery point; a model that replayed as ma
 class Residency:
     """Keeps at most `max_models` models and `max_snapshots` snapshots on the device.
 
-    Of snapshots also no more than the sampler has memory for. Those made by models that are paged out wait in
+    Of both also no more than there is memory for. Snapshots made by models that are paged out wait in
     `folder`/MODEL/.
     """
 
@@ -77,10 +77,13 @@ class Residency:
         """Notes a model that was just added to the trainer by its first operation."""
         self._models[model_id] = -1
 
-    def make_room(self, wanted: frozenset[str] = frozenset()) -> None:
-        """Pages out models, least recently used first and none of `wanted`, until one more fits."""
+    def make_room(self, spec: ModelSpec, wanted: frozenset[str] = frozenset()) -> None:
+        """Pages out models, least recently used first and none of `wanted`, until one more fits, by number and bytes.
+
+        One alone may be larger than all room.
+        """
         for model_id in list(self._models):
-            if len(self._models) < self._max_models:
+            if len(self._models) < self._max_models and not self._trainer.excess_bytes(spec):
                 return
             if model_id not in wanted:
                 self.page_out(model_id)
@@ -91,7 +94,7 @@ class Residency:
             record = self._ledger.find_model(model_id)
             if record is None or record.state != "ready":
                 raise NotFoundError(f"model {model_id} could not be created, or its session is over")
-            self.make_room(wanted)
+            self.make_room(ModelSpec(**record.spec), wanted)
             self._models[model_id], self._points[model_id] = self._recovery.restore(record, self.publish)
             self._restored += 1
             self._shorten_log(model_id)

@@ -55,15 +55,20 @@ class TorchTrainer:
         micro_batch_datums: int = 0,
         max_adapters: int,
         max_rank: int,
+        model_bytes: int | None = None,
         gradient_checkpointing: bool | int = False,
         deterministic: bool = False,
     ) -> None:
-        """`gradient_checkpointing`: whether backward recomputes the layers; a number: in passes of more rows."""
+        """`gradient_checkpointing`: whether backward recomputes the layers; a number: in passes of more rows.
+
+        Models should take at most `model_bytes` of memory (None: any number); `excess_bytes` says when they take more.
+        """
         self._model = model
         self._budget = micro_batch_tokens
         self._datums = micro_batch_datums
         self._max_adapters = max_adapters
         self._max_rank = max_rank
+        self._model_bytes = model_bytes
         self._deterministic = deterministic
         self._models: dict[str, Trainable] = {}
         self._checkpointing = gradient_checkpointing
@@ -88,6 +93,18 @@ class TorchTrainer:
             self._models[model_id] = Trainable(self._model.new_adapter(spec))
         else:
             self._models[model_id] = Trainable(FullModel(spec, self._model.full_copy(trainable=True)))
+
+    def excess_bytes(self, spec: ModelSpec | None = None) -> int:
+        """By how much the models, and a further one of `spec`, exceed their share of memory."""
+        if self._model_bytes is None:
+            return 0
+        specs = [model.weights.spec for model in self._models.values()] + ([spec] if spec else [])
+        return max(0, sum(map(self._bytes_of, specs)) - self._model_bytes)
+
+    def _bytes_of(self, spec: ModelSpec) -> int:
+        """Weights, gradient and both moments in fp32, and what passes read where that is another copy."""
+        numbers = self._model.layout(spec).total if spec.is_lora else self._model.parameters
+        return numbers * (16 + (0 if self._model.dtype == torch.float32 else self._model.dtype.itemsize))
 
     def drop(self, model_id: str) -> None:
         """Forgets a model; an unknown one is forgotten already."""
