@@ -1,6 +1,7 @@
 """Audit, usage, search, projects, traces, copies and clients of samplers, over HTTP against a canned engine."""
 
 import json
+import os
 import pickle
 import threading
 import time
@@ -132,6 +133,8 @@ def test_what_others_use_is_nobodys_business_but_an_admins(api: Api, session: st
         {"starting_on": "2026-07-13T00:30:00Z"},
         {"starting_on": "2026-07-13T00:00:00"},
         {"starting_on": "2999-07-13T00:00:00Z", "ending_before": "2999-07-14T00:00:00Z"},
+        {"starting_on": "0001-01-01T00:00:00+14:00"},
+        {"ending_before": "9999-12-31T23:00:00-01:00"},
         {"ending_before": "2026-07-01T00:00:00Z"},
     ],
 )
@@ -254,6 +257,15 @@ def test_a_copy_has_the_same_files_and_outlives_its_original(api: Api, session: 
     assert api.post("/optim_step", model_id=run, seq_id=1, adam_params={}).status_code == 410
     assert search(api.http, project_ids=["archive"]) == [run.partition(":")[0]]
     assert copy(api.http, path, destination_project_id="archive").json()["tinker_path"] != path
+
+
+def test_a_copy_touches_no_folder_of_a_session_that_is_not_there(api: Api, session: str, tmp_path: Path) -> None:
+    source = saved(api, api.model(session), tmp_path / "files")
+    outside = tmp_path / "outside"
+    relative = os.path.relpath(outside, api.settings.data_dir / "checkpoints")
+    for place in (f"{outside}/run", f"{relative}/run"):
+        assert copy(api.http, source, session_id=place, model_seq_id=0).status_code == 404
+    assert not outside.exists()
 
 
 def test_a_copy_into_a_session_takes_a_free_run_of_it(api: Api, session: str, tmp_path: Path) -> None:

@@ -148,12 +148,11 @@ def _instant(call: Call, name: str) -> datetime:
     text = call.request.query_params.get(name, "")
     try:
         moment = datetime.fromisoformat(text)
-        whole = moment.tzinfo is not None and moment.timestamp() % usage.HOUR == 0
+        if moment.tzinfo is not None and moment.timestamp() % usage.HOUR == 0:
+            return moment.astimezone(UTC)
     except (ValueError, OverflowError):
-        whole = False
-    if not whole:
-        raise UserError(f"{name} is {text[:80]!r}; it must be a full hour like 2026-07-13T00:00:00Z")
-    return moment.astimezone(UTC)
+        pass
+    raise UserError(f"{name} is {text[:80]!r}; it must be a full hour like 2026-07-13T00:00:00Z")
 
 
 def _day(text: str | None) -> datetime:

@@ -41,6 +41,8 @@ async def copy_weights(call: Call) -> Response:
     token = body.weights_access_token or call.request.headers.get(ACCESS_TOKEN)
     reader = await call.reader(token)
     database = call.services.database
+    if place.project_id is None:  # before anything on disk is called after it
+        await database.read_async(records.require_session, place.session_id, call.owner)
     source = await database.read_async(records.require_checkpoint, str(parse_path(body.source_path)), reader)
     target = CheckpointPath(place.model_id, source.kind, source.name)
     folder = call.services.settings.data_dir / "checkpoints" / place.model_id.replace(":", "_") / SEGMENTS[source.kind]
