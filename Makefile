@@ -11,10 +11,10 @@ export UV_FIND_LINKS := $(PIP_FIND_LINKS)
 # Without compiled modules, each start of a process that uses torch takes ten seconds more.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test compat check format bench proto
+.PHONY: help setup demo test compat recipes check format bench proto
 
 help:
-	@echo "make setup | demo | test | compat | check | format | bench | proto"
+	@echo "make setup | demo | test | compat | recipes | check | format | bench | proto"
 
 setup: .venv/installed
 
@@ -47,6 +47,15 @@ compat: setup
 	done
 	@TINSMITH_TEST_WRITE_COMPATIBILITY=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest \
 	  tests/contract/test_compatibility.py tests/contract/test_sdk_versions.py tests/contract/test_tinker_cli.py
+
+# Every recipe of the cookbook that docs/recipes.md lists, in small, against one server. `make recipes OPTIONS=--write`
+# writes the outcomes into that page.
+recipes: .venv/recipes/installed
+	@OMP_NUM_THREADS=1 $(PYTHON) -m tests.contract.all_recipes $(OPTIONS)
+
+.venv/recipes/installed: tests/contract/recipe_packages.txt .venv/installed
+	@$(UV) --target .venv/recipes --no-deps --requirement $<
+	@touch $@
 
 check: setup
 	.venv/bin/ruff check

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from random import Random
 
@@ -34,7 +34,7 @@ def _write_gsm8k(folder: Path) -> None:
     terms = [(rng.randint(10, 99), rng.randint(10, 99)) for _ in range(DISTINCT_SUMS)]
     rows = [{"question": f"What is {x} + {y}?", "answer": f"{x} + {y} = {x + y}\n#### {x + y}"} for x, y in terms]
     for split, count in (("train", TRAIN), ("test", TEST)):
-        _write_rows(folder / "main" / f"{split}.jsonl", itertools.islice(itertools.cycle(rows), count))
+        write_rows(folder / "main" / f"{split}.jsonl", itertools.islice(itertools.cycle(rows), count))
     (folder / "README.md").write_text(GSM8K_README)
 
 
@@ -42,7 +42,7 @@ def _write_no_robots(folder: Path) -> None:
     """Instructions with replies that the tiny model has not seen: prices in words."""
     for split, count, seed in (("train", TRAIN, 3), ("test", TEST, 4)):
         rng = Random(seed)
-        _write_rows(folder / f"{split}.jsonl", (_instruction(rng, place) for place in range(count)))
+        write_rows(folder / f"{split}.jsonl", (_instruction(rng, place) for place in range(count)))
 
 
 def _instruction(rng: Random, place: int) -> dict[str, object]:
@@ -59,7 +59,7 @@ def _write_preferences(folder: Path) -> None:
         rng = Random(seed)
         rows = [_preference(rng) for _ in range(count)]
         rows[pairs:] = [{"chosen": row["chosen"], "rejected": row["chosen"]} for row in rows[pairs:]]
-        _write_rows(folder / f"{split}.jsonl", rows)
+        write_rows(folder / f"{split}.jsonl", rows)
 
 
 def _preference(rng: Random) -> dict[str, str]:
@@ -67,6 +67,7 @@ def _preference(rng: Random) -> dict[str, str]:
     return {"chosen": f"{asked} Yes", "rejected": f"{asked} No"}
 
 
-def _write_rows(path: Path, rows: Iterable[dict[str, object]] | Iterable[dict[str, str]]) -> None:
+def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """One JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

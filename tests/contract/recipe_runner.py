@@ -1,15 +1,18 @@
 """Runs the cookbook's recipes as `python -m` would, each in a process of its own, and imports their libraries once.
 
-A program: it reads one JSON order a line ({"module", "arguments", "folder", "log"}), forks, lets the child become the
-recipe, and answers with the child's exit code. The recipes themselves are never imported here, only run.
+A program: it reads one JSON order a line ({"module", "arguments", "folder", "input", "log", "path", "seconds"}), forks,
+lets the child become the recipe, and answers with the child's exit code. The recipes themselves are never imported
+here, only run.
 """
 
 import importlib
 import json
 import os
 import runpy
+import signal
 import sys
-from typing import NoReturn
+import time
+from typing import Any, NoReturn
 
 LIBRARIES = (
     "torch",
@@ -32,21 +35,34 @@ def main() -> None:
         order = json.loads(line)
         child = os.fork()
         if child == 0:
-            become(order["module"], order["arguments"], order["folder"], order["log"])
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+            become(order)
+        print(code_of(child, time.monotonic() + order["seconds"]), flush=True)
 
 
-def become(module: str, arguments: list[str], folder: str, log: str) -> NoReturn:
+def code_of(child: int, deadline: float) -> int:
+    """The child's exit code; at the deadline it and all that it started are killed."""
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            os.killpg(child, signal.SIGKILL)
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        time.sleep(0.02)
+
+
+def become(order: dict[str, Any]) -> NoReturn:
     """The recipe's process."""
-    os.chdir(folder)
-    sys.path.insert(0, folder)
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.setpgid(0, 0)
+    os.chdir(order["folder"])
+    sys.path[0:0] = [place for place in (order["folder"], order["path"]) if place]
+    output = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(output, stream)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    os.dup2(os.open(order["input"], os.O_RDONLY), 0)
+    sys.stdin = os.fdopen(0)
+    sys.argv = [order["module"], *order["arguments"]]
+    runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
     raise SystemExit(0)
 
 

@@ -1,66 +1,26 @@
 """The cookbook's recipes, unmodified, run to their ends against the tiny model and learn."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
 import pytest
 
-from tests.contract import recipe_runner
+from tests.contract.cookbook import Cookbook, Metrics, opened_cookbook
 from tests.contract.recipe_data import write_all
 from tinsmith.demo.local_server import LocalServer
 
 pytestmark = [pytest.mark.xdist_group("server"), pytest.mark.timeout(300)]
 
 MODEL = "model_name=Qwen/Qwen3-8B-Base"
-Metrics = list[dict[str, float]]
-
-
-@dataclass
-class Cookbook:
-    """Runs recipes in `folder`, one after the other."""
-
-    runner: subprocess.Popen[str]
-    folder: Path
-
-    def run(self, recipe: str, log_path: str, *arguments: str) -> Metrics:
-        """The metrics that the recipe logged, one entry a step."""
-        log = self.folder / f"{log_path}.log"
-        order = {
-            "module": recipe if recipe.startswith("tests.") else f"tinker_cookbook.recipes.{recipe}",
-            "arguments": [f"log_path={self.folder / log_path}", *arguments],
-            "folder": str(self.folder),
-            "log": str(log),
-        }
-        assert self.runner.stdin is not None
-        assert self.runner.stdout is not None
-        print(json.dumps(order), file=self.runner.stdin, flush=True)
-        code = self.runner.stdout.readline().strip()
-        assert code == "0", f"{recipe} ended with code {code!r}; its output ends:\n{log.read_text()[-4000:]}"
-        lines = (self.folder / log_path / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
 
 
 @pytest.fixture(scope="module")
 def cookbook(server: LocalServer, workplace: Path) -> Iterator[Cookbook]:
     write_all(workplace)
-    environment = os.environ | server.client_environment()
-    environment |= {
-        "HF_HOME": str(workplace / "hub"),
-        "TINKER_COOKBOOK_RUNS_DIR": str(workplace / "runs"),
-        "OMP_NUM_THREADS": "1",
-        "TQDM_DISABLE": "1",
-    }
-    command = [sys.executable, recipe_runner.__file__]
-    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as runner:
-        yield Cookbook(runner, workplace)
-        assert runner.stdin is not None
-        runner.stdin.close()
+    with opened_cookbook(workplace, server.client_environment()) as opened:
+        yield opened
 
 
 def column(metrics: Metrics, name: str) -> list[float]:
