@@ -12,7 +12,7 @@ Legend: N rows of a graph, W blocks of the longest sequence.
 """
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,8 +27,9 @@ from tinsmith.sampling.adapter_tiles import CROWD_ROWS, DECODE_ROWS, AdapterTile
 from tinsmith.sampling.cuda_kernels import RowState, choose_tokens
 from tinsmith.sampling.cuda_layers import CudaLayers, DecodingRows
 from tinsmith.sampling.decoding import LARGEST_INVERSE
+from tinsmith.sampling.flights import Flight
 from tinsmith.sampling.kv_cache import KVCache
-from tinsmith.sampling.requests import NextToken, Sample
+from tinsmith.sampling.requests import Sample
 from tinsmith.sampling.scoring import segments_of
 
 BURST = 8
@@ -107,7 +108,7 @@ class DecodeGraphs:
         """Whether samples that fit are few enough, and of few enough adapters."""
         return len(samples) <= self._sizes[-1] and len({sample.adapter for sample in samples}) <= _MOST_ADAPTERS
 
-    def launch(self, samples: Sequence[Sample], steps: int) -> "Flight":
+    def launch(self, samples: Sequence[Sample], steps: int) -> Flight:
         """Starts a burst of samples that fit together, sorted by snapshot; all have blocks for so many more tokens."""
         rows = next(size for size in self._sizes if size >= len(samples))
         segments = segments_of((sample.adapter, 1) for sample in samples)
@@ -118,13 +119,13 @@ class DecodeGraphs:
         self._load(samples, rows)
         starts = [sample.computed for sample in samples]
         self._load_tables([sample.blocks for sample in samples], rows, max(starts) + steps)
-        return self._fly(samples, starts, steps, rows, step)
+        return self._fly(samples, [sample.blocks for sample in samples], starts, steps, rows, step)
 
-    def can_follow(self, flight: "Flight", steps: int) -> bool:
+    def can_follow(self, flight: Flight, steps: int) -> bool:
         """Whether tables have room for a further burst, also of those of its samples that have ended."""
         return max(flight.starts) + flight.steps + steps <= self._room
 
-    def follow(self, flight: "Flight", alive: Collection[int], steps: int) -> "Flight":
+    def follow(self, flight: Flight, alive: Collection[int], steps: int) -> Flight:
         """Starts the next burst of the same rows, before anybody has seen the tokens of this one.
 
         The samples in the rows `alive` have blocks for both; those in other rows run on in the scratch block.
@@ -134,11 +135,17 @@ class DecodeGraphs:
         self._state.positions_N[len(blocks) : flight.rows].zero_()
         self._state.steps_N.zero_()
         self._load_tables(blocks, flight.rows, max(starts) + steps)
-        return self._fly(flight.samples, starts, steps, flight.rows, flight.step)
+        return self._fly(flight.samples, flight.tables, starts, steps, flight.rows, flight.step)
 
     def _fly(
-        self, samples: Sequence[Sample], starts: list[int], steps: int, rows: int, step: Callable[[], object]
-    ) -> "Flight":
+        self,
+        samples: Sequence[Sample],
+        tables: Sequence[list[int]],
+        starts: list[int],
+        steps: int,
+        rows: int,
+        step: Callable[[], object],
+    ) -> Flight:
         for _ in range(steps):
             step()
         results = (self._state.chosen_Ns[: len(samples), :steps], self._state.logprobs_Ns[: len(samples), :steps])
@@ -147,7 +154,7 @@ class DecodeGraphs:
         if self._model.device.type == "cuda":
             landed = torch.cuda.Event()
             landed.record()
-        return Flight(samples, starts, steps, rows, step, chosen_Ns, logprobs_Ns, landed)
+        return Flight(samples, tables, starts, steps, rows, step, chosen_Ns, logprobs_Ns, landed)
 
     def _choices(self, rows: int) -> list[tuple[int, int]]:
         """Adapters and their rank for which graphs of so many rows are captured; the cheapest first."""
@@ -245,33 +252,6 @@ class DecodeGraphs:
         for row, own in enumerate(blocks):
             table_NW[row, : len(own)] = own
         self._tables_NW[:rows, :width].copy_(host_NW, non_blocking=True)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Flight:
-    """A burst under way: row n continues `samples[n]` from position `starts[n]` on, by so many steps."""
-
-    samples: Sequence[Sample]
-    starts: list[int]
-    steps: int
-    rows: int
-    step: Callable[[], object]
-    chosen_Ns: Tensor
-    logprobs_Ns: Tensor
-    landed: "torch.cuda.Event | None"
-
-    def tokens(self) -> Iterator[tuple[int, NextToken]]:
-        """(the position of the row that gave it, token) of every sample, then of every sample again, and so on.
-
-        Waits for the burst to end.
-        """
-        if self.landed is not None:
-            self.landed.synchronize()
-        tokens, logprobs = self.chosen_Ns.T.tolist(), self.logprobs_Ns.T.tolist()
-        finite = self.logprobs_Ns.isfinite().T.tolist()
-        for step, chosen in enumerate(zip(tokens, logprobs, finite, strict=True)):
-            for sample, start, *new in zip(self.samples, self.starts, *chosen, strict=True):
-                yield start + step, NextToken(sample, *new)
 
 
 def _on_host(part_Ns: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ from tinsmith.sampling.stopping import StopStrings, end_of_sequence_tokens
 from tinsmith.wire.progress import Progress
 
 if TYPE_CHECKING:
-    from tinsmith.sampling.graphs import DecodeGraphs, Flight
+    from tinsmith.sampling.flights import Flight
+    from tinsmith.sampling.graphs import DecodeGraphs
 
 log = logging.getLogger(__name__)
 
@@ -188,8 +189,11 @@ class TorchSampler:
         batches = self._batches()
         new_lanes = PagedRows if self._deterministic else Lanes
         self._lanes = {version: self._lanes.get(version) or new_lanes(self._cache) for version in batches}
+        flight = self._flight
         for version, works in batches.items():
             finished += self._attempt(version, works)
+        if self._flight is flight:  # nobody has gone on from it, so its samples go on without it
+            self._flight = None
         return finished
 
     def warm_up(self, on_progress: Callable[[str], None]) -> None:
@@ -248,8 +252,9 @@ class TorchSampler:
 
     def _attempt(self, version: int, works: list[Work]) -> list[Finished]:
         """Runs works; if the pass breaks, its requests begin again one by one, and fail only if they break alone."""
+        finished: list[Finished] = []
         try:
-            return self._run(works, self._lanes[version])
+            self._run(works, self._lanes[version], finished)
         except Exception as error:  # whatever it was, it must not reach the neighbours
             raise_if_lost(error)
             self._flight = None
@@ -257,24 +262,26 @@ class TorchSampler:
             log.exception("a sampling pass of %d requests broke", len(requests))
             del self._lanes[version]
             if len(requests) == 1:
-                return [self._fail(requests[0], broken(error))]
+                return [*finished, self._fail(requests[0], broken(error))]
             for request in requests:
                 request.suspect = True
                 for sample in request.samples:
                     if sample.key in self._seats.running:
                         self._seats.suspend(sample)
-            return []
+        return finished
 
-    def _run(self, works: list[Work], lanes: Lanes | PagedRows) -> list[Finished]:
+    def _run(self, works: list[Work], lanes: Lanes | PagedRows, finished: list[Finished]) -> None:
+        """Adds to `finished` as it goes: who has ended has ended, also if the rest breaks."""
         cuda = self._cuda if works[0].sample.request.snapshot.module is None else None
-        burst = cuda.burst(works) if cuda else []
-        others = [work for work in works if work not in burst] if burst else works
+        burst = [work.sample for work in cuda.burst(works)] if cuda else []
+        decoding = {sample.key for sample in burst}
+        others = [work for work in works if work.sample.key not in decoding]
         arithmetic = RowInvariance() if self._deterministic else nullcontext()
         with torch.inference_mode(), arithmetic:
-            finished = self._pass(others, lanes) if others else []
+            if others:
+                finished += self._pass(others, lanes)
             if cuda and burst:
-                finished += self._burst([work.sample for work in burst], cuda.graphs)
-        return finished
+                finished += self._burst(burst, cuda.graphs)
 
     def _pass(self, works: list[Work], lanes: Lanes | PagedRows) -> list[Finished]:
         """The works' rows through the model, and a token for every sample that has no rows left."""
@@ -303,20 +310,14 @@ class TorchSampler:
             flight = graphs.launch(samples, steps)
         if not prompts_wait:
             self._flight = self._next_flight(flight, samples, graphs)
-        return self._accept(self._counted(flight.tokens()))
+        return self._accept(self._counted(flight))
 
     def _next_flight(self, flight: "Flight", samples: Sequence[Sample], graphs: "DecodeGraphs") -> "Flight | None":
         """What follows, if hardly any sample has its last token in this one, and nobody has joined since."""
         steps = flight.steps
-        alive = {
-            row: sample
-            for row, (sample, start) in enumerate(zip(flight.samples, flight.starts, strict=True))
-            if sample.key in self._seats.running
-            and sample.computed == start
-            and sample.request.limit - len(sample.tokens) > steps
-        }
-        going = [sample for sample in samples if sample.request.limit - len(sample.tokens) > steps]
-        joined = {sample.key for sample in going} - {sample.key for sample in alive.values()}
+        aboard = flight.aboard()
+        alive = {row: sample for row, sample in aboard.items() if sample.request.limit - len(sample.tokens) > steps}
+        joined = {sample.key for sample in samples} - {sample.key for sample in aboard.values()}
         if joined or not scheduling.worth_going_on(len(alive), len(flight.samples)):
             return None
         growth = sum(self._seats.growth(sample, 2 * steps) for sample in alive.values())
@@ -325,10 +326,11 @@ class TorchSampler:
         self._seats.make_room(list(alive.values()), 2 * steps)
         return graphs.follow(flight, alive.keys(), steps)
 
-    def _counted(self, chosen: Iterator[tuple[int, NextToken]]) -> Iterator[NextToken]:
+    def _counted(self, flight: "Flight") -> Iterator[NextToken]:
         """Counts the rows before tokens; drops those of samples that have ended or begun again meanwhile."""
-        for position, new in chosen:
-            if new.sample.key in self._seats.running and new.sample.computed == position:
+        aboard = {sample.key for sample in flight.aboard().values()}
+        for new in flight.tokens():
+            if new.sample.key in aboard and new.sample.key in self._seats.running:
                 self._seats.advance(new.sample, 1)
                 yield new
 
