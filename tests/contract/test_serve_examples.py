@@ -35,6 +35,14 @@ def test_the_quick_start_teaches_what_it_says(server: LocalServer) -> None:
 
 
 @ON_THE_SERVER
+def test_the_first_loop_of_the_readme_learns(server: LocalServer) -> None:
+    (code,) = re.findall(r"```python\n(import tinker.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    losses = [float(line) for line in run(server, "-c", code).split()]
+    assert len(losses) == 20
+    assert losses[-1] < 0.3 * losses[0]
+
+
+@ON_THE_SERVER
 def test_the_supervised_example_learns(server: LocalServer) -> None:
     output = run(server, str(ROOT / "examples/sl_loop.py"), "--steps", "15")
     losses = [float(text) for text in re.findall(r"loss per token ([\d.]+)", output)]
