@@ -2,8 +2,10 @@
 
 import errno
 import json
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,31 @@ def test_a_file_larger_than_an_adapter_can_be_is_refused(api: Api, monkeypatch: 
     assert put(small["urls"]["adapter_model.safetensors"], b"x" * 1000).status_code == 200
     folder = api.settings.data_dir / "uploads" / small["upload_id"]
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_model.safetensors", "upload.json"]
+
+
+def test_a_file_is_taken_from_one_sender_at_a_time(api: Api) -> None:
+    begun = start(api)
+    url = begun["urls"]["adapter_model.safetensors"]
+    folder = api.settings.data_dir / "uploads" / begun["upload_id"]
+    started, go_on = threading.Event(), threading.Event()
+
+    def slowly() -> Iterator[bytes]:
+        yield b"first"
+        started.set()
+        go_on.wait(20)
+        yield b"last"
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(lambda: httpx.put(url, content=slowly(), trust_env=False))
+        assert started.wait(20)
+        while not list(folder.glob(".*")):
+            time.sleep(0.01)
+        second = put(url, b"another")
+        assert second.status_code == 429 and "retry-after" in second.headers
+        go_on.set()
+        assert first.result().status_code == 200
+    assert [file.read_bytes() for file in folder.glob("*safetensors")] == [b"firstlast"]
+    assert put(url, b"another").status_code == 200
 
 
 def test_an_upload_ends_with_its_time(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,7 @@ class Services:
     presence: Presence
 
     bases: dict[tuple[str, str], str] = field(default_factory=dict)  # (model or sampler, owner) → base, as it was found
+    arriving: set[str] = field(default_factory=set)  # addresses to which a file is being uploaded
     registry: CollectorRegistry = field(default_factory=new_registry)
 
     def limits(self, base: str) -> Limits:

@@ -26,6 +26,7 @@ from tinsmith.api.signing import read_token, sign
 from tinsmith.api.submission import json_draft
 from tinsmith.api.training import create_with_job
 from tinsmith.errors import (
+    BusyError,
     GoneError,
     LimitError,
     NotFoundError,
@@ -42,6 +43,8 @@ FILES = "/uploads"
 LIFETIME_SECONDS = 3600.0
 MOST_OPEN = 8
 """Uploads that an owner may have begun and not finished."""
+
+RETRY_SECONDS = 2.0
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _CONFIG_BYTES = 2**20
@@ -150,6 +153,17 @@ async def put(services: Services, request: Request) -> Response:
     upload = await run_in_threadpool(_find, services, upload_id)
     if upload.expires < time.time():
         raise GoneError("this address has expired; start another upload")
+    if token in services.arriving:
+        raise BusyError("this file is being sent already; wait for its end", RETRY_SECONDS)
+    services.arriving.add(token)
+    try:
+        await _store(services, request, upload, name)
+    finally:
+        services.arriving.discard(token)
+    return answer({})
+
+
+async def _store(services: Services, request: Request, upload: Upload, name: str) -> None:
     target = _root(services) / upload.id / name
     draft = target.with_name(f".{name}.{secrets.token_hex(4)}")
     try:
@@ -159,7 +173,6 @@ async def put(services: Services, request: Request) -> Response:
         raise _unwritten(error) from error
     finally:
         await run_in_threadpool(draft.unlink, missing_ok=True)
-    return answer({})
 
 
 def _unwritten(error: OSError) -> TinsmithError:
