@@ -7,8 +7,9 @@ from statistics import mean
 
 import pytest
 
+from tests.contract.all_recipes import outcome_of, prepare
 from tests.contract.cookbook import Cookbook, Metrics, opened_cookbook
-from tests.contract.recipe_data import write_all
+from tests.contract.recipe_list import RECIPES
 from tinsmith.demo.local_server import LocalServer
 
 pytestmark = [pytest.mark.xdist_group("server"), pytest.mark.timeout(300)]
@@ -18,7 +19,7 @@ MODEL = "model_name=Qwen/Qwen3-8B-Base"
 
 @pytest.fixture(scope="module")
 def cookbook(server: LocalServer, workplace: Path) -> Iterator[Cookbook]:
-    write_all(workplace)
+    prepare(workplace)
     with opened_cookbook(workplace, server.client_environment()) as opened:
         yield opened
 
@@ -88,3 +89,10 @@ def test_off_policy_distillation_learns_the_teachers_likeliest_tokens(cookbook: 
     losses = column(metrics, "train/loss:sum")
     assert len(losses) == 5
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["sdft", "decisions-forecasting"])
+def test_recipes_of_the_page_make_their_steps(cookbook: Cookbook, name: str) -> None:
+    recipe = next(recipe for recipe in RECIPES if recipe.name == name)
+    outcome = outcome_of(cookbook, recipe)
+    assert not outcome.failure, f"{outcome.words}; its output ends:\n{outcome.failure}"
