@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 
 from tinsmith.errors import ConfigError
-from tinsmith.store import migrations, tables, trying
+from tinsmith.store import migrations, queue, records, tables, trying
 from tinsmith.store.database import Database
 
 
@@ -97,3 +99,45 @@ def test_a_damaged_file_is_found_unless_it_is_too_large_to_read(sqlite_url: str)
     assert database.read(trying.damage, 2**40)
     assert database.read(trying.damage, 1000) == ""
     database.close()
+
+
+def test_what_an_older_version_kept_is_there_after_the_upgrade(database_url: str) -> None:
+    def become_old(conn: sa.Connection) -> None:
+        config = Config(attributes={"connection": conn})
+        config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+        command.upgrade(config, "0002")
+        for statement in OLD_ROWS:
+            conn.execute(sa.text(statement.replace("BYTES", "BLOB" if conn.dialect.name == "sqlite" else "BYTEA")))
+
+    def found(conn: sa.Connection) -> tuple[object, ...]:
+        engine = records.find_engine(conn, "b")
+        checkpoint = records.find_checkpoint(conn, PATH)
+        future = queue.find(conn, "s:train:0:0")
+        [header] = queue.claim(conn, "b", "e", 9)
+        stored = conn.execute(sa.select(tables.storage.c.owner, tables.storage.c.session_id, tables.storage.c.until))
+        assert engine is not None and checkpoint is not None and future is not None
+        bodies = queue.payloads(conn, [header.number])
+        return engine.starts, checkpoint.size_bytes, future.trace, bodies[header.number], [tuple(row) for row in stored]
+
+    database = Database(database_url)
+    database.write(become_old)
+    database.migrate()
+    assert database.write(found) == (1, 7, None, b"body", [("me", "s", None)])
+    assert database.write(lambda conn: records.delete_checkpoint(conn, PATH)).size_bytes == 7
+    database.close()
+
+
+PATH = "tinker://s:train:0/weights/x"
+OLD_ROWS = (
+    "INSERT INTO sessions (id, owner, state, tags, user_metadata, sdk_version, created_at, seen_at)"
+    " VALUES ('s', 'me', 'open', '[]', '{}', '1', 1, 1)",
+    "INSERT INTO models (id, session_id, owner, base, base_name, spec, user_metadata, state, created_at, used_at)"
+    " VALUES ('s:train:0', 's', 'me', 'b', 'B', '{}', '{}', 'ready', 1, 1)",
+    "INSERT INTO jobs (subject, seq, kind, owner, base, tokens, state, created_at)"
+    " VALUES ('s:train:0', 0, 'create_model', 'me', 'b', 0, 'queued', 1)",
+    "INSERT INTO payloads (number, body) SELECT number, CAST('body' AS BYTES) FROM jobs",
+    "INSERT INTO checkpoints (path, model_id, kind, name, owner, base, base_name, spec, folder, size_bytes, public,"
+    f" user_metadata, created_at) VALUES ('{PATH}', 's:train:0', 'training', 'x', 'me', 'b', 'B', '{{}}', '/x', 7,"
+    " FALSE, '{}', 1)",
+    "INSERT INTO engines (base, id, pid, state, progress, beat_at) VALUES ('b', 'e', 1, 'ready', '', 1)",
+)
