@@ -98,6 +98,20 @@ def test_what_accepted_requests_wait_for_is_let_in_however_full_it_is(api: Api) 
     assert ended(api, step(api, model, 3 + MOST_EACH)) == 200, "what was refused has kept its place"
 
 
+def test_who_sends_the_last_ones_first_gets_twice_as_much_in_and_no_more(api: Api) -> None:
+    model, last = api.model(api.session()), 3 * MOST_EACH
+    assert ended(api, step(api, model, 1)) == 200
+    with api.engine.working:
+        first = step(api, model, last)
+        answers = [step(api, model, seq) for seq in reversed(range(2, last))]
+        statuses = [answer.status_code for answer in answers]
+        assert first.status_code == 200 and 429 in statuses
+        taken = [first, *(answer for answer in answers if answer.status_code == 200)]
+        assert MOST_EACH < len(taken) <= 2 * MOST_EACH
+        assert step(api, model, last).json() == first.json(), "a retry of an accepted one is no new request"
+    api.post(f"/sessions/{model.partition(':')[0]}/finish", reason={"type": "success"})
+
+
 def test_bytes_are_bounded_too_but_anything_may_come_alone(api: Api) -> None:
     model = api.model(api.session())
     assert ended(api, step(api, model, 1)) == 200

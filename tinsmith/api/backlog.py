@@ -2,7 +2,8 @@
 
 The database knows how many there are. It is asked when a quarter of what was free then has been taken since, and once
 the bounds are reached; in between, what this process accepts is added. So several API processes together may exceed
-the bounds by a quarter of their room each. A request that accepted ones wait for is always let in: it makes room.
+the bounds by a quarter of their room each. A request that accepted ones wait for is let in up to twice the bounds: it
+makes room, and whoever sends the last ones first gets no more than that.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from tinsmith.store.database import Database
 
 RETRY_SECONDS = 2.0
 _LOOK_SECONDS = 0.25  # between two looks, at least
+_OVERDRAFT = 2  # times the bounds, for what accepted requests wait for
 _TRUSTED = 4  # a look is good until this part of what was free has been taken
 
 
@@ -38,9 +40,18 @@ class Backlog:
         if self._is_doubtful(owner, new):
             await self._look()
         full = self._full(owner, new)
-        if full and not await self._database.read_async(backlog.is_due, subject, seq, ordered=ordered):
+        if full and not await self._is_due(owner, subject, seq, new, ordered=ordered):
             raise BusyError(f"{full}; try again in {RETRY_SECONDS:g} s", RETRY_SECONDS)
         self._added[owner] = self._added.get(owner, Amount()) + new
+
+    async def _is_due(self, owner: str, subject: str, seq: int, new: Amount, *, ordered: bool) -> bool:
+        """Whether the request was accepted before, or accepted ones wait for it and it is not far too much."""
+        read = self._database.read_async
+        if await read(backlog.is_due, subject, seq, ordered=False):
+            return True
+        if not ordered or self._full(owner, new, _OVERDRAFT):
+            return False
+        return await read(backlog.is_due, subject, seq, ordered=True)
 
     def _is_doubtful(self, owner: str, new: Amount) -> bool:
         if time.monotonic() - self._looked_at < _LOOK_SECONDS:
@@ -63,14 +74,14 @@ class Backlog:
         self._added = {}
         self._known = await self._database.read_async(backlog.outstanding)
 
-    def _full(self, owner: str, new: Amount) -> str:
-        """What there would be too much of; empty if nothing."""
+    def _full(self, owner: str, new: Amount, times: int = 1) -> str:
+        """What there would be too much of, with so many times the bounds; empty if nothing."""
         mine = self._known.get(owner, Amount()) + self._added.get(owner, Amount())
         everything = _total(self._known) + _total(self._added)
         for whose, have, most in (("this key has", mine, self._most_each), ("there are", everything, self._most)):
-            if have.requests + new.requests > most.requests:
+            if have.requests + new.requests > most.requests * times:
                 return f"{whose} {have.requests} requests under way, of at most {most.requests}"
-            if have.size and have.size + new.size > most.size:
+            if have.size and have.size + new.size > most.size * times:
                 return f"{whose} requests of {have.size} bytes under way, of at most {most.size}"
         return ""
 
