@@ -45,6 +45,13 @@ def main() -> int:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--keep", type=Path)
     asked = parser.parse_args()
+    unknown = set(asked.names) - {recipe.name for recipe in RECIPES}
+    if unknown:
+        parser.error(
+            f"no recipe is called {', '.join(sorted(unknown))}; there are {', '.join(r.name for r in RECIPES)}"
+        )
+    if asked.names and asked.write:
+        parser.error("--write is for a run of all recipes: the page's table is made anew")
     chosen = [recipe for recipe in RECIPES if recipe.name in asked.names or not asked.names]
     os.environ |= CLIENT_ENVIRONMENT
     with ExitStack() as stack:
