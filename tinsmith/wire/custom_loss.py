@@ -18,6 +18,7 @@ MAX_METRICS = 64
 MAX_VALUES = 4096  # numbers and references in the arguments of a whole graph
 MAX_DEPTH = 6
 MAX_NUMBER = 2**53
+MAX_DEVICE = 32  # characters of a device's name, whatever it is
 
 _METRIC = re.compile(r"custom/[a-z0-9_./-]{1,64}:(sum|mean)")
 _IN_CLIENT = "; a plain function, given to forward_backward_custom without create_custom_loss, runs in the client"
@@ -94,10 +95,12 @@ class _Check:
         self._values = 0
 
     def node(self, node: Node) -> None:
-        if node.op == "output":
-            self._output(node)
-        elif node.op != "placeholder":
+        if node.op not in ("output", "placeholder"):
             self._operation(node)
+        elif node.kwargs or (node.args and node.op == "placeholder"):
+            raise UserError(f"{node.op} {node.name!r} of the custom loss has arguments that mean nothing there")
+        elif node.op == "output":
+            self._output(node)
         if node.name in self._known:
             raise UserError(f"two nodes of the custom loss are called {node.name!r}")
         self._known.add(node.name)
@@ -146,7 +149,7 @@ class _Check:
             (tag == "float" and content in _FLOATS)
             or (tag == "dtype" and content in DTYPES)
             or (tag == "ellipsis" and content is True)
-            or (tag == "device" and isinstance(content, str))
+            or (tag == "device" and isinstance(content, str) and len(content) <= MAX_DEVICE)
         ):
             raise UserError(f"a custom loss cannot use {str(value)[:200]} as an argument{_IN_CLIENT}")
 
