@@ -185,6 +185,17 @@ def test_a_sample_given_up_by_a_ring_that_was_lost_is_found_by_house_keeping(ben
     assert bench.engine._sampling._sampler.load == 0
 
 
+def test_a_sample_given_up_before_it_began_may_be_forgotten_meanwhile(bench: Bench) -> None:
+    sampler = bench.sampler("base", "base", None)
+    given_up, other = (ask(bench, sampler, seq) for seq in range(2))
+    bench.engine._claim()
+    bench.database.write(queue.give_up, sampler, 0)
+    while bench.engine._ledger.prune(time.time()):  # as another engine on the database would
+        pass
+    bench.run()
+    assert states(bench, [given_up, other]) == ["expired", "done"]
+
+
 # Snapshots
 
 

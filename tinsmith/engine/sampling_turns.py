@@ -138,6 +138,8 @@ class SamplingTurns:
         bodies = self._ledger.payloads(headers)
         failures = []
         for header in headers:
+            if header.number not in bodies:  # given up before it began, and its payload deleted
+                continue
             error = attempt(self._trials, header, partial(self._submit, header, bodies[header.number]))
             if error is not None:
                 failures.append((header, failed(header, error)))
