@@ -16,6 +16,7 @@ from tinsmith.demo import tiny_folder
 from tinsmith.errors import ConfigError, UserError
 from tinsmith.models.loading import BaseModel, load_base
 from tinsmith.protocols import ModelSpec
+from tinsmith.served import Served
 from tinsmith.training.trainer import TorchTrainer
 
 SOURCES = sorted(Path(tinsmith.__file__).parent.rglob("*.py"))
@@ -88,19 +89,35 @@ def test_pickles_in_a_checkpoint_are_left_alone(tmp_path: Path, optimizer: bool)
     assert not (tmp_path / "mark").exists()
 
 
-@pytest.mark.parametrize("word", ["trust_remote_code", "torch.load", "pickle", "weights_only"])
+@pytest.mark.parametrize("word", ["torch.load", "pickle", "weights_only"])
 def test_no_source_names_a_way_to_run_what_it_loads(word: str) -> None:
     assert [path for path in SOURCES if word in path.read_text()] == []
 
 
-def test_every_model_is_asked_for_as_safetensors() -> None:
-    calls = [
+def calls_of(*endings: str) -> list[ast.Call]:
+    return [
         node
         for path in SOURCES
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".from_pretrained")
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(endings)
     ]
-    models = [call for call in calls if "Tokenizer" not in ast.unparse(call.func)]
+
+
+def test_every_model_is_asked_for_as_safetensors() -> None:
+    models = [call for call in calls_of(".from_pretrained") if "Model" in ast.unparse(call.func)]
     assert models
     for call in models:
         assert "use_safetensors=True" in ast.unparse(call)
+
+
+def test_code_that_comes_with_a_model_runs_only_where_somebody_has_said_so() -> None:
+    given = [
+        keyword
+        for call in calls_of(".from_pretrained", ".from_config")
+        for keyword in call.keywords
+        if keyword.arg == "trust_remote_code"
+    ]
+    assert given
+    for keyword in given:
+        assert ast.unparse(keyword.value).split(".")[-1] == "trust_remote_code", ast.unparse(keyword.value)
+    assert Served("m", "m").trust_remote_code is False
