@@ -4,7 +4,6 @@ What is written is complete or not there: it is filled in a folder beside its pl
 """
 
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from tinsmith.engine.exports import readable_folder
 from tinsmith.errors import ConfigError, UserError
+from tinsmith.manifests import sync
 from tinsmith.model_files import model_folder
 from tinsmith.served import Served, base_of
 
@@ -105,19 +105,11 @@ def new_folder(out: Path) -> Iterator[Path]:
     try:
         yield draft
         for path in (*draft.iterdir(), draft):
-            _sync(path)
+            sync(path)
         draft.rename(out)
-        _sync(out.parent)
+        sync(out.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _adapter_card(source: Source, folder: Path, form: str) -> str:

@@ -6,6 +6,7 @@ the files.
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from tinsmith.errors import TinsmithError
@@ -47,3 +48,12 @@ def writer_of(folder: Path) -> str:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Has a file, or what a folder says of its files, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

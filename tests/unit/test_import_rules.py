@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "backend_config": {"errors"},
     "cli": {"errors", "config", "backend_config", "commands", "serve"},
     "importing": {"errors", "models.peft_format"},
-    "exporting": {"errors", "served", "model_files", "models", "engine.exports"},
+    "exporting": {"errors", "manifests", "served", "model_files", "models", "engine.exports"},
     "doctor": {"errors", "config", "served", "model_files", "sizing", "store"},
     "bench": {"protocols", "wire.packing"},
     "commands": {

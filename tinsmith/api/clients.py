@@ -1,11 +1,11 @@
 """Clients that share a sampler: a number for each of them, and news of the ends of all its samples at once."""
 
-import asyncio
 import time
 
 from starlette.responses import Response
 
 from tinsmith.api.calls import Call, answer
+from tinsmith.api.waiting import wait_for_ring
 from tinsmith.store import clients, completions, records
 from tinsmith.wire import accounts
 
@@ -41,7 +41,7 @@ async def retrieve_futures(call: Call) -> Response:
             remaining = deadline - time.monotonic()
             if ends or remaining <= 0:
                 return answer(_told(ends, body.prev_cursor))
-            await _wait(rung, min(_LOOK_SECONDS, remaining))
+            await wait_for_ring(rung, min(_LOOK_SECONDS, remaining))
 
 
 def _told(ends: list[completions.End], cursor: int) -> accounts.RetrieveFuturesResponse:
@@ -51,11 +51,3 @@ def _told(ends: list[completions.End], cursor: int) -> accounts.RetrieveFuturesR
     if ends:
         cursor = max(cursor, int(ends[-1].finished_at * _SECOND) + 1)
     return accounts.RetrieveFuturesResponse(told, cursor)
-
-
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return

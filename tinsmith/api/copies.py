@@ -19,6 +19,7 @@ from tinsmith.api.calls import Call, answer
 from tinsmith.api.paths import SEGMENTS, CheckpointPath, parse_path
 from tinsmith.api.submission import require_open_session
 from tinsmith.errors import NotFoundError, UserError
+from tinsmith.manifests import sync
 from tinsmith.store import audit, keys, records
 from tinsmith.wire import accounts
 
@@ -85,9 +86,7 @@ def _link(source: Path, target: Path) -> None:
     try:
         for file in sorted(source.iterdir()):
             os.link(file, draft / file.name)
-        descriptor = os.open(draft, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        sync(draft)
         draft.rename(target)
     except FileNotFoundError:
         shutil.rmtree(draft, ignore_errors=True)

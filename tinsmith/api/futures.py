@@ -1,6 +1,5 @@
 """retrieve_future: holds the request until its job has ended, then gives the result in the form its kind has."""
 
-import asyncio
 import logging
 import time
 
@@ -9,6 +8,7 @@ from starlette.responses import Response
 from tinsmith.api.bodies import compute
 from tinsmith.api.calls import Call, answer
 from tinsmith.api.observation import answer_for
+from tinsmith.api.waiting import wait_for_ring
 from tinsmith.errors import GoneError, NotFoundError
 from tinsmith.observe import REQUESTS, note
 from tinsmith.store import backlog, queue
@@ -51,16 +51,8 @@ async def ended(call: Call, request_id: str) -> Future | None:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 return None
-            await _wait(rung, min(patience, remaining))
+            await wait_for_ring(rung, min(patience, remaining))
             patience = min(2 * patience, _LONGEST_LOOK_SECONDS)
-
-
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return
 
 
 def _result(future: Future) -> Response:

@@ -66,3 +66,12 @@ class Waiters:
             for key in (request_id, request_id.rpartition(":")[0]):
                 for event in self._events.get(key, ()):
                     event.set()
+
+
+async def wait_for_ring(event: asyncio.Event, seconds: float) -> None:
+    """Returns when the event is set, or after so many seconds."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return

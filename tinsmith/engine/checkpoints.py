@@ -1,7 +1,6 @@
 """Folders of weights on disk: written beside their place, sealed, fsynced, renamed into it, then never changed."""
 
 import errno
-import os
 import re
 import secrets
 import shutil
@@ -9,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tinsmith.errors import TinsmithError
-from tinsmith.manifests import seal_folder, writer_of
+from tinsmith.manifests import seal_folder, sync, writer_of
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -42,10 +41,10 @@ def _write_folder(target: Path, fill: Callable[[Path], None], written_by: str) -
         fill(temporary)
         seal_folder(temporary, written_by)
         for path in temporary.iterdir():
-            _sync(path)
-        _sync(temporary)
+            sync(path)
+        sync(temporary)
         temporary.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -57,7 +56,7 @@ def _make_folder(folder: Path) -> None:
     if not folder.is_dir():
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        _sync(folder.parent)
+        sync(folder.parent)
 
 
 def remove_folder(folder: Path) -> None:
@@ -100,11 +99,3 @@ def _is_full(error: Exception) -> bool:
         return error.errno in _FULL
     words = re.search(r"os error (\d+)", str(error))
     return words is not None and int(words[1]) in _FULL
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
