@@ -7,13 +7,12 @@ import threading
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.unit.test_engine import Bench, embedded
-from tests.unit.test_trials import CURSED, ask, failure
+from tests.unit.test_engine import Bench
+from tests.unit.test_trials import CURSED, ask, cursed_token, failure
 from tinsmith.config import Settings
 from tinsmith.engine.trials import Trials
 from tinsmith.lost_device import DeviceLostError, raise_if_lost
@@ -84,13 +83,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 @pytest.fixture
 def broken_kernel() -> Iterator[None]:
     """A token after which every call on the device fails, until the process ends."""
-
-    def fail(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if (inputs[0] == CURSED).any():
-            raise torch.AcceleratorError(ASSERTED)
-
-    module: Any = embedded()[0].module
-    with module.get_input_embeddings().register_forward_pre_hook(fail):
+    with cursed_token(lambda: torch.AcceleratorError(ASSERTED)):
         yield
 
 

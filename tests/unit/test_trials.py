@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,22 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     bench.close()
 
 
-@pytest.fixture
-def curse() -> Iterator[None]:
-    def kill(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+@contextmanager
+def cursed_token(error: Callable[[], BaseException]) -> Iterator[None]:
+    """Every pass of the embedded model in which `CURSED` comes raises what `error` makes."""
+
+    def fail(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         if (inputs[0] == CURSED).any():
-            raise EngineDied
+            raise error()
 
     module: Any = embedded()[0].module
-    with module.get_input_embeddings().register_forward_pre_hook(kill):
+    with module.get_input_embeddings().register_forward_pre_hook(fail):
+        yield
+
+
+@pytest.fixture
+def curse() -> Iterator[None]:
+    with cursed_token(EngineDied):
         yield
 
 
