@@ -82,7 +82,7 @@ def test_all_adapters_at_once_are_each_in_turn(number: int) -> None:
     kept = in_turn.add(chosen, x, expected)
     in_turn.backward(chosen, x, dy, dx, kept)
     expected_gradients = gradients(segments)
-    table = AdapterTable(segments, AdapterPlaces(GROUPS), DEVICE)
+    table = AdapterTable(segments, AdapterPlaces([group.linears for group in GROUPS]), DEVICE)
     inner, dinner = table.inner_of_inputs(chosen, x), table.inner_of_gradient(chosen, dy)
     check(table.outputs(chosen, inner, base), expected)
     check(table.gradient_of_inputs(chosen, dinner), dx)
@@ -94,7 +94,7 @@ def test_all_adapters_at_once_are_each_in_turn(number: int) -> None:
 def test_gate_and_up_with_their_adapters() -> None:
     segments, (gate_up, down) = tenants(), GROUPS[1:]
     rows = segments[-1].end
-    table = AdapterTable(segments, AdapterPlaces(GROUPS), DEVICE)
+    table = AdapterTable(segments, AdapterPlaces([group.linears for group in GROUPS]), DEVICE)
     plain, dout, dy = random(rows, 2 * WIDTH), random(rows, WIDTH), random(rows, INPUTS)
     inner, down_dinner = table.inner_of_inputs(gate_up, random(rows, INPUTS)), table.inner_of_gradient(down, dy)
     whole = table.outputs(gate_up, inner, plain).requires_grad_()

@@ -38,9 +38,12 @@ _SWIGLU_BACKWARD = Kernel(kernels.adapted_swiglu_backward, stages=2)
 class AdapterPlaces:
     """Where in an adapter's flat buffer the matrices of each group lie, for every layout."""
 
-    def __init__(self, groups: Sequence[LinearGroup]) -> None:
-        self._groups = [group.linears for group in groups]
-        self.numbers = {group.linears: number for number, group in enumerate(groups)}
+    def __init__(self, groups: Sequence[tuple[int, ...]]) -> None:
+        """`groups` has the indices of each group's linear layers; `numbers` says which group is which."""
+        if any(len(linears) > _MOST_LAYERS for linears in groups):
+            raise ValueError(f"a group has more than {_MOST_LAYERS} linear layers")
+        self._groups = list(groups)
+        self.numbers = {linears: number for number, linears in enumerate(groups)}
         self._known: dict[AdapterLayout, np.ndarray] = {}
 
     def of(self, layout: AdapterLayout) -> np.ndarray:

@@ -53,7 +53,7 @@ class FusedLayers:
         self._rotary = module.model.rotary_emb
         self._norm = module.model.norm
         self._layers = [_Layer(layer, scale) for layer, scale in zip(module.model.layers, scalings, strict=True)]
-        self._places = AdapterPlaces([group for layer in self._layers for group in layer.groups])
+        self._places = AdapterPlaces([group.linears for layer in self._layers for group in layer.groups])
         self._attention = AttentionChoice()
         self.recomputes = False
 
