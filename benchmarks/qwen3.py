@@ -32,6 +32,7 @@ class Sizes:
 SMALL = Sizes(512, 4, 1536, 4096, heads=8, kv_heads=4, head_dim=64)
 QWEN3_0_6B = Sizes(1024, 28, 3072, 151_936, heads=16, kv_heads=8, head_dim=128)
 QWEN3_4B = Sizes(2560, 36, 9728, 151_936, heads=32, kv_heads=8, head_dim=128)
+SHAPES = {"0.6b": QWEN3_0_6B, "4b": QWEN3_4B}
 
 
 def write_model(folder: Path, sizes: Sizes, dtype: torch.dtype) -> Path:
@@ -42,15 +43,20 @@ def write_model(folder: Path, sizes: Sizes, dtype: torch.dtype) -> Path:
 
 def random_base(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> BaseModel:
     """A base model with random weights and tied embeddings, made where it is used; it has no folder."""
+    module = random_module(sizes, dtype, device).eval().requires_grad_(False)
+    module.set_attn_implementation(IMPLEMENTATION)
+    return BaseModel("random", module, find_targets(module), device)
+
+
+def random_module(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Qwen3ForCausalLM:
+    """The same model as transformers makes it."""
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     with device:
         module = Qwen3ForCausalLM(_config(sizes, tied=True))
     torch.set_default_dtype(default)
-    module.eval().requires_grad_(False)
-    module.set_attn_implementation(IMPLEMENTATION)
-    return BaseModel("random", module, find_targets(module), device)
+    return module
 
 
 def _config(sizes: Sizes, *, tied: bool) -> Qwen3Config:

@@ -20,15 +20,15 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.qwen3 import QWEN3_0_6B, QWEN3_4B, Sizes, random_base
+from benchmarks.qwen3 import SHAPES, Sizes, random_base
 from benchmarks.recording import Row, record
+from tinsmith.bench import seconds_to_answer
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.weights import LoraWeights
 from tinsmith.protocols import ModelSpec, SnapshotCall
 from tinsmith.sampling.sampler import TorchSampler
 from tinsmith.wire.packing import SampleCall
 
-SHAPES = {"0.6b": QWEN3_0_6B, "4b": QWEN3_4B}
 ADAPTERS, RANK = 8, 32
 GOALS = {
     "sampling 4b lora8": "20000",
@@ -142,15 +142,7 @@ class Bench:
 
     def _run(self, calls: Sequence[SnapshotCall]) -> float:
         torch.cuda.synchronize()
-        started = time.perf_counter()
-        for call in calls:
-            self._sampler.submit(call)
-        while self._sampler.load:
-            for finished in self._sampler.step():
-                if isinstance(finished.output, Exception):
-                    raise finished.output
-        torch.cuda.synchronize()
-        return time.perf_counter() - started
+        return seconds_to_answer(self._sampler, calls)
 
     def profile(self, path: Path) -> None:
         """Kernels by time of a stretch of decoding 256 rows with adapters."""

@@ -19,25 +19,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.qwen3 import milliseconds
+from benchmarks.qwen3 import SHAPES, milliseconds, random_base, random_module
 from benchmarks.recording import Row, record
-from tinsmith.models.attention import IMPLEMENTATION
-from tinsmith.models.families import find_targets
+from tinsmith.bench import random_lesson
 from tinsmith.models.loading import BaseModel
 from tinsmith.protocols import AdamParams, ModelCall, ModelSpec
 from tinsmith.training.trainer import TorchTrainer
-from tinsmith.wire.packing import TrainCall, TrainOutput
+from tinsmith.wire.packing import TrainOutput
 
-SHAPES = {
-    "0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
-    "4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
-}
-VOCABULARY = 151_936
 SEQUENCES, LENGTH, TENANTS, RANK = 16, 1024, 8, 32
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WARM_ROUNDS = 3
@@ -93,7 +85,7 @@ def main() -> None:
 
 def measure(size: str, rounds: int, theirs: Result | None) -> list[Row]:
     """All of our rows of one size; `theirs` is the rival's result."""
-    base, rows = random_base(size), []
+    base, rows = fused_base(size), []
     for setting in SETTINGS[size]:
         result = ours(base, setting, rounds)
         same = theirs if theirs and not setting.recomputes else None  # the rival recomputes nothing
@@ -105,52 +97,16 @@ def measure(size: str, rounds: int, theirs: Result | None) -> list[Row]:
     return rows
 
 
-def config_of(size: str) -> Qwen3Config:
-    return Qwen3Config(
-        vocab_size=VOCABULARY,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40_960,
-        tie_word_embeddings=True,
-        use_cache=False,
-        **SHAPES[size],
-    )
-
-
-def random_module(size: str, attention: str) -> Any:
-    """On the GPU, in bfloat16."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    config = config_of(size)
-    config._attn_implementation = attention
-    with torch.device("cuda"):
-        module = Qwen3ForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    return module
-
-
-def random_base(size: str) -> BaseModel:
+def fused_base(size: str) -> BaseModel:
     """As `load_base` makes one of a folder."""
     from tinsmith.models.fused import fused_layers  # needs Triton
 
-    module = random_module(size, "eager").eval().requires_grad_(False)
-    targets = find_targets(module)
-    module.set_attn_implementation(IMPLEMENTATION)
-    base = BaseModel(size, module, targets, torch.device("cuda"))
+    base = random_base(SHAPES[size], torch.bfloat16, torch.device("cuda"))
     layers = fused_layers(base, print)
     if layers is None:
         raise SystemExit("these layers are what is measured")
     base.fuse(layers)
     return base
-
-
-def random_call(sequences: int, seed: int) -> TrainCall:
-    """Every token with a target of its own."""
-    count = sequences * LENGTH
-    tokens_T, targets_T = np.random.default_rng(seed).integers(100, 150_000, (2, count)).astype(np.int32)
-    offsets, widths = np.arange(sequences + 1, dtype=np.int64) * LENGTH, np.zeros(sequences, np.int32)
-    weights = {"weights": np.full(count, 1 / count, np.float32)}
-    return TrainCall("cross_entropy", {}, False, tokens_T, offsets, targets_T, offsets, widths, weights)
 
 
 def ours(base: BaseModel, setting: Setting, rounds: int) -> Result:
@@ -165,7 +121,10 @@ def ours(base: BaseModel, setting: Setting, rounds: int) -> Result:
     names = [f"tenant {number}" for number in range(TENANTS)]
     for seed, name in enumerate(names):
         trainer.add(name, ModelSpec(RANK, seed, train_unembed=False))
-    calls = [ModelCall(name, random_call(SEQUENCES // TENANTS, seed)) for seed, name in enumerate(names)]
+    calls = [
+        ModelCall(name, random_lesson(SEQUENCES // TENANTS, LENGTH, base.vocab_size, seed))
+        for seed, name in enumerate(names)
+    ]
 
     def step() -> None:
         for outcome in trainer.forward_backward(calls):
@@ -190,7 +149,9 @@ def timed(step: Callable[[], None], rounds: int) -> Result:
 
 def rival(size: str, rounds: int) -> Result:
     """PEFT and torch.compile: one adapter, the whole batch in one pass, the loss of transformers."""
-    module = random_module(size, "sdpa")
+    module = random_module(SHAPES[size], torch.bfloat16, torch.device("cuda"))
+    module.set_attn_implementation("sdpa")
+    module.config.use_cache = False
     module.enable_input_require_grads()
     config = LoraConfig(r=RANK, lora_alpha=RANK, task_type="CAUSAL_LM", target_modules=LINEARS)
     model: Any = get_peft_model(module, config, autocast_adapter_dtype=False).train()

@@ -59,7 +59,7 @@ def measure(trainer: "Trainer", sampler: "Sampler", load: Load) -> Iterator[Meas
 def _training(trainer: "Trainer", names: Sequence[str], load: Load) -> Iterator[Measured]:
     vocabulary, length = trainer.capabilities().vocab_size, load.prompt + load.output
     rows = max(1, load.requests // len(names))
-    calls = [ModelCall(name, _lesson(rows, length, vocabulary, seed)) for seed, name in enumerate(names)]
+    calls = [ModelCall(name, random_lesson(rows, length, vocabulary, seed)) for seed, name in enumerate(names)]
     _train(trainer, calls)
     seconds = min(_train(trainer, calls) for _ in range(2))
     tokens = len(names) * rows * length
@@ -77,7 +77,8 @@ def _train(trainer: "Trainer", calls: Sequence[ModelCall]) -> float:
     return time.perf_counter() - started
 
 
-def _lesson(rows: int, length: int, vocabulary: int, seed: int) -> TrainCall:
+def random_lesson(rows: int, length: int, vocabulary: int, seed: int) -> TrainCall:
+    """`rows` sequences of `length` random tokens, each with a target of its own, for cross entropy."""
     tokens, targets = np.random.default_rng(seed).integers(0, vocabulary, (2, rows * length)).astype(np.int32)
     offsets, widths = np.arange(rows + 1, dtype=np.int64) * length, np.zeros(rows, np.int32)
     weights = {"weights": np.full(rows * length, 1 / (rows * length), np.float32)}
@@ -96,13 +97,21 @@ def _sampling(sampler: "Sampler", names: Sequence[str], load: Load) -> Iterator[
 
 
 def _sample(sampler: "Sampler", snapshots: Sequence[str], load: Load, *, requests: int, seed: int) -> float:
-    """Seconds from the first submission to the last result."""
+    """Seconds that these requests take."""
     random, vocabulary = np.random.default_rng(seed), sampler.capabilities().vocab_size
-    started = time.perf_counter()
+    calls = []
     for index in range(requests):
         prompt = random.integers(0, vocabulary, load.prompt).astype(np.int32)
         asked = SampleCall(prompt, seed=index, max_tokens=load.output, stop_at_eos=False)
-        sampler.submit(SnapshotCall(f"bench {index}", snapshots[index % len(snapshots)], "bench", asked))
+        calls.append(SnapshotCall(f"bench {index}", snapshots[index % len(snapshots)], "bench", asked))
+    return seconds_to_answer(sampler, calls)
+
+
+def seconds_to_answer(sampler: "Sampler", calls: Sequence[SnapshotCall]) -> float:
+    """From the first submission to the last result. Raises what a request failed with."""
+    started = time.perf_counter()
+    for call in calls:
+        sampler.submit(call)
     while sampler.load:
         for finished in sampler.step():
             if isinstance(finished.output, Exception):
