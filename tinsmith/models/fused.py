@@ -23,9 +23,8 @@ from tinsmith.models.fused_attention import AttentionChoice, FusedAttention
 from tinsmith.models.kernels import add_rms_norm, norm_rope, norm_rope_backward, rms_norm_backward
 from tinsmith.models.lora import Adapter, LinearGroup, Segment
 from tinsmith.models.norms import FrozenRMSNorm
-from tinsmith.models.quick import FAMILIES, AttentionObserver
+from tinsmith.models.plain_layers import FAMILIES, LayerParts, Probe, parts_of, weight_of
 
-_PROBE_LENGTHS = (7, 4)
 _TOLERANCE = 0.05  # of the final hidden states, as a share of their norm, in bfloat16
 _LEAST_CAPABILITY = (8, 0)  # of the device: what the kernels for attention and bfloat16 need
 
@@ -52,7 +51,8 @@ class FusedLayers:
         self._embedding = module.get_input_embeddings()
         self._rotary = module.model.rotary_emb
         self._norm = module.model.norm
-        self._layers = [_Layer(layer, scale) for layer, scale in zip(module.model.layers, scalings, strict=True)]
+        parts = [parts_of(layer, scaling) for layer, scaling in zip(module.model.layers, scalings, strict=True)]
+        self._layers = [_Layer(part) for part in parts]
         self._places = AdapterPlaces([group.linears for layer in self._layers for group in layer.groups])
         self._attention = AttentionChoice()
         self.recomputes = False
@@ -91,18 +91,13 @@ def fused_layers(model: Any, on_progress: Callable[[str], None]) -> FusedLayers 
     if torch.cuda.get_device_capability(model.device) < _LEAST_CAPABILITY:
         on_progress("training uses the slower layers: this device is older than they are made for")
         return None
-    tokens_T = torch.arange(sum(_PROBE_LENGTHS), device=model.device) % model.vocab_size
-    positions_T = torch.cat([torch.arange(length, device=model.device) for length in _PROBE_LENGTHS])
-    segments = [Segment(None, 0, len(tokens_T))]
-    observer = AttentionObserver([0, _PROBE_LENGTHS[0], len(tokens_T)])
-    expected_TD = model.hidden(tokens_T, positions_T, segments, observer)
-    scalings, windows = zip(*(observer.calls[layer] for layer in range(model.num_layers)), strict=True)
+    probe = Probe(model)
+    scalings, windows = zip(*(probe.calls[layer] for layer in range(model.num_layers)), strict=True)
     if any(window is not None and window < model.max_context for window in windows):
         on_progress("training uses the slower layers: attention has a window")
         return None
     fused = FusedLayers(model.module, scalings)
-    hidden_TD = fused.hidden(tokens_T, positions_T, segments, observer)
-    difference = ((hidden_TD - expected_TD).float().norm() / expected_TD.float().norm()).item()
+    difference = probe.difference(fused.hidden(probe.tokens_T, probe.positions_T, probe.segments, probe.attention))
     if difference <= _TOLERANCE:
         return fused
     on_progress(f"training uses the slower layers: the fused ones differ by {100 * difference:.3g} %")
@@ -131,24 +126,16 @@ class _LayerFunction(torch.autograd.Function):
 class _Layer:
     """One decoder layer: attention and a gated feed-forward network, each behind a norm and added to what came in."""
 
-    def __init__(self, layer: Any, scale: float) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self._scale = scale
-        self._before, self._between = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
-        self._heads: LinearGroup = attention.q_proj.group
-        self._out: LinearGroup = attention.o_proj.group
-        self._gate_up: LinearGroup = mlp.gate_proj.group
-        self._down: LinearGroup = mlp.down_proj.group
-        self._width: int = attention.head_dim
-        self._counts = [outputs // self._width for outputs in self._heads.outputs]
-        has_norms = hasattr(attention, "q_norm")
-        self._q_weight_d: Tensor | None = attention.q_norm.original.weight if has_norms else None
-        self._k_weight_d: Tensor | None = attention.k_norm.original.weight if has_norms else None
-        self._head_eps: float = attention.q_norm.eps if has_norms else 0.0
-
-    @property
-    def groups(self) -> tuple[LinearGroup, ...]:
-        return self._heads, self._out, self._gate_up, self._down
+    def __init__(self, parts: LayerParts) -> None:
+        self.groups = parts.groups
+        self._scale = parts.scaling
+        self._before, self._between = _Norm(parts.before), _Norm(parts.between)
+        self._heads, self._out, self._gate_up, self._down = parts.groups
+        self._width, self._counts = parts.width, parts.counts
+        norms = parts.head_norms
+        self._q_weight_d = weight_of(norms[0]) if norms else None
+        self._k_weight_d = weight_of(norms[1]) if norms else None
+        self._head_eps = norms[0].eps if norms else 0.0
 
     @property
     def kept_bytes(self) -> int:
@@ -228,8 +215,7 @@ class _Norm:
     """A frozen RMS norm."""
 
     def __init__(self, norm: FrozenRMSNorm) -> None:
-        original: Any = norm.original
-        self._weight_D: Tensor = original.weight
+        self._weight_D = weight_of(norm)
         self._eps = norm.eps
 
     def __call__(self, x_TD: Tensor) -> Tensor:

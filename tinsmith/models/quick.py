@@ -19,19 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinsmith.models.attention import Attention, Heads, PackedAttention
+from tinsmith.models.attention import Attention, Heads
 from tinsmith.models.lora import AppliedAdapters, CurrentPass, LinearGroup, Segment
-from tinsmith.models.norms import FrozenRMSNorm
-
-FAMILIES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
-"""Architectures whose layers are known to be no more than what is computed here, at any length."""
+from tinsmith.models.plain_layers import FAMILIES, LayerParts, Probe, parts_of, weight_of
 
 PACKED_SHARE = 1 / 8
 """Of the machine's memory, at most: larger models do without the second copy."""
 
 _PACKED_FOR_ROWS = 64
-_PROBE_LENGTHS = (7, 4)
-_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of the final hidden states, which are normalised
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # of the final hidden states, as a share of their norm
 
 
 class QuickLayers:
@@ -46,8 +42,10 @@ class QuickLayers:
         self.is_packed = weights * dtype.itemsize <= PACKED_SHARE * psutil.virtual_memory().total
         """Whether a row has the same bits beside any number of others."""
         packed = dtype if self.is_packed else None
-        self._layers = [_Layer(index, layer, *calls[index], packed) for index, layer in enumerate(module.model.layers)]
-        self._norm = _Norm(module.model.norm)
+        parts = [parts_of(layer, *calls[index]) for index, layer in enumerate(module.model.layers)]
+        self._layers = [_Layer(index, part, packed) for index, part in enumerate(parts)]
+        norm = module.model.norm
+        self._norm = _Norm(weight_of(norm), norm.eps)
 
     def hidden(
         self,
@@ -72,15 +70,10 @@ def quick_layers(model: Any, current: CurrentPass) -> QuickLayers | None:
     """The quick layers of a loaded base model; None where they would not compute the same."""
     if model.architecture not in FAMILIES or model.device.type != "cpu" or model.dtype not in _TOLERANCES:
         return None
-    tokens_T = torch.arange(sum(_PROBE_LENGTHS)) % model.vocab_size
-    positions_T = torch.cat([torch.arange(length) for length in _PROBE_LENGTHS])
-    segments = [Segment(None, 0, len(tokens_T))]
-    observer = AttentionObserver([0, _PROBE_LENGTHS[0], len(tokens_T)])
-    expected_TD = model.hidden(tokens_T, positions_T, segments, observer)
-    quick = QuickLayers(model.module, current, observer.calls)
-    hidden_TD = quick.hidden(tokens_T, positions_T, segments, observer)
-    tolerance = _TOLERANCES[model.dtype]
-    return quick if torch.allclose(hidden_TD, expected_TD, atol=tolerance, rtol=tolerance) else None
+    probe = Probe(model)
+    quick = QuickLayers(model.module, current, probe.calls)
+    hidden_TD = quick.hidden(probe.tokens_T, probe.positions_T, probe.segments, probe.attention)
+    return quick if probe.difference(hidden_TD) <= _TOLERANCES[model.dtype] else None
 
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -89,31 +82,17 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if native else torch.float32
 
 
-class AttentionObserver(PackedAttention):
-    """Attention that notes the scaling and the window of each layer."""
-
-    def __init__(self, cu_seqlens: Sequence[int]) -> None:
-        super().__init__(cu_seqlens)
-        self.calls: dict[int, tuple[float, int | None]] = {}
-
-    def __call__(self, layer: int, heads: Heads) -> Tensor:
-        self.calls[layer] = (heads.scaling, heads.window)
-        return super().__call__(layer, heads)
-
-
 class _Layer:
     """One decoder layer: attention and a gated feed-forward network, each behind a norm and added to what came in."""
 
-    def __init__(self, index: int, layer: Any, scaling: float, window: int | None, packed: torch.dtype | None) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self._index, self._scaling, self._window = index, scaling, window
-        self._attention_norm, self._mlp_norm = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
-        self._heads, self._out = _Product(attention.q_proj.group, packed), _Product(attention.o_proj.group, packed)
-        self._gate_up, self._down = _Product(mlp.gate_proj.group, packed), _Product(mlp.down_proj.group, packed)
-        self._activation = mlp.act_fn
-        self._width: int = attention.head_dim
-        self._counts = [outputs // self._width for outputs in attention.q_proj.group.outputs]
-        self._head_norm = _head_norm(attention, self._counts) if hasattr(attention, "q_norm") else None
+    def __init__(self, index: int, parts: LayerParts, packed: torch.dtype | None) -> None:
+        self._index, self._scaling, self._window = index, parts.scaling, parts.window
+        self._attention_norm = _Norm(weight_of(parts.before), parts.before.eps)
+        self._mlp_norm = _Norm(weight_of(parts.between), parts.between.eps)
+        self._heads, self._out, self._gate_up, self._down = (_Product(group, packed) for group in parts.groups)
+        self._activation = parts.activation
+        self._width, self._counts = parts.width, parts.counts
+        self._head_norm = _head_norm(parts)
 
     def __call__(
         self, hidden_TD: Tensor, rotation: "_Rotation", attention: Attention, adapters: AppliedAdapters
@@ -157,10 +136,9 @@ class _Product:
 class _Norm:
     """`FrozenRMSNorm` over the last dimension, where nothing is kept for backward."""
 
-    def __init__(self, norm: FrozenRMSNorm, weight: Tensor | None = None) -> None:
-        original: Any = norm.original
-        self._weight: Tensor = original.weight if weight is None else weight
-        self._eps = torch.tensor([norm.eps])
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self._weight = weight
+        self._eps = torch.tensor([eps])
 
     def __call__(self, x: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
@@ -168,13 +146,13 @@ class _Norm:
         return (x * scale).to(x.dtype).mul_(self._weight)
 
 
-def _head_norm(attention: Any, counts: Sequence[int]) -> _Norm:
+def _head_norm(parts: LayerParts) -> _Norm | None:
     """The norms of queries and keys as one, over [T, H + G, d]."""
-    norms = (attention.q_norm, attention.k_norm)
-    if norms[0].eps != norms[1].eps:
-        raise ValueError(f"the norms of queries and keys differ in epsilon: {norms[0].eps}, {norms[1].eps}")
-    weights = [norm.original.weight.expand(count, -1) for norm, count in zip(norms, counts, strict=False)]
-    return _Norm(norms[0], torch.cat(weights))
+    if parts.head_norms is None:
+        return None
+    counted = zip(parts.head_norms, parts.counts, strict=False)
+    weights = [weight_of(norm).expand(count, -1) for norm, count in counted]
+    return _Norm(torch.cat(weights), parts.head_norms[0].eps)
 
 
 class _Rotation:

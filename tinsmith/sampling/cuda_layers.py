@@ -19,7 +19,7 @@ from torch import Tensor
 from tinsmith.models.kernels import add_rms_norm, swiglu
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import AdaptersInTurn, AppliedAdapters, LinearGroup, Segment
-from tinsmith.models.quick import FAMILIES, AttentionObserver
+from tinsmith.models.plain_layers import FAMILIES, LayerParts, Probe, parts_of, weight_of
 from tinsmith.protocols import ModelSpec
 from tinsmith.sampling.adapter_tiles import DECODE_ROWS, PREFILL_ROWS, AdapterMap, AdapterTiles, TileSizes, tiles_needed
 from tinsmith.sampling.cuda_kernels import HeadNorms, HeadShape, attend_rows, store_heads
@@ -108,7 +108,8 @@ class CudaLayers:
         """`calls` has, by layer, the scaling and the window that its attention asks for."""
         inner = model.module.model
         self._embed = inner.embed_tokens
-        self._layers = [_Layer(layer, cache.places[index], *calls[index]) for index, layer in enumerate(inner.layers)]
+        parts = [parts_of(layer, *calls[index]) for index, layer in enumerate(inner.layers)]
+        self._layers = [_Layer(part, cache.places[index]) for index, part in enumerate(parts)]
         self._norm = inner.norm
         positions = torch.arange(max_context, device=model.device)
         cos, sin = inner.rotary_emb(torch.empty(0, dtype=model.dtype, device=model.device), positions[None])
@@ -169,25 +170,17 @@ class CudaLayers:
 class _Layer:
     """One decoder layer: attention and a gated feed-forward network, each behind a norm and added to what came in."""
 
-    def __init__(self, layer: Any, place: int, scaling: float, window: int | None) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
+    def __init__(self, parts: LayerParts, place: int) -> None:
         self.place = place
-        self._attention_norm, self._mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
-        self._qkv: LinearGroup = attention.q_proj.group
-        self._out: LinearGroup = attention.o_proj.group
-        self._gate_up: LinearGroup = mlp.gate_proj.group
-        self._down: LinearGroup = mlp.down_proj.group
-        width = attention.head_dim
-        heads, kv_heads, _ = (outputs // width for outputs in self._qkv.outputs)
-        self._shape = HeadShape(heads, kv_heads, width, scaling, window)
+        self.groups = parts.groups
+        self._attention_norm, self._mlp_norm = parts.before, parts.between
+        self._qkv, self._out, self._gate_up, self._down = parts.groups
+        heads, kv_heads, _ = parts.counts
+        self._shape = HeadShape(heads, kv_heads, parts.width, parts.scaling, parts.window)
         self._norms = None
-        if hasattr(attention, "q_norm"):
-            query, key = attention.q_norm, attention.k_norm
-            self._norms = HeadNorms(query.original.weight, key.original.weight, query.eps)
-
-    @property
-    def groups(self) -> tuple[LinearGroup, ...]:
-        return self._qkv, self._out, self._gate_up, self._down
+        if parts.head_norms is not None:
+            query, key = parts.head_norms
+            self._norms = HeadNorms(weight_of(query), weight_of(key), query.eps)
 
     def __call__(
         self,
@@ -209,7 +202,7 @@ class _Layer:
 
 
 def _weight(norm: Any) -> tuple[Tensor, float]:
-    return norm.original.weight, norm.eps
+    return weight_of(norm), norm.eps
 
 
 def _product(group: LinearGroup, x_TI: Tensor, adapters: AppliedAdapters) -> Tensor:
@@ -231,13 +224,9 @@ def cuda_layers(model: BaseModel, cache: KVCache, max_context: int) -> CudaLayer
         return None
     if shape.key_dim != shape.value_dim or shape.key_dim % 8 or shape.key_dim > _WIDEST_HEAD:
         return None
-    tokens_T = (torch.arange(_PROBE_LENGTH) * 7 % model.vocab_size).to(model.device)
-    positions_T = torch.arange(_PROBE_LENGTH, device=model.device)
-    observer = AttentionObserver([0, _PROBE_LENGTH])
-    expected_TD = model.hidden(tokens_T, positions_T, [Segment(None, 0, _PROBE_LENGTH)], observer)
-    layers = CudaLayers(model, cache, observer.calls, max_context)
-    error_TD = _probe(layers, cache, tokens_T).float() - expected_TD.float()
-    return layers if error_TD.norm() <= _PROBE_TOLERANCE * expected_TD.float().norm() else None
+    probe = Probe(model, [_PROBE_LENGTH])
+    layers = CudaLayers(model, cache, probe.calls, max_context)
+    return layers if probe.difference(_probe(layers, cache, probe.tokens_T)) <= _PROBE_TOLERANCE else None
 
 
 def _probe(layers: CudaLayers, cache: KVCache, tokens_T: Tensor) -> Tensor:
