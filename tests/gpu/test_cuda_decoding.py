@@ -65,7 +65,7 @@ def fused(model: BaseModel) -> Iterator[Callable[..., TorchSampler]]:
 
 def interpreted(sampler: TorchSampler, model: BaseModel) -> CudaDecoding:
     from tinsmith.models.lora import Segment
-    from tinsmith.models.quick import AttentionObserver
+    from tinsmith.models.plain_layers import AttentionObserver
     from tinsmith.sampling.cuda_layers import CudaLayers
     from tinsmith.sampling.graphs import DecodeGraphs
 
