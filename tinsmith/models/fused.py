@@ -149,16 +149,16 @@ class _Layer:
         """(what comes out [T, D], what `backward` needs beside what came in)."""
         normed_TD = self._before(x_TD)
         heads_z = this.adapters.inner_of_inputs(self._heads, normed_TD)
-        heads_TO = _product(self._heads, normed_TD, heads_z, this.adapters, None)
+        heads_TO = adapted_product(self._heads, normed_TD, heads_z, this.adapters)
         attended_THd, kept = this.attention.forward(*self._turned(heads_TO, this), self._scale)
         attended_TO = attended_THd.flatten(1)
         out_z = this.adapters.inner_of_inputs(self._out, attended_TO)
-        middle_TD = _product(self._out, attended_TO, out_z, this.adapters, x_TD)
+        middle_TD = adapted_product(self._out, attended_TO, out_z, this.adapters, x_TD)
         normed_TD = self._between(middle_TD)
         gate_up_z = this.adapters.inner_of_inputs(self._gate_up, normed_TD)
         gate_up_TO = F.linear(normed_TD, self._gate_up.weight_OI, self._gate_up.bias_O)
         active_TP, down_z = this.adapters.swiglu((self._gate_up, self._down), gate_up_TO, gate_up_z)
-        y_TD = _product(self._down, active_TP, down_z, this.adapters, middle_TD)
+        y_TD = adapted_product(self._down, active_TP, down_z, this.adapters, middle_TD)
         inner = [heads_z, out_z, gate_up_z, down_z]
         return y_TD, [*inner, heads_TO, attended_TO, middle_TD, gate_up_TO, *kept]
 
@@ -226,10 +226,10 @@ class _Norm:
         return rms_norm_backward(dy_TD, x_TD, self._weight_D, self._eps, residual_TD)
 
 
-def _product(
-    group: LinearGroup, x_TI: Tensor, z_TR: Tensor, adapters: AdapterTable, residual_TO: Tensor | None
+def adapted_product(
+    group: LinearGroup, x_TI: Tensor, z_TR: Tensor, adapters: AdapterTable, residual_TO: Tensor | None = None
 ) -> Tensor:
-    """x Wᵀ + b + z Bᵀ + the residual [T, O].
+    """x Wᵀ + b + z Bᵀ + the residual [T, O], for z [T, R] of `AdapterTable.inner_of_inputs`.
 
     The adapters come first: the library's product adds to what is there, which costs less than adding to its result.
     """

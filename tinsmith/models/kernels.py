@@ -19,31 +19,40 @@ _COLUMNS = 1024  # of the feed-forward network that one program computes
 _VOCABULARY_BLOCK = 4096
 
 
-def add_rms_norm(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(the normalised sum, the sum) of x and the residual, in the dtype of x; without a residual the sum is x."""
+def add_rms_norm(
+    x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float, share_TD: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(the normalised sum, the sum) of x, the residual, and a share if any, in the dtype of x.
+
+    Without a residual there is no share, and the sum is x.
+    """
     rows, width = x_TD.shape
     normed_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
     added = residual_TD is not None
     residual_TD = x_TD if residual_TD is None else residual_TD
+    shared = share_TD is not None
+    share_TD = x_TD if share_TD is None else share_TD
     sum_TD = torch.empty_like(normed_TD) if added else x_TD
     block = power_of_two(width)
     _ADD_RMS_NORM(
         (rows,),
-        (x_TD, residual_TD, weight_D, normed_TD, sum_TD),
-        (x_TD.stride(0), residual_TD.stride(0), width),
+        (x_TD, residual_TD, share_TD, weight_D, normed_TD, sum_TD),
+        (x_TD.stride(0), residual_TD.stride(0), share_TD.stride(0), width),
         (eps,),
-        (added, block),
+        (added, shared, block),
         _warps(block),
     )
     return normed_TD, sum_TD
 
 
-def swiglu(gate_up_TP: Tensor) -> Tensor:
-    """silu(gate) · up [T, P], of [T, 2 P] with the gates first."""
+def swiglu(gate_up_TP: Tensor, share_TP: Tensor | None = None) -> Tensor:
+    """silu(gate) · up [T, P], of [T, 2 P] with the gates first, and a share to be added to both."""
     rows, width = gate_up_TP.shape[0], gate_up_TP.shape[1] // 2
     out_TP = gate_up_TP.new_empty(rows, width)
     grid = (rows, blocks(width, _COLUMNS))
-    _SWIGLU(grid, (gate_up_TP, out_TP), (gate_up_TP.stride(0), width), (), (_COLUMNS,))
+    share = gate_up_TP if share_TP is None else share_TP
+    sizes = (gate_up_TP.stride(0), share.stride(0), width)
+    _SWIGLU(grid, (gate_up_TP, share, out_TP), sizes, (), (share_TP is not None, _COLUMNS))
     return out_TP
 
 
@@ -99,10 +108,12 @@ def norm_rope_backward(
     q_weight_d: Tensor | None,
     k_weight_d: Tensor | None,
     eps: float,
+    gradients: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The gradient [T, O] in what `norm_rope` was given, from those in queries [T, heads, d], keys and values.
 
-    Their last dimension is contiguous; `qkv_TO` holds what `norm_rope` was given.
+    Their last dimension is contiguous; `qkv_TO` holds what `norm_rope` was given. Those of the weights are added to
+    `gradients`, in fp32, if given.
     """
     dq, dk, dv = dqkv_THd
     rows, heads, d = dq.shape
@@ -111,13 +122,19 @@ def norm_rope_backward(
     share = _heads_at_once(heads, kv_heads)
     weights = (qkv_TO if q_weight_d is None else q_weight_d, qkv_TO if k_weight_d is None else k_weight_d)
     strides = (dq.stride(0), dq.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1))
+    row_blocks, parts = blocks(rows, _TILE // share), dqkv_TO
+    if gradients is not None:
+        parts = gradients[0].new_empty((heads + kv_heads) // share, row_blocks, d)
     _NORM_ROPE_BACKWARD(
-        (blocks(rows, _TILE // share), (heads + 2 * kv_heads) // share),
-        (dq, dk, dv, qkv_TO, dqkv_TO, cos_Td, sin_Td, *weights),
+        (row_blocks, (heads + 2 * kv_heads) // share),
+        (dq, dk, dv, qkv_TO, dqkv_TO, cos_Td, sin_Td, *weights, parts),
         (*strides, qkv_TO.stride(0), dqkv_TO.stride(0), cos_Td.stride(0), sin_Td.stride(0), heads, kv_heads),
         (rows, eps),
-        (q_weight_d is not None, share, _TILE, d // 2, power_of_two(d // 2)),
+        (q_weight_d is not None, gradients is not None, share, _TILE, d // 2, power_of_two(d // 2)),
     )
+    if gradients is not None:
+        for gradient_d, part in zip(gradients, parts.tensor_split([heads // share]), strict=True):
+            gradient_d.add_(part.sum((0, 1)))
     return dqkv_TO
 
 
@@ -148,14 +165,17 @@ def _heads_at_once(heads: int, kv_heads: int) -> int:
 def _add_rms_norm(
     x_ptr,
     residual_ptr,
+    share_ptr,
     weight_ptr,
     normed_ptr,
     sum_ptr,
     x_stride,
     residual_stride,
+    share_stride,
     width,
     eps,
     ADD: tl.constexpr,
+    SHARE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -164,7 +184,10 @@ def _add_rms_norm(
     x = tl.load(x_ptr + row * x_stride + columns, inside, other=0.0)
     if ADD:
         residual = tl.load(residual_ptr + row * residual_stride + columns, inside, other=0.0)
-        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
+        total = x.to(tl.float32) + residual.to(tl.float32)
+        if SHARE:
+            total += tl.load(share_ptr + row * share_stride + columns, inside, other=0.0).to(tl.float32)
+        x = total.to(x.dtype)
         tl.store(sum_ptr + row * width + columns, x, inside)
     x = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x) / width + eps)
@@ -173,12 +196,15 @@ def _add_rms_norm(
 
 
 @triton.jit
-def _swiglu(gate_up_ptr, out_ptr, stride, width, BLOCK: tl.constexpr):
+def _swiglu(gate_up_ptr, share_ptr, out_ptr, stride, share_stride, width, SHARE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     gate = tl.load(gate_up_ptr + row * stride + columns, inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * stride + width + columns, inside, other=0.0).to(tl.float32)
+    if SHARE:
+        gate += tl.load(share_ptr + row * share_stride + columns, inside, other=0.0).to(tl.float32)
+        up += tl.load(share_ptr + row * share_stride + width + columns, inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * width + columns, gate * tl.sigmoid(gate) * up, inside)
 
 
@@ -263,14 +289,16 @@ def _rms_norm_backward(dy_ptr, x_ptr, weight_ptr, residual_ptr, dx_ptr, normed_p
 
 @triton.jit
 def _norm_backward(dlow, dhigh, low, high, low_weight, high_weight, eps, HALF: tl.constexpr):
-    """The gradient in both halves of heads, from that in the normalised ones."""
+    """The gradient in both halves of heads, and in their weights, from that in the normalised ones."""
     scale = tl.rsqrt(tl.sum(low * low + high * high, 1) / (2 * HALF) + eps)[:, None]
     low = low * scale
     high = high * scale
+    low_part = tl.sum(dlow * low, 0)
+    high_part = tl.sum(dhigh * high, 0)
     dlow = dlow * low_weight
     dhigh = dhigh * high_weight
     overlap = (tl.sum(dlow * low + dhigh * high, 1) / (2 * HALF))[:, None]
-    return scale * (dlow - low * overlap), scale * (dhigh - high * overlap)
+    return scale * (dlow - low * overlap), scale * (dhigh - high * overlap), low_part, high_part
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -284,6 +312,7 @@ def _norm_rope_backward(
     sin_ptr,
     q_weight_ptr,
     k_weight_ptr,
+    parts_ptr,
     dq_stride,
     dq_head_stride,
     dk_stride,
@@ -299,6 +328,7 @@ def _norm_rope_backward(
     rows,
     eps,
     NORM: tl.constexpr,
+    PARTS: tl.constexpr,
     SHARE: tl.constexpr,
     TILE: tl.constexpr,
     HALF: tl.constexpr,
@@ -335,7 +365,15 @@ def _norm_rope_backward(
                 low_weight, high_weight = head_halves(q_weight_ptr, within * 0, HALF, BLOCK, inside)
             else:
                 low_weight, high_weight = head_halves(k_weight_ptr, within * 0, HALF, BLOCK, inside)
-            back_low, back_high = _norm_backward(back_low, back_high, low, high, low_weight, high_weight, eps, HALF)
+            back_low, back_high, low_part, high_part = _norm_backward(
+                back_low, back_high, low, high, low_weight, high_weight, eps, HALF
+            )
+            if PARTS:
+                index = tl.arange(0, BLOCK)
+                block = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+                part_ptrs = parts_ptr + block * (2 * HALF) + index
+                tl.store(part_ptrs, low_part, index < HALF)
+                tl.store(part_ptrs + HALF, high_part, index < HALF)
         tl.store(low_out, back_low, mask)
         tl.store(low_out + HALF, back_high, mask)
 

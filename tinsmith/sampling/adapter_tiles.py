@@ -1,11 +1,12 @@
-"""LoRA adapters of any ranks in a pass without gradients on a GPU: two kernels for all adapters of a group of layers.
+"""LoRA adapters of any ranks in a decoding step on a GPU: two kernels for all adapters of a group of layers.
 
 With hundreds of decoding rows a product for each adapter costs more in launches than in arithmetic. Rows are cut into
 tiles that belong to one adapter each; the first kernel multiplies a tile by the adapter's A, its inputs cut into parts
-where tiles are few; the second multiplies the sum of the parts by B and adds that to the layers' outputs. Adapters are
-found through a table of addresses, so that a captured graph serves whatever adapters the table holds. Needs Triton.
+where tiles are few; the second multiplies the sum of the parts by B. Both run beside the base weight's product, on a
+stream of their own, and whoever reads the product adds their share to it. Adapters are found through a table of
+addresses, so that a captured graph serves whatever adapters the table holds. Needs Triton.
 
-Shapes: `T` rows of the batch, `N` tiles, `I` inputs and `O` outputs of a group of layers, `R` ranks of all layers of a
+Shapes: `T` rows of the step, `N` tiles, `I` inputs and `O` outputs of a group of layers, `R` ranks of all layers of a
 group, `K` groups of linear layers, `W` addresses for each group (A, and B of each of its layers), `C` blocks of output
 columns.
 """
@@ -14,12 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tinsmith.models.adapter_table import AdapterPlaces
 from tinsmith.models.lora import Adapter, AdapterLayout, LinearGroup, Segment
 
 DECODE_ROWS = 16
@@ -28,7 +31,6 @@ DECODE_ROWS = 16
 CROWD_ROWS = 32
 """The same with many decoding rows."""
 
-PREFILL_ROWS = 64
 _MOST_PARTS = 3
 _WIDTH = 1 + _MOST_PARTS
 _COLUMNS = 128
@@ -38,6 +40,7 @@ _ALIGNMENT = 8  # numbers; what loads of 16 bytes need
 _NUMBERS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _MOST_SPLITS = 16
 _MANY_ROWS = 128
+_EXPAND_WARPS = {DECODE_ROWS: 2, CROWD_ROWS: 4}
 
 
 @triton.jit(do_not_specialize=["group", "groups"])
@@ -112,8 +115,9 @@ def _expand(
     COLUMNS: tl.constexpr,
     SPLITS: tl.constexpr,
     NUMBER: tl.constexpr,
+    ADD: tl.constexpr,
 ):
-    """y[rows, columns of one layer] += scale · (sum of z over the splits) Bᵀ."""
+    """y[rows, columns of one layer] = scale · (sum of z over the splits) Bᵀ, and what is there if `ADD`."""
     tile = tl.program_id(0)
     part = tl.load(blocks_ptr + tl.program_id(1) * 4)
     begin = tl.load(blocks_ptr + tl.program_id(1) * 4 + 1)
@@ -124,14 +128,16 @@ def _expand(
     ranks = tl.multiple_of(tl.load(tiles_ptr + tile * 3 + 2), 8)
     scale = tl.load(scales_ptr + tile)
     address = tl.load(addresses_ptr + (tile * groups + group) * WIDTH + 1 + part)
-    if (count == 0) | (address == 0):
+    if (count == 0) | (ADD & (address == 0)):
         return
+    ranks = tl.where(address == 0, 0, ranks)
     row = tl.arange(0, ROWS)
     column = begin + tl.arange(0, COLUMNS)
     b_ptr = tl.multiple_of(address.to(tl.pointer_type(NUMBER)), 16)
     target = y_ptr + (first + row)[:, None] * y_stride + (y_begin + tl.arange(0, COLUMNS))[None, :]
     wanted = (row < count)[:, None] & (column < outputs)[None, :]
-    y = tl.load(target, mask=wanted, other=0.0)
+    if ADD:
+        y = tl.load(target, mask=wanted, other=0.0)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, ranks, RANK_BLOCK):
         rank = start + tl.arange(0, RANK_BLOCK)
@@ -146,18 +152,17 @@ def _expand(
         for split in tl.static_range(1, SPLITS):
             z += tl.load(z_ptr + split * z_split_stride + place, mask=inside, other=0.0)
         total = tl.dot(z.to(b.dtype), b, total)
-    tl.store(target, (y.to(tl.float32) + total * scale).to(y_ptr.dtype.element_ty), mask=wanted)
+    total *= scale
+    if ADD:
+        total += y.to(tl.float32)
+    tl.store(target, total.to(y_ptr.dtype.element_ty), mask=wanted)
 
 
 class AdapterMap:
-    """Where, in the flat buffer of an adapter, the matrices of each group of linear layers lie."""
+    """Which adapters the kernels can serve, and the addresses of their matrices, by group of linear layers."""
 
-    def __init__(self, groups: Sequence[tuple[int, ...]]) -> None:
-        """`groups` has the indices of each group's linear layers."""
-        if any(len(linears) > _MOST_PARTS for linears in groups):
-            raise ValueError(f"a group has more than {_MOST_PARTS} linear layers")
-        self.places = {linears: place for place, linears in enumerate(groups)}
-        self._offsets: dict[AdapterLayout, Tensor] = {}
+    def __init__(self, places: AdapterPlaces) -> None:
+        self.places = places
         self._aligned: dict[AdapterLayout, bool] = {}
 
     def can_serve(self, adapter: Adapter) -> bool:
@@ -168,26 +173,12 @@ class AdapterMap:
             self._aligned[layout] = not layout.transposed and all(size % _ALIGNMENT == 0 for size in sizes)
         return self._aligned[layout] and adapter.compute.data_ptr() % 16 == 0
 
-    def addresses(self, adapter: Adapter) -> Tensor:
-        """int64 [K, W] on the CPU; 0 for what the adapter does not have."""
-        offsets = self._offsets_of(adapter.layout)
-        size = adapter.compute.element_size()
-        return torch.where(offsets < 0, 0, adapter.compute.data_ptr() + offsets * size)
-
-    def _offsets_of(self, layout: AdapterLayout) -> Tensor:
-        if layout not in self._offsets:
-            offsets = torch.full((len(self.places), _WIDTH), -1, dtype=torch.int64)
-            for linears, place in self.places.items():
-                for index, linear in enumerate(linears):
-                    if linear not in layout.linears:
-                        continue
-                    a = layout.linears.index(linear)
-                    b = layout.linears.index(linear, a + 1)
-                    offsets[place, 1 + index] = layout.starts[b]
-                    if index == 0:
-                        offsets[place, 0] = layout.starts[a]
-            self._offsets[layout] = offsets
-        return self._offsets[layout]
+    def addresses(self, adapter: Adapter | None) -> np.ndarray:
+        """int64 [K, W]; 0 for what the adapter does not have."""
+        if adapter is None:
+            return np.zeros((len(self.places.numbers), _WIDTH), np.int64)
+        places = self.places.of(adapter.layout)
+        return np.where(places < 0, 0, adapter.compute.data_ptr() + places * adapter.compute.itemsize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,21 +192,28 @@ class TileSizes:
 
 
 class AdapterTiles:
-    """The adapters of a pass; implements `lora.AppliedAdapters` for passes without gradients.
+    """The adapters of a decoding step; its buffers stay where they are when `set` gives them others."""
 
-    Its buffers stay where they are when `set` gives them other adapters and tiles.
-    """
-
-    def __init__(self, addresses: AdapterMap, sizes: TileSizes, inputs: int, device: torch.device) -> None:
-        """`inputs`: the most inputs of a group."""
+    def __init__(
+        self,
+        addresses: AdapterMap,
+        sizes: TileSizes,
+        widest: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """`widest`: the most inputs and the most outputs of a group."""
+        inputs, outputs = widest
         self._map = addresses
         self.sizes = sizes
+        groups = len(addresses.places.numbers)
         self._tiles_N3 = torch.zeros(sizes.tiles, 3, dtype=torch.int32, device=device)  # first row, rows, rank
         self._scales_N = torch.zeros(sizes.tiles, dtype=torch.float32, device=device)
-        self._addresses_NKW = torch.zeros(sizes.tiles, len(addresses.places), _WIDTH, dtype=torch.int64, device=device)
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" and sizes.tile_rows < PREFILL_ROWS else None
+        self._addresses_NKW = torch.zeros(sizes.tiles, groups, _WIDTH, dtype=torch.int64, device=device)
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         width = _MOST_PARTS * -(-sizes.rank // _RANK_BLOCK) * _RANK_BLOCK
         self._z = torch.zeros(self._splits(inputs), sizes.rows, width, dtype=torch.float32, device=device)
+        self._share = torch.zeros(sizes.rows * outputs, dtype=dtype, device=device)
         self._known: list[tuple[float, ...]] = []  # no adapter itself, which would keep its memory
 
     def set(self, segments: Sequence[Segment]) -> None:
@@ -223,44 +221,43 @@ class AdapterTiles:
         tiles = _tiles_of(segments, self.sizes.tile_rows)
         if len(tiles) > self.sizes.tiles:
             raise ValueError(f"{len(tiles)} tiles do not fit into {self.sizes}")
-        known = [(adapter.compute.data_ptr(), id(adapter.layout), adapter.scale, *rows) for adapter, *rows in tiles]
+        known = [_identity(adapter, *rows) for adapter, *rows in tiles]
         if known == self._known:
             return
         self._known = known
-        rows = [(first, count, adapter.spec.rank) for adapter, first, count in tiles]
+        rows = [(first, count, adapter.spec.rank if adapter else 0) for adapter, first, count in tiles]
         padding = self.sizes.tiles - len(tiles)
         self._tiles_N3.copy_(torch.tensor([*rows, *[(0, 0, 0)] * padding], dtype=torch.int32))
-        self._scales_N[: len(tiles)].copy_(torch.tensor([adapter.scale for adapter, _, _ in tiles]))
+        scales = [adapter.scale if adapter else 0.0 for adapter, _, _ in tiles]
+        self._scales_N[: len(tiles)].copy_(torch.tensor(scales))
         addresses = {adapter: self._map.addresses(adapter) for adapter, _, _ in tiles}
-        self._addresses_NKW[: len(tiles)].copy_(torch.stack([addresses[adapter] for adapter, _, _ in tiles]))
+        stacked = np.stack([addresses[adapter] for adapter, _, _ in tiles])
+        self._addresses_NKW[: len(tiles)].copy_(torch.from_numpy(stacked))
 
-    def product(self, group: LinearGroup, x_TI: Tensor) -> Tensor:
-        """[T, O] of a group of layers, with its adapters; few rows pass through A and the base weight side by side."""
+    def product(self, group: LinearGroup, x_TI: Tensor) -> tuple[Tensor, Tensor]:
+        """(what a group of layers makes without adapters, the adapters' share in it), [T, O] both.
+
+        The share is to be read before the next product, on the same stream.
+        """
+        rows, columns = x_TI.shape[0], group.weight_OI.shape[0]
+        share_TO = self._share[: rows * columns].view(rows, columns)
         if self._side is None:
-            y_TO = F.linear(x_TI, group.weight_OI, group.bias_O)
-            self.add(group, x_TI, y_TO)
-            return y_TO
+            self._shrink(group.linears, x_TI)
+            self._expand(group.linears, group.outputs, x_TI, share_TO, add=False)
+            return F.linear(x_TI, group.weight_OI, group.bias_O), share_TO
         current = torch.cuda.current_stream(x_TI.device)
         self._side.wait_stream(current)
         with torch.cuda.stream(self._side):
             self._shrink(group.linears, x_TI)
+            self._expand(group.linears, group.outputs, x_TI, share_TO, add=False)
         y_TO = F.linear(x_TI, group.weight_OI, group.bias_O)
         current.wait_stream(self._side)
-        self._expand(group.linears, group.outputs, x_TI, y_TO)
-        return y_TO
+        return y_TO, share_TO
 
-    def add(self, group: LinearGroup, x_TI: Tensor, y_TO: Tensor) -> list[Tensor]:
-        """Nothing is kept for a backward pass."""
-        self.apply(group.linears, group.outputs, x_TI, y_TO)
-        return []
-
-    def backward(self, group: LinearGroup, x_TI: Tensor, dy_TO: Tensor, dx_TI: Tensor, saved: Sequence[Tensor]) -> None:
-        raise NotImplementedError("adapter tiles are for passes without gradients")
-
-    def apply(self, linears: tuple[int, ...], outputs: Sequence[int], x_TI: Tensor, y_TO: Tensor) -> None:
-        """Adds the adapters' part to `y_TO`, which may be of a wider dtype than `x_TI`."""
+    def add(self, linears: tuple[int, ...], outputs: Sequence[int], x_TI: Tensor, y_TO: Tensor) -> None:
+        """Adds the adapters' share to `y_TO`, which may be of a wider dtype than `x_TI`."""
         self._shrink(linears, x_TI)
-        self._expand(linears, outputs, x_TI, y_TO)
+        self._expand(linears, outputs, x_TI, y_TO, add=True)
 
     def _shrink(self, linears: tuple[int, ...], x_TI: Tensor) -> None:
         sizes, parts, splits = self.sizes, len(linears), self._splits(x_TI.shape[1])
@@ -268,7 +265,7 @@ class AdapterTiles:
         shrink(
             *(x_TI, self._z, self._tiles_N3, self._addresses_NKW),
             *(x_TI.shape[1], x_TI.stride(0), self._z.stride(0), self._z.stride(1)),
-            *(self._map.places[linears], len(self._map.places)),
+            *(self._map.places.numbers[linears], len(self._map.places.numbers)),
             PARTS=parts,
             WIDTH=_WIDTH,
             ROWS=sizes.tile_rows,
@@ -279,28 +276,30 @@ class AdapterTiles:
             num_stages=3,
         )
 
-    def _expand(self, linears: tuple[int, ...], outputs: Sequence[int], x_TI: Tensor, y_TO: Tensor) -> None:
+    def _expand(
+        self, linears: tuple[int, ...], outputs: Sequence[int], x_TI: Tensor, y_TO: Tensor, *, add: bool
+    ) -> None:
         sizes = self.sizes
         blocks = _column_blocks(tuple(outputs), x_TI.device)
         expand: Any = _expand[(sizes.tiles, len(blocks))]
         expand(
             *(self._z, y_TO, self._tiles_N3, self._addresses_NKW, self._scales_N, blocks),
             *(self._z.stride(0), self._z.stride(1), y_TO.stride(0)),
-            *(self._map.places[linears], len(self._map.places)),
+            *(self._map.places.numbers[linears], len(self._map.places.numbers)),
             WIDTH=_WIDTH,
             ROWS=sizes.tile_rows,
             RANK_BLOCK=_RANK_BLOCK,
             COLUMNS=_COLUMNS,
             SPLITS=self._splits(x_TI.shape[1]),
             NUMBER=_NUMBERS[x_TI.dtype],
-            num_warps=2 if sizes.tile_rows == DECODE_ROWS else 4,
+            ADD=add,
+            num_warps=_EXPAND_WARPS[sizes.tile_rows],
             num_stages=1,
         )
 
     def _splits(self, inputs: int) -> int:
         """Into how many parts the inputs are cut, so that few tiles fill the device, too; each part has some depth."""
         enough = _MOST_SPLITS if self.sizes.rows < _MANY_ROWS else _MOST_SPLITS // 2
-        enough = enough if self.sizes.tile_rows < PREFILL_ROWS else 1
         splits = 1
         while splits < enough and inputs // splits > 3 * _DEPTH:
             splits *= 2
@@ -311,14 +310,20 @@ def tiles_needed(segments: Sequence[Segment], tile_rows: int) -> int:
     return len(_tiles_of(segments, tile_rows))
 
 
-def _tiles_of(segments: Sequence[Segment], tile_rows: int) -> list[tuple[Adapter, int, int]]:
-    """(adapter, first row, rows) of each tile; rows without an adapter need none."""
+def _tiles_of(segments: Sequence[Segment], tile_rows: int) -> list[tuple[Adapter | None, int, int]]:
+    """(adapter, first row, rows) of each tile."""
     return [
         (segment.adapter, first, min(tile_rows, segment.end - first))
         for segment in segments
-        if segment.adapter is not None
         for first in range(segment.start, segment.end, tile_rows)
     ]
+
+
+def _identity(adapter: Adapter | None, first: int, count: int) -> tuple[float, ...]:
+    """What a tile's entries in the tables depend on."""
+    if adapter is None:
+        return first, count
+    return first, count, adapter.compute.data_ptr(), id(adapter.layout), adapter.scale
 
 
 _BLOCKS: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}

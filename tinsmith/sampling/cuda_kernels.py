@@ -49,6 +49,7 @@ class HeadNorms:
 @triton.jit
 def _store_heads(
     qkv_ptr,
+    share_ptr,
     keys_ptr,
     values_ptr,
     slots_ptr,
@@ -58,7 +59,9 @@ def _store_heads(
     q_weight_ptr,
     k_weight_ptr,
     qkv_stride,
+    share_stride,
     eps,
+    SHARE: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
@@ -78,6 +81,11 @@ def _store_heads(
     is_value = inside & (head >= HEADS + KV_HEADS)
     first = row * qkv_stride + head * (2 * HALF)
     low, high = head_halves(qkv_ptr, first, HALF, COLUMNS, inside)
+    if SHARE:
+        place = row * share_stride + head * (2 * HALF)
+        low_share, high_share = head_halves(share_ptr, place, HALF, COLUMNS, inside)
+        low += low_share
+        high += high_share
     angle = position * (2 * HALF) + column
     cos = tl.load(cos_ptr + angle, mask=column < HALF, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + angle, mask=column < HALF, other=0.0).to(tl.float32)
@@ -101,6 +109,7 @@ def _store_heads(
 
 def store_heads(
     qkv_TO: Tensor,
+    share_TO: Tensor | None,
     slots: tuple[Tensor, Tensor],
     slots_T: Tensor,
     positions_T: Tensor,
@@ -110,12 +119,15 @@ def store_heads(
 ) -> None:
     """Norms and rotates the queries and keys of `qkv_TO` in place; keys and values go to `slots` [S, G, d].
 
+    `share_TO`, if any, is added to all of them first; only the values in `qkv_TO` stay without it.
     `rotation`: cosines and sines by position, [positions, d].
     """
     block = 8
+    share = qkv_TO if share_TO is None else share_TO
     kernel: Any = _store_heads[(len(qkv_TO), -(-(shape.heads + 2 * shape.kv_heads) // block))]
     kernel(
         qkv_TO,
+        share,
         *slots,
         slots_T,
         positions_T,
@@ -123,7 +135,9 @@ def store_heads(
         norms.query_d if norms else qkv_TO,
         norms.key_d if norms else qkv_TO,
         qkv_TO.stride(0),
+        share.stride(0),
         norms.eps if norms else 0.0,
+        SHARE=share_TO is not None,
         HEADS=shape.heads,
         KV_HEADS=shape.kv_heads,
         HALF=shape.width // 2,

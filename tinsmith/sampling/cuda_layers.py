@@ -1,7 +1,8 @@
 """The decoder layers of the plainest families as few kernels, for sampling on a GPU.
 
 What `models.quick` is for CPUs: norms, rotation and the writing of the cache are fused, and all adapters of a pass take
-two kernels. A pass either decodes (one row of each sequence) or prefills (several rows of each). Knows no requests;
+two kernels. A pass either decodes (one row of each sequence; `adapter_tiles`) or prefills (several rows of each, with
+adapters as in training, `models.adapter_table`). Knows no requests;
 which models it may stand in for is a list, and checked by comparing results. Needs Triton.
 
 Shapes: `T` rows of a pass, `N` rows of a decoding one, `D` hidden size, `O` outputs of the product of queries, keys and
@@ -16,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinsmith.models.adapter_table import MOST_RANKS, AdapterPlaces, AdapterTable
+from tinsmith.models.fused import adapted_product
 from tinsmith.models.kernels import add_rms_norm, swiglu
 from tinsmith.models.loading import BaseModel
-from tinsmith.models.lora import AdaptersInTurn, AppliedAdapters, LinearGroup, Segment
+from tinsmith.models.lora import AdaptersInTurn, LinearGroup, Segment
 from tinsmith.models.plain_layers import FAMILIES, LayerParts, Probe, parts_of, weight_of
 from tinsmith.protocols import ModelSpec
-from tinsmith.sampling.adapter_tiles import DECODE_ROWS, PREFILL_ROWS, AdapterMap, AdapterTiles, TileSizes, tiles_needed
+from tinsmith.sampling.adapter_tiles import DECODE_ROWS, AdapterMap, AdapterTiles, TileSizes, tiles_needed
 from tinsmith.sampling.cuda_kernels import HeadNorms, HeadShape, attend_rows, store_heads
 from tinsmith.sampling.kv_cache import KVCache
 from tinsmith.sampling.lanes import Span
@@ -30,6 +33,12 @@ _PROBE_LENGTH = 9
 _WARM_ROWS = (16, 512, 8192)  # for which adapters are applied in different ways
 _PROBE_TOLERANCE = 0.1  # of the hidden states' norm; rounding in bfloat16 makes 0.02 in deep models
 _WIDEST_HEAD = 256
+
+PassAdapters = AdapterTiles | AdapterTable | AdaptersInTurn
+"""What applies the adapters of a decoding step, of a prompts' pass, and what is left where neither can."""
+
+Product = tuple[Tensor, Tensor | None]
+"""What a group of layers makes, and the adapters' share that is still to be added to it, if any; [T, O] both."""
 
 
 class RowAttention(Protocol):
@@ -117,28 +126,34 @@ class CudaLayers:
         self._cache = cache
         self._model = model
         groups = [group.linears for layer in self._layers for group in layer.groups]
-        self.adapters = AdapterMap([*groups, (model.head_linear,)])
-        self.most_inputs = max(group.weight_OI.shape[1] for layer in self._layers for group in layer.groups)
+        self.adapters = AdapterMap(AdapterPlaces([*groups, (model.head_linear,)]))
+        shapes = [group.weight_OI.shape for layer in self._layers for group in layer.groups]
+        self._widest = max(inputs for _, inputs in shapes), max(outputs for outputs, _ in shapes)
 
-    def hidden(self, tokens_T: Tensor, rows: RowAttention, adapters: AppliedAdapters) -> Tensor:
+    def hidden(self, tokens_T: Tensor, rows: RowAttention, adapters: PassAdapters) -> Tensor:
         """[T, D] after the final norm; fills the cache."""
-        hidden_TD: Tensor = self._embed(tokens_T)
+        last: Product = (self._embed(tokens_T), None)
         sum_TD = None
         for layer in self._layers:
             slots = self._cache.slots(layer.place)
-            hidden_TD, sum_TD = layer(hidden_TD, sum_TD, rows, slots, self._rotation, adapters)
-        return add_rms_norm(hidden_TD, sum_TD, self._norm.original.weight, self._norm.eps)[0]
+            last, sum_TD = layer(last, sum_TD, rows, slots, self._rotation, adapters)
+        return _normed(self._norm, last, sum_TD)[0]
+
+    def tiles(self, sizes: TileSizes) -> AdapterTiles:
+        """Room for the adapters of decoding steps of these sizes."""
+        device = self._rotation[0].device
+        return AdapterTiles(self.adapters, sizes, self._widest, self._model.dtype, device)
 
     def pass_of(self, spans: Sequence[Span], tokens_T: Tensor, segments: Sequence[Segment]) -> Tensor:
         """[T, D], of the rows of these spans, which follow each other without gaps."""
         if any(span.count > 1 for span in spans):
-            return self.hidden(tokens_T, PrefillingRows(self._cache, spans), self._applied(segments, PREFILL_ROWS))
+            return self.hidden(tokens_T, PrefillingRows(self._cache, spans), self._of_prompts(segments))
         width = max(len(span.blocks) for span in spans)
         tables = [[*span.blocks, *[0] * (width - len(span.blocks))] for span in spans]
         tables_NW = torch.tensor(tables, dtype=torch.int32).to(tokens_T.device, non_blocking=True)
         positions_N = torch.tensor([span.past for span in spans]).to(tokens_T.device, non_blocking=True)
         rows = DecodingRows(self._cache, tables_NW, positions_N)
-        return self.hidden(tokens_T, rows, self._applied(segments, DECODE_ROWS))
+        return self.hidden(tokens_T, rows, self._of_single_rows(segments))
 
     def warm_up(self, rank: int) -> None:
         """Compiles the kernels of prompts, with adapters and without; writes to the cache's scratch block."""
@@ -151,18 +166,18 @@ class CudaLayers:
             for count, past in ((rows, 0), (rows - 1, 1), (1, rows - 1)):
                 self.pass_of([Span(0, 0, count, past, blocks)], tokens_T[:count], [Segment(adapter, 0, count)])
 
-    def _applied(self, segments: Sequence[Segment], tile_rows: int) -> AppliedAdapters:
-        """What applies these segments' adapters in a pass that is not captured."""
+    def _of_prompts(self, segments: Sequence[Segment]) -> PassAdapters:
+        adapters = {segment.adapter for segment in segments if segment.adapter}
+        if not adapters or any(adapter.spec.rank > MOST_RANKS for adapter in adapters):
+            return AdaptersInTurn(segments)
+        return AdapterTable(segments, self.adapters.places, self._rotation[0].device)
+
+    def _of_single_rows(self, segments: Sequence[Segment]) -> PassAdapters:
         adapters = {segment.adapter for segment in segments if segment.adapter}
         if not adapters or not all(self.adapters.can_serve(adapter) for adapter in adapters):
             return AdaptersInTurn(segments)
-        sizes = TileSizes(
-            tiles=tiles_needed(segments, tile_rows),
-            rows=segments[-1].end,
-            rank=max(adapter.spec.rank for adapter in adapters),
-            tile_rows=tile_rows,
-        )
-        tiles = AdapterTiles(self.adapters, sizes, self.most_inputs, self._rotation[0].device)
+        rank = max(adapter.spec.rank for adapter in adapters)
+        tiles = self.tiles(TileSizes(tiles_needed(segments, DECODE_ROWS), segments[-1].end, rank, DECODE_ROWS))
         tiles.set(segments)
         return tiles
 
@@ -184,33 +199,44 @@ class _Layer:
 
     def __call__(
         self,
-        hidden_TD: Tensor,
+        last: Product,
         sum_TD: Tensor | None,
         rows: RowAttention,
         slots: tuple[Tensor, Tensor],
         rotation: tuple[Tensor, Tensor],
-        adapters: AppliedAdapters,
-    ) -> tuple[Tensor, Tensor]:
+        adapters: PassAdapters,
+    ) -> tuple[Product, Tensor]:
         """What the layer adds, and the sum to which it is still to be added; both as in its input."""
-        normed_TD, sum_TD = add_rms_norm(hidden_TD, sum_TD, *_weight(self._attention_norm))
-        qkv_TO = _product(self._qkv, normed_TD, adapters)
-        store_heads(qkv_TO, slots, rows.slots_T, rows.positions_T, rotation, self._shape, self._norms)
+        normed_TD, sum_TD = _normed(self._attention_norm, last, sum_TD)
+        qkv_TO, share_TO = _product(self._qkv, normed_TD, adapters)
+        store_heads(qkv_TO, share_TO, slots, rows.slots_T, rows.positions_T, rotation, self._shape, self._norms)
         attended_TO = rows.attend(self.place, qkv_TO, self._shape)
-        out_TD = _product(self._out, attended_TO, adapters)
-        normed_TD, sum_TD = add_rms_norm(out_TD, sum_TD, *_weight(self._mlp_norm))
-        return _product(self._down, swiglu(_product(self._gate_up, normed_TD, adapters)), adapters), sum_TD
+        normed_TD, sum_TD = _normed(self._mlp_norm, _product(self._out, attended_TO, adapters), sum_TD)
+        return self._feed_forward(normed_TD, adapters), sum_TD
+
+    def _feed_forward(self, normed_TD: Tensor, adapters: PassAdapters) -> Product:
+        if not isinstance(adapters, AdapterTable):
+            gate_up_TO, share_TO = _product(self._gate_up, normed_TD, adapters)
+            return _product(self._down, swiglu(gate_up_TO, share_TO), adapters)
+        z_TR = adapters.inner_of_inputs(self._gate_up, normed_TD)
+        gate_up_TO = F.linear(normed_TD, self._gate_up.weight_OI, self._gate_up.bias_O)
+        active_TP, down_z_TR = adapters.swiglu((self._gate_up, self._down), gate_up_TO, z_TR)
+        return adapted_product(self._down, active_TP, down_z_TR, adapters), None
 
 
-def _weight(norm: Any) -> tuple[Tensor, float]:
-    return weight_of(norm), norm.eps
+def _normed(norm: Any, last: Product, sum_TD: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The norm of the sum with what the last group of layers made; the sum."""
+    return add_rms_norm(last[0], sum_TD, weight_of(norm), norm.eps, last[1])
 
 
-def _product(group: LinearGroup, x_TI: Tensor, adapters: AppliedAdapters) -> Tensor:
+def _product(group: LinearGroup, x_TI: Tensor, adapters: PassAdapters) -> Product:
     if isinstance(adapters, AdapterTiles):
         return adapters.product(group, x_TI)
+    if isinstance(adapters, AdapterTable):
+        return adapted_product(group, x_TI, adapters.inner_of_inputs(group, x_TI), adapters), None
     y_TO = F.linear(x_TI, group.weight_OI, group.bias_O)
     adapters.add(group, x_TI, y_TO)
-    return y_TO
+    return y_TO, None
 
 
 @torch.no_grad()

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from tinsmith.models.head import full_product
 from tinsmith.models.loading import BaseModel
-from tinsmith.models.lora import AdaptersInTurn, AppliedAdapters, Segment
+from tinsmith.models.lora import AdaptersInTurn, Segment
 from tinsmith.sampling.adapter_tiles import CROWD_ROWS, DECODE_ROWS, AdapterTiles, TileSizes
 from tinsmith.sampling.cuda_kernels import RowState, choose_tokens
-from tinsmith.sampling.cuda_layers import CudaLayers, DecodingRows
+from tinsmith.sampling.cuda_layers import CudaLayers, DecodingRows, PassAdapters
 from tinsmith.sampling.decoding import LARGEST_INVERSE
 from tinsmith.sampling.flights import Flight
 from tinsmith.sampling.kv_cache import KVCache
@@ -171,10 +171,9 @@ class DecodeGraphs:
     def _tiles(self, kind: _Kind) -> AdapterTiles:
         if kind not in self._adapters:
             tile_rows = DECODE_ROWS if kind.rows < _CROWD else CROWD_ROWS
-            tiles = min(kind.rows, -(-kind.rows // tile_rows) + kind.adapters)
+            tiles = min(kind.rows, -(-kind.rows // tile_rows) + kind.adapters + 1)  # one more for rows without any
             sizes = TileSizes(tiles, kind.rows, kind.rank, tile_rows)
-            layers = self._layers
-            self._adapters[kind] = AdapterTiles(layers.adapters, sizes, layers.most_inputs, self._model.device)
+            self._adapters[kind] = self._layers.tiles(sizes)
         return self._adapters[kind]
 
     def _step(self, kind: _Kind) -> Callable[[], object]:
@@ -202,13 +201,13 @@ class DecodeGraphs:
     def _compute(self, kind: _Kind) -> None:
         """One step of the rows in `_state`."""
         state = self._state.first(kind.rows)
-        adapters: AppliedAdapters = self._tiles(kind) if kind.rank else AdaptersInTurn([])
+        adapters: PassAdapters = self._tiles(kind) if kind.rank else AdaptersInTurn([])
         rows = DecodingRows(self._cache, self._tables_NW[: kind.rows], state.positions_N)
         hidden_ND = self._layers.hidden(state.tokens_N, rows, adapters)
         weight_VD = self._model.module.get_output_embeddings().weight
         logits_NV = full_product(hidden_ND, weight_VD)
         if isinstance(adapters, AdapterTiles):
-            adapters.apply((self._model.head_linear,), (weight_VD.shape[0],), hidden_ND, logits_NV)
+            adapters.add((self._model.head_linear,), (weight_VD.shape[0],), hidden_ND, logits_NV)
         choose_tokens(logits_NV, state)
 
     def _load(self, samples: Sequence[Sample], rows: int) -> None:
