@@ -5,7 +5,7 @@ SHELL := /bin/bash
 
 PYTHON := .venv/bin/python
 UV := .venv/bin/uv pip install --quiet --python $(PYTHON)
-BENCHMARKS := $(filter-out qwen3 recording report soak_blows soak_scripts,$(basename $(notdir $(wildcard benchmarks/*.py))))
+BENCHMARKS := $(filter-out qwen3 recording report rival_vllm sampling_profile soak_blows soak_scripts workloads,$(basename $(notdir $(wildcard benchmarks/*.py))))
 COOKBOOK := tinker-cookbook==0.6.1
 export UV_FIND_LINKS := $(PIP_FIND_LINKS)
 # Without compiled modules, each start of a process that uses torch takes ten seconds more.

@@ -23,8 +23,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from benchmarks.qwen3 import QWEN3_0_6B, SMALL, Case, Sizes, choose_device, interleaved, load, write_model
+from benchmarks.qwen3 import Case, choose_device, interleaved, load, write_model
 from benchmarks.recording import Row, record
+from benchmarks.workloads import QWEN3_0_6B, SMALL, Sizes
 from tinsmith.models.attention import PackedAttention
 from tinsmith.models.head import target_logprobs
 from tinsmith.models.loading import BaseModel

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.qwen3 import QWEN3_0_6B, Sizes, choose_device, load, milliseconds, write_model
+from benchmarks.qwen3 import choose_device, load, milliseconds, write_model
 from benchmarks.recording import Row, percentile, record
+from benchmarks.workloads import QWEN3_0_6B, Sizes
 from tinsmith.demo import tiny_folder
 from tinsmith.protocols import BASE_SNAPSHOT, SnapshotCall
 from tinsmith.sampling.sampler import TorchSampler

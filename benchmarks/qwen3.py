@@ -11,28 +11,10 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.workloads import Sizes
 from tinsmith.models.attention import IMPLEMENTATION
 from tinsmith.models.families import find_targets
 from tinsmith.models.loading import BaseModel, load_base
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """A model's shape."""
-
-    hidden: int
-    layers: int
-    intermediate: int
-    vocabulary: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-
-SMALL = Sizes(512, 4, 1536, 4096, heads=8, kv_heads=4, head_dim=64)
-QWEN3_0_6B = Sizes(1024, 28, 3072, 151_936, heads=16, kv_heads=8, head_dim=128)
-QWEN3_4B = Sizes(2560, 36, 9728, 151_936, heads=32, kv_heads=8, head_dim=128)
-SHAPES = {"0.6b": QWEN3_0_6B, "4b": QWEN3_4B}
 
 
 def write_model(folder: Path, sizes: Sizes, dtype: torch.dtype) -> Path:
@@ -46,6 +28,18 @@ def random_base(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> BaseM
     module = random_module(sizes, dtype, device).eval().requires_grad_(False)
     module.set_attn_implementation(IMPLEMENTATION)
     return BaseModel("random", module, find_targets(module), device)
+
+
+def fused_base(sizes: Sizes, device: torch.device) -> BaseModel:
+    """A random base model in bfloat16 on a GPU, with the layers that `load_base` gives to one."""
+    from tinsmith.models.fused import fused_layers  # needs Triton
+
+    base = random_base(sizes, torch.bfloat16, device)
+    layers = fused_layers(base, print)
+    if layers is None:
+        raise SystemExit("these layers are what is measured")
+    base.fuse(layers)
+    return base
 
 
 def random_module(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Qwen3ForCausalLM:

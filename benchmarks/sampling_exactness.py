@@ -12,6 +12,7 @@ trainer's probability over the sampler's (the "k3" estimator; unbiased, never ne
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from benchmarks.qwen3 import choose_device
 from benchmarks.recording import Row, record
 from tests.tiny_families import FAMILIES, randomize
 from tinsmith.demo import tiny_folder
-from tinsmith.models.loading import BaseModel, load_base
+from tinsmith.models.loading import load_base
 from tinsmith.protocols import BASE_SNAPSHOT, AdamParams, ModelCall, ModelSpec, SnapshotCall
 from tinsmith.sampling.sampler import TorchSampler
 from tinsmith.training.trainer import TorchTrainer
@@ -32,9 +33,20 @@ from tinsmith.wire.packing import SampleCall, SampleOutput, TrainCall, TrainOutp
 
 EMBEDDED = "embedded model"
 DTYPES = ("float32", "bfloat16")
-PROMPTS, SAMPLES, SAMPLED = (1, 9, 40), 4, 40
-STEPS, LEARNING_RATE = 4, 0.01
+SAMPLES, SAMPLED, STEPS = 4, 40, 4
 OWN, OTHER = "own", "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What is compared: samples of prompts of these lengths, from an adapter of this rank after a few steps."""
+
+    prompts: tuple[int, ...]
+    rank: int
+    learning_rate: float
+
+
+PROBE = Probe((1, 9, 40), 8, 0.01)
 
 
 def main() -> None:
@@ -79,13 +91,19 @@ def differences(folder: Path, dtype: torch.dtype, device: torch.device) -> NDArr
     model = load_base(folder, dtype=dtype, device=device, on_progress=lambda _: None)
     trainer = TorchTrainer(model, micro_batch_tokens=512, max_adapters=2, max_rank=8)
     sampler = TorchSampler(model, AutoTokenizer.from_pretrained(tiny_folder()), kv_tokens=8192, max_running=64)
+    return compare(trainer, sampler, PROBE)
+
+
+def compare(trainer: TorchTrainer, sampler: TorchSampler, probe: Probe) -> NDArray[np.float64]:
+    """The same of any trainer and sampler of one model; leaves an adapter and another one in both."""
+    vocabulary = trainer.capabilities().vocab_size
     for number, name in enumerate((OWN, OTHER)):
-        trainer.add(name, ModelSpec(rank=8, seed=number))
-        train(trainer, name, number, model.vocab_size)
+        trainer.add(name, ModelSpec(probe.rank, seed=number))
+        train(trainer, name, probe.learning_rate, number, vocabulary)
         sampler.publish(name, trainer.snapshot(name))
     calls = [
-        SampleCall(random_prompt(model, length), seed, SAMPLES, SAMPLED, stop_at_eos=False)
-        for seed, length in enumerate(PROMPTS)
+        SampleCall(random_prompt(vocabulary, length), seed, SAMPLES, SAMPLED, stop_at_eos=False)
+        for seed, length in enumerate(probe.prompts)
     ]
     sampled = sample(sampler, calls)
     [scored] = trainer.forward_backward([ModelCall(OWN, supervised(texts_of(calls, sampled), forward_only=True))])
@@ -95,17 +113,17 @@ def differences(folder: Path, dtype: torch.dtype, device: torch.device) -> NDArr
     return np.concatenate(parts) - np.concatenate([output.logprobs_S for output in sampled])
 
 
-def train(trainer: TorchTrainer, name: str, seed: int, vocabulary: int) -> None:
+def train(trainer: TorchTrainer, name: str, learning_rate: float, seed: int, vocabulary: int) -> None:
     """A few steps on random text: a fresh adapter changes nothing."""
     text = np.random.default_rng([seed, vocabulary]).integers(0, vocabulary, 65).astype(np.int32)
     call = ModelCall(name, supervised([text]))
     for _ in range(STEPS):
         trainer.forward_backward([call])
-        trainer.optim_step(name, AdamParams(learning_rate=LEARNING_RATE))
+        trainer.optim_step(name, AdamParams(learning_rate=learning_rate))
 
 
-def random_prompt(model: BaseModel, length: int) -> NDArray[np.int32]:
-    return np.random.default_rng(length).integers(0, model.vocab_size, length).astype(np.int32)
+def random_prompt(vocabulary: int, length: int) -> NDArray[np.int32]:
+    return np.random.default_rng(length).integers(0, vocabulary, length).astype(np.int32)
 
 
 def sample(sampler: TorchSampler, calls: Sequence[SampleCall]) -> list[SampleOutput]:

@@ -1,35 +1,40 @@
 """Sampling on one GPU with many adapters: output tokens per second of the server's own sampler, and vLLM's.
 
-    python -m benchmarks.sampling_gpu [--sizes 0.6b,4b] [--cases adapters,base,one,ragged,groups] [--rival FILE …]
+    python -m benchmarks.sampling_gpu [--sizes 0.6b,4b] [--cases sampling,batch1,ragged,groups,…] [--rival FILE …]
 
 Qwen3's shapes with random weights in bfloat16, temperature 1, the logprob of every sampled token; wall time from the
-first submission to the last result, prompts included, after a warm-up. Nothing ends early. `--rival` names files with
-the output of vLLM's run on the same machine, whose RESULT lines say what it reached (the same requests).
+first submission to the last result, prompts included, after a warm-up. Nothing ends early. Then what a start, a new
+adapter and its publishing take, and how far sampled logprobs lie from the trainer's. `--rival` names files with the
+output of `rival_vllm` on the same machine, which has the same requests.
 """
 
 import argparse
-import random
-import re
+import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.qwen3 import SHAPES, Sizes, random_base
+from benchmarks import sampling_exactness
+from benchmarks.qwen3 import fused_base, milliseconds
 from benchmarks.recording import Row, record
+from benchmarks.sampling_profile import write_profile
+from benchmarks.workloads import ADAPTERS, CASES, RANK, SHAPES, Asked, Load, Sizes, sampled_tokens, warm_up
 from tinsmith.bench import seconds_to_answer
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.weights import LoraWeights
-from tinsmith.protocols import ModelSpec, SnapshotCall
+from tinsmith.protocols import BASE_SNAPSHOT, ModelSpec, SnapshotCall
 from tinsmith.sampling.sampler import TorchSampler
+from tinsmith.training.trainer import TorchTrainer
 from tinsmith.wire.packing import SampleCall
 
-ADAPTERS, RANK = 8, 32
 GOALS = {
     "sampling 4b lora8": "20000",
     "sampling 0.6b lora8": "38000",
@@ -37,14 +42,24 @@ GOALS = {
     "sampling 0.6b base": "40000",
     "batch1 4b lora": "3.5",
     "batch1 0.6b lora": "1.8",
+    "start": "60",
+    "add an adapter": "50",
+    "publish": "5",
+    "|sampled - trained logprob|, mean": "0.005",
 }
+"""By the name of a row, or its beginning."""
+TIMES_THE_RIVAL = {"ragged": 1.2, "groups": 1.2}
+KV_SHARE = 0.6  # of free memory
+PROBE = sampling_exactness.Probe((64, 256, 1024), RANK, 1e-3)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="0.6b,4b")
-    parser.add_argument("--cases", default="adapters,base,one,ragged,groups,publish")
+    parser.add_argument("--modes", default="lora,base")
+    parser.add_argument("--cases", default="sampling,batch1,ragged,groups,rollouts,models,exactness")
     parser.add_argument("--running", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--rival", action="append", default=[], type=Path)
     parser.add_argument("--name", default="sampling_gpu")
     parser.add_argument("--profile", type=Path)
@@ -52,113 +67,131 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("needs a CUDA device")
         return
-    rivals = dict(_rivals(arguments.rival))
+    rivals = rival_values(arguments.rival)
     rows: list[Row] = []
     for size in arguments.sizes.split(","):
-        bench = Bench(size, SHAPES[size], arguments.running)
-        for case in arguments.cases.split(","):
-            for row in bench.case(case):
-                rival = rivals.get(row.name, "")
-                rows.append(Row(row.name, row.value, row.unit, rival, GOALS.get(row.name, "")))
-                print(rows[-1], flush=True)
-        if arguments.profile:
-            bench.profile(arguments.profile / f"{size}.txt")
+        bench = Bench(size, SHAPES[size], arguments.running, arguments.profile)
+        for row in bench.rows(arguments.cases.split(","), arguments.modes.split(","), arguments.repeats):
+            rows.append(compared(row, rivals))
+            print(rows[-1], flush=True)
+            record(arguments.name, rows, f"1 x {torch.cuda.get_device_name()}")  # each time: the next case may fail
         del bench
         torch.cuda.empty_cache()
-    record(arguments.name, rows, f"1 x {torch.cuda.get_device_name()}")
+
+
+def compared(row: Row, rivals: dict[str, float]) -> Row:
+    """With the rival's value and our goal, where there are any."""
+    rival = rivals.get(row.name)
+    goal = next((goal for name, goal in GOALS.items() if row.name.startswith(name)), "")
+    factor = TIMES_THE_RIVAL.get(row.name.split()[0])
+    if rival and factor:
+        goal = f"{factor * rival:.0f}"
+    return Row(row.name, row.value, row.unit, f"{rival:g}" if rival else "", goal)
+
+
+def result_row(case: str, size: str, mode: str, seconds: float, tokens: int) -> Row:
+    """How a load's time is told: of a single request by its token, else by tokens per second."""
+    if case == "batch1":
+        return Row(f"batch1 {size} {mode}", round(1000 * seconds / tokens, 3), "ms/token")
+    words = {"rollouts": {"lora": "lora1"}}.get(case, {"lora": f"lora{ADAPTERS}"})
+    return Row(f"{case} {size} {words.get(mode, mode)}", round(tokens / seconds), "tokens/s")
+
+
+def rival_values(files: Sequence[Path]) -> dict[str, float]:
+    """By the name of our row, the best of what the rival's RESULT lines say."""
+    best: dict[str, Row] = {}
+    for path in files:
+        for line in path.read_text().splitlines():
+            if not line.startswith("RESULT "):
+                continue
+            result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+            if result["tokens"]:
+                row = result_row(**result)
+                best[row.name] = better(row, best.get(row.name))
+    return {name: row.value for name, row in best.items()}
+
+
+def better(row: Row, other: Row | None) -> Row:
+    """Of two values with one name."""
+    if other is None:
+        return row
+    return min(row, other, key=lambda row: row.value if row.unit == "ms/token" else -row.value)
 
 
 class Bench:
     """One model, its adapters, and a sampler."""
 
-    def __init__(self, size: str, sizes: Sizes, running: int) -> None:
-        self._size, self._vocabulary = size, sizes.vocabulary
+    def __init__(self, size: str, sizes: Sizes, running: int, profiles: Path | None = None) -> None:
+        """Profiles of loads are written to the folder `profiles`."""
+        self._size, self._vocabulary, self._profiles = size, sizes.vocabulary, profiles
         started = time.perf_counter()
-        self._model = random_base(sizes, torch.bfloat16, torch.device("cuda"))
+        self._model = fused_base(sizes, torch.device("cuda"))
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
         free, _ = torch.cuda.mem_get_info()
         per_token = self._model.cache_shape.numbers * 2
         self._sampler = TorchSampler(
             self._model,
             tokenizer,
-            kv_tokens=int(free * 0.5) // per_token,
+            kv_tokens=int(free * KV_SHARE) // per_token,
             max_running=running,
             max_rank=RANK,
         )
         self._sampler.warm_up(lambda progress: None)
         torch.cuda.synchronize()
-        self.started = time.perf_counter() - started
-        for index in range(ADAPTERS):
-            self._sampler.publish(f"adapter {index}", adapter(self._model, index))
-        self._run(self._requests(64, 32, 16, adapters=True))
-        self._run(self._requests(64, 32, 16, adapters=False))
+        self._started = time.perf_counter() - started
+        for number in range(ADAPTERS):
+            self._sampler.publish(f"adapter {number}", adapter(self._model, number))
+        for adapters in (ADAPTERS, 0):
+            self._answer(warm_up(Load(sizes.vocabulary, adapters, 0)))
 
-    def case(self, name: str) -> Iterator[Row]:
-        """The rows of one case."""
-        size = self._size
-        if name in ("adapters", "base"):
-            word = "lora8" if name == "adapters" else "base"
-            rates = [
-                self._rate(self._requests(256, 256, 512, adapters=name == "adapters", seed=seed)) for seed in (1, 2)
-            ]
-            yield Row(f"sampling {size} {word}", round(max(rates)), "tokens/s")
-        elif name == "one":
-            for word in ("lora", "base"):
-                seconds = self._run(self._requests(1, 256, 512, adapters=word == "lora"))
-                yield Row(f"batch1 {size} {word}", round(1000 * seconds / 512, 3), "ms/token")
-        elif name == "ragged":
-            yield Row(f"ragged {size} lora8", round(self._rate(ragged(self._vocabulary))), "tokens/s")
-        elif name == "groups":
-            yield Row(f"groups {size} lora8", round(self._rate(groups(self._vocabulary))), "tokens/s")
-        elif name == "publish":
-            yield Row(f"start {size}", round(self.started, 1), "s")
-            yield Row(f"publish {size}", round(self._publishing(), 3), "ms")
+    def rows(self, cases: Sequence[str], modes: Sequence[str], repeats: int) -> Iterator[Row]:
+        """Every case in every mode, the better of so many repeats; then what knows no modes."""
+        for mode in modes:
+            for case in cases:
+                if case in CASES:
+                    yield self._load(case, mode, repeats)
+        yield Row(f"start {self._size}", round(self._started, 1), "s")
+        others: dict[str, Callable[[], Iterator[Row]]] = {"models": self._models, "exactness": self._exactness}
+        for case in cases:
+            if case in others:
+                yield from others[case]()
 
-    def _publishing(self) -> float:
-        weights = adapter(self._model, 99)
+    def _load(self, case: str, mode: str, repeats: int) -> Row:
+        best: Row | None = None
+        for seed in range(1, 1 + repeats):
+            requests = CASES[case](Load(self._vocabulary, ADAPTERS if mode == "lora" else 0, seed))
+            seconds = self._answer(requests)
+            best = better(result_row(case, self._size, mode, seconds, sampled_tokens(requests)), best)
+        if self._profiles:
+            requests = CASES[case](Load(self._vocabulary, ADAPTERS if mode == "lora" else 0, 0))
+            write_profile(self._sampler, calls_of(requests), self._profiles / f"{case}_{self._size}_{mode}.txt")
+        assert best is not None, "at least one repeat"
+        return best
+
+    def _answer(self, requests: Sequence[Asked]) -> float:
+        torch.cuda.synchronize()
+        return seconds_to_answer(self._sampler, calls_of(requests))
+
+    def _models(self) -> Iterator[Row]:
+        """What it takes to add an adapter and to publish one."""
+        trainer = TorchTrainer(self._model, micro_batch_tokens=4096, max_adapters=ADAPTERS, max_rank=RANK)
+        specs = [ModelSpec(RANK, seed, train_unembed=False) for seed in range(ADAPTERS)]
+        adding = [milliseconds(partial(trainer.add, f"new {spec.seed}", spec)) for spec in specs]
+        yield Row(f"add an adapter, {self._size}", round(median(adding), 2), "ms")
         times = []
         for index in range(20):
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            self._sampler.publish(f"new {index}", LoraWeights(weights.adapter.copy(), "random"))
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
+            publish = partial(self._sampler.publish, f"{index}")
+            times.append(milliseconds(lambda publish=publish: publish(trainer.snapshot("new 0"))))
         for index in range(20):
-            self._sampler.retract(f"new {index}")
-        return 1000 * mean(times[2:])
+            self._sampler.retract(f"{index}")
+        yield Row(f"publish {self._size}", round(mean(times[2:]), 3), "ms")
 
-    def _requests(self, count: int, prompt: int, output: int, *, adapters: bool, seed: int = 0) -> list[SnapshotCall]:
-        """Other prompts for another seed, so that none is in the cache already."""
-        rng = random.Random(f"{count} {prompt} {output} {adapters} {seed}")
-        return [
-            _call(index, [rng.randrange(100, self._vocabulary - 100) for _ in range(prompt)], output, adapters)
-            for index in range(count)
-        ]
-
-    def _rate(self, calls: Sequence[SnapshotCall]) -> float:
-        """Output tokens per second."""
-        tokens = sum((call.call.max_tokens or 0) * call.call.num_samples for call in calls)
-        return tokens / self._run(calls)
-
-    def _run(self, calls: Sequence[SnapshotCall]) -> float:
-        torch.cuda.synchronize()
-        return seconds_to_answer(self._sampler, calls)
-
-    def profile(self, path: Path) -> None:
-        """Kernels by time of a stretch of decoding 256 rows with adapters."""
-        for call in self._requests(256, 256, 128, adapters=True):
-            self._sampler.submit(call)
-        for _ in range(14):
-            self._sampler.step()
-        with torch.profiler.profile() as profile:
-            self._sampler.step()
-            torch.cuda.synchronize()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=70)
-        )
-        while self._sampler.load:
-            self._sampler.step()
+    def _exactness(self) -> Iterator[Row]:
+        trainer = TorchTrainer(self._model, micro_batch_tokens=4096, max_adapters=2, max_rank=RANK)
+        distance_S = np.abs(sampling_exactness.compare(trainer, self._sampler, PROBE))
+        name = "|sampled - trained logprob|"
+        yield Row(f"{name}, mean, {self._size}", float(f"{distance_S.mean():.3g}"), "nats")
+        yield Row(f"{name}, largest of {len(distance_S)}, {self._size}", float(f"{distance_S.max():.3g}"), "nats")
 
 
 def adapter(model: BaseModel, seed: int) -> LoraWeights:
@@ -170,49 +203,22 @@ def adapter(model: BaseModel, seed: int) -> LoraWeights:
     return LoraWeights(made, "random")
 
 
-def ragged(vocabulary: int) -> list[SnapshotCall]:
-    """512 requests with prompts of 32 to 2,048 tokens and outputs of 16 to 1,024."""
-    rng = random.Random(1)
-    lengths = [(rng.randint(32, 2048), rng.randint(16, 1024)) for _ in range(512)]
+def calls_of(requests: Sequence[Asked]) -> list[SnapshotCall]:
     return [
-        _call(index, [rng.randrange(100, vocabulary - 100) for _ in range(prompt)], output, True)
-        for index, (prompt, output) in enumerate(lengths)
+        SnapshotCall(
+            f"request {index}",
+            BASE_SNAPSHOT if asked.adapter is None else f"adapter {asked.adapter}",
+            "tenant",
+            SampleCall(
+                np.array(asked.prompt, np.int32),
+                seed=index,
+                num_samples=asked.samples,
+                max_tokens=asked.output,
+                stop_at_eos=False,
+            ),
+        )
+        for index, asked in enumerate(requests)
     ]
-
-
-def groups(vocabulary: int) -> list[SnapshotCall]:
-    """16 samples of 256 tokens for each of 64 prompts of 1,024 tokens."""
-    rng = random.Random(2)
-    return [
-        _call(index, [rng.randrange(100, vocabulary - 100) for _ in range(1024)], 256, True, samples=16)
-        for index in range(64)
-    ]
-
-
-def _call(index: int, prompt: Sequence[int], output: int, adapters: bool, samples: int = 1) -> SnapshotCall:
-    asked = SampleCall(
-        np.array(prompt, np.int32), seed=index, num_samples=samples, max_tokens=output, stop_at_eos=False
-    )
-    return SnapshotCall(f"request {index}", f"adapter {index % ADAPTERS}" if adapters else "base", "tenant", asked)
-
-
-def _rivals(files: Sequence[Path]) -> Iterator[tuple[str, str]]:
-    """By the name of our row, what vLLM's RESULT lines say: the better of repeated runs comes last."""
-    names = {
-        "batch256": "sampling",
-        "batch256-rep": "sampling",
-        "batch1": "batch1",
-        "ragged": "ragged",
-        "groups": "groups",
-    }
-    for path in files:
-        for line in path.read_text().splitlines():
-            found = re.search(r"RESULT vllm (\S+) (base|lora) (\S+) .*?out_tok_s=(\d+) ms_per_step=([\d.]+)", line)
-            if found is None or found[3] not in names:
-                continue
-            size, mode, tag, rate, step = found[1].lower(), found[2], found[3], found[4], found[5]
-            word = mode if tag == "batch1" else {"lora": "lora8", "base": "base"}[mode]
-            yield f"{names[tag]} {size} {word}", step if tag == "batch1" else rate
 
 
 if __name__ == "__main__":

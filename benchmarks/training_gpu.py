@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from benchmarks.qwen3 import SHAPES, milliseconds, random_base, random_module
+from benchmarks.qwen3 import fused_base, milliseconds, random_module
 from benchmarks.recording import Row, record
+from benchmarks.workloads import SHAPES
 from tinsmith.bench import random_lesson
 from tinsmith.models.loading import BaseModel
 from tinsmith.protocols import AdamParams, ModelCall, ModelSpec
@@ -85,7 +86,7 @@ def main() -> None:
 
 def measure(size: str, rounds: int, theirs: Result | None) -> list[Row]:
     """All of our rows of one size; `theirs` is the rival's result."""
-    base, rows = fused_base(size), []
+    base, rows = fused_base(SHAPES[size], torch.device("cuda")), []
     for setting in SETTINGS[size]:
         result = ours(base, setting, rounds)
         same = theirs if theirs and not setting.recomputes else None  # the rival recomputes nothing
@@ -95,18 +96,6 @@ def measure(size: str, rounds: int, theirs: Result | None) -> list[Row]:
         name = f"{setting.name} memory"
         rows.append(Row(name, round(result.peak, 1), "GB", peak, setting.goals[1]))
     return rows
-
-
-def fused_base(size: str) -> BaseModel:
-    """As `load_base` makes one of a folder."""
-    from tinsmith.models.fused import fused_layers  # needs Triton
-
-    base = random_base(SHAPES[size], torch.bfloat16, torch.device("cuda"))
-    layers = fused_layers(base, print)
-    if layers is None:
-        raise SystemExit("these layers are what is measured")
-    base.fuse(layers)
-    return base
 
 
 def ours(base: BaseModel, setting: Setting, rounds: int) -> Result:

@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.qwen3 import QWEN3_0_6B, SMALL, Case, Sizes, choose_device, interleaved, load, write_model
+from benchmarks.qwen3 import Case, choose_device, interleaved, load, write_model
 from benchmarks.recording import Row, record
+from benchmarks.workloads import QWEN3_0_6B, SMALL, Sizes
 from tinsmith.models.head import target_logprobs
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import Adapter, Segment

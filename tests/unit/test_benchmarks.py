@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks import adapters, sampling_cpu, training_memory
-from benchmarks.qwen3 import Sizes
 from benchmarks.training_memory import Problem
+from benchmarks.workloads import Sizes
 
 TINY = Sizes(32, 2, 64, 97, heads=4, kv_heads=2, head_dim=16)
 PROBLEM = Problem("cpu", tokens=48, vocabulary=97, hidden=32)

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from benchmarks import long_prompt, sampling_exactness, snapshots
-from benchmarks.qwen3 import Sizes, load
+from benchmarks.qwen3 import load
+from benchmarks.workloads import Sizes
 from tinsmith.demo import tiny_folder
 
 TINY = Sizes(32, 2, 64, long_prompt.SMALL.vocabulary, heads=4, kv_heads=2, head_dim=16)
