@@ -25,22 +25,17 @@ from torch import Tensor
 from tinsmith.models.adapter_table import AdapterPlaces
 from tinsmith.models.lora import Adapter, AdapterLayout, LinearGroup, Segment
 
-DECODE_ROWS = 16
-"""Rows of a tile where an adapter has few rows: the fewest that the matrix units take."""
-
-CROWD_ROWS = 32
-"""The same with many decoding rows."""
+TILE_ROWS = 16
+"""Rows of a tile: the fewest that the matrix units take."""
 
 _MOST_PARTS = 3
 _WIDTH = 1 + _MOST_PARTS
 _COLUMNS = 128
-_DEPTH = 128
+_DEPTH = 256
 _RANK_BLOCK = 32
 _ALIGNMENT = 8  # numbers; what loads of 16 bytes need
 _NUMBERS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-_MOST_SPLITS = 16
-_MANY_ROWS = 128
-_EXPAND_WARPS = {DECODE_ROWS: 2, CROWD_ROWS: 4}
+_MOST_SPLITS = 8
 
 
 @triton.jit(do_not_specialize=["group", "groups"])
@@ -188,7 +183,6 @@ class TileSizes:
     tiles: int
     rows: int
     rank: int
-    tile_rows: int
 
 
 class AdapterTiles:
@@ -218,7 +212,7 @@ class AdapterTiles:
 
     def set(self, segments: Sequence[Segment]) -> None:
         """Takes the adapters of these segments, which must fit and be served by the map."""
-        tiles = _tiles_of(segments, self.sizes.tile_rows)
+        tiles = _tiles_of(segments)
         if len(tiles) > self.sizes.tiles:
             raise ValueError(f"{len(tiles)} tiles do not fit into {self.sizes}")
         known = [_identity(adapter, *rows) for adapter, *rows in tiles]
@@ -268,7 +262,7 @@ class AdapterTiles:
             *(self._map.places.numbers[linears], len(self._map.places.numbers)),
             PARTS=parts,
             WIDTH=_WIDTH,
-            ROWS=sizes.tile_rows,
+            ROWS=TILE_ROWS,
             RANK_BLOCK=_RANK_BLOCK,
             DEPTH=_DEPTH,
             SPLITS=splits,
@@ -287,35 +281,34 @@ class AdapterTiles:
             *(self._z.stride(0), self._z.stride(1), y_TO.stride(0)),
             *(self._map.places.numbers[linears], len(self._map.places.numbers)),
             WIDTH=_WIDTH,
-            ROWS=sizes.tile_rows,
+            ROWS=TILE_ROWS,
             RANK_BLOCK=_RANK_BLOCK,
             COLUMNS=_COLUMNS,
             SPLITS=self._splits(x_TI.shape[1]),
             NUMBER=_NUMBERS[x_TI.dtype],
             ADD=add,
-            num_warps=_EXPAND_WARPS[sizes.tile_rows],
+            num_warps=2,
             num_stages=1,
         )
 
     def _splits(self, inputs: int) -> int:
         """Into how many parts the inputs are cut, so that few tiles fill the device, too; each part has some depth."""
-        enough = _MOST_SPLITS if self.sizes.rows < _MANY_ROWS else _MOST_SPLITS // 2
         splits = 1
-        while splits < enough and inputs // splits > 3 * _DEPTH:
+        while splits < _MOST_SPLITS and inputs // splits > 3 * _DEPTH:
             splits *= 2
         return splits
 
 
-def tiles_needed(segments: Sequence[Segment], tile_rows: int) -> int:
-    return len(_tiles_of(segments, tile_rows))
+def tiles_needed(segments: Sequence[Segment]) -> int:
+    return len(_tiles_of(segments))
 
 
-def _tiles_of(segments: Sequence[Segment], tile_rows: int) -> list[tuple[Adapter | None, int, int]]:
+def _tiles_of(segments: Sequence[Segment]) -> list[tuple[Adapter | None, int, int]]:
     """(adapter, first row, rows) of each tile."""
     return [
-        (segment.adapter, first, min(tile_rows, segment.end - first))
+        (segment.adapter, first, min(TILE_ROWS, segment.end - first))
         for segment in segments
-        for first in range(segment.start, segment.end, tile_rows)
+        for first in range(segment.start, segment.end, TILE_ROWS)
     ]
 
 

@@ -17,12 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from tinsmith.models.kernels import head_halves, rotated_head
+from tinsmith.models.launch import Kernel, blocks, power_of_two
 from tinsmith.sampling.decoding import SAMPLE_STREAM
 
 _TOKENS = 64  # of a sequence that a program looks at in one round
 _MOST_PARTS = 32
 _PROGRAMS = 1024  # of attention, that fill a large GPU
 _CHUNK = 4096  # of the vocabulary, in one program
+_HEADS = 8  # that one program turns and stores
 _LEAST_ROWS = 16  # and columns, of a matrix product in Triton
 
 
@@ -107,6 +109,9 @@ def _store_heads(
     tl.store(value_place + HALF, high, mask=is_value)
 
 
+_STORE_HEADS = Kernel(_store_heads, warps=2)
+
+
 def store_heads(
     qkv_TO: Tensor,
     share_TO: Tensor | None,
@@ -122,29 +127,15 @@ def store_heads(
     `share_TO`, if any, is added to all of them first; only the values in `qkv_TO` stay without it.
     `rotation`: cosines and sines by position, [positions, d].
     """
-    block = 8
     share = qkv_TO if share_TO is None else share_TO
-    kernel: Any = _store_heads[(len(qkv_TO), -(-(shape.heads + 2 * shape.kv_heads) // block))]
-    kernel(
-        qkv_TO,
-        share,
-        *slots,
-        slots_T,
-        positions_T,
-        *rotation,
-        norms.query_d if norms else qkv_TO,
-        norms.key_d if norms else qkv_TO,
-        qkv_TO.stride(0),
-        share.stride(0),
-        norms.eps if norms else 0.0,
-        SHARE=share_TO is not None,
-        HEADS=shape.heads,
-        KV_HEADS=shape.kv_heads,
-        HALF=shape.width // 2,
-        COLUMNS=triton.next_power_of_2(shape.width // 2),
-        NORMED=norms is not None,
-        BLOCK=block,
-        num_warps=2,
+    normed, half = norms is not None, shape.width // 2
+    weights = (norms.query_d, norms.key_d) if norms else (qkv_TO, qkv_TO)
+    _STORE_HEADS(
+        (len(qkv_TO), blocks(shape.heads + 2 * shape.kv_heads, _HEADS)),
+        (qkv_TO, share, *slots, slots_T, positions_T, *rotation, *weights),
+        (qkv_TO.stride(0), share.stride(0)),
+        (norms.eps if norms else 0.0,),
+        (share_TO is not None, shape.heads, shape.kv_heads, half, power_of_two(half), normed, _HEADS),
     )
 
 

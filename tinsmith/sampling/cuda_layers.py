@@ -24,7 +24,7 @@ from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import AdaptersInTurn, LinearGroup, Segment
 from tinsmith.models.plain_layers import FAMILIES, LayerParts, Probe, parts_of, weight_of
 from tinsmith.protocols import ModelSpec
-from tinsmith.sampling.adapter_tiles import DECODE_ROWS, AdapterMap, AdapterTiles, TileSizes, tiles_needed
+from tinsmith.sampling.adapter_tiles import AdapterMap, AdapterTiles, TileSizes, tiles_needed
 from tinsmith.sampling.cuda_kernels import HeadNorms, HeadShape, attend_rows, store_heads
 from tinsmith.sampling.kv_cache import KVCache
 from tinsmith.sampling.lanes import Span
@@ -177,7 +177,7 @@ class CudaLayers:
         if not adapters or not all(self.adapters.can_serve(adapter) for adapter in adapters):
             return AdaptersInTurn(segments)
         rank = max(adapter.spec.rank for adapter in adapters)
-        tiles = self.tiles(TileSizes(tiles_needed(segments, DECODE_ROWS), segments[-1].end, rank, DECODE_ROWS))
+        tiles = self.tiles(TileSizes(tiles_needed(segments), segments[-1].end, rank))
         tiles.set(segments)
         return tiles
 

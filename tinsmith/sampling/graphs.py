@@ -23,7 +23,7 @@ from torch import Tensor
 from tinsmith.models.head import full_product
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import AdaptersInTurn, Segment
-from tinsmith.sampling.adapter_tiles import CROWD_ROWS, DECODE_ROWS, AdapterTiles, TileSizes
+from tinsmith.sampling.adapter_tiles import TILE_ROWS, AdapterTiles, TileSizes
 from tinsmith.sampling.cuda_kernels import RowState, choose_tokens
 from tinsmith.sampling.cuda_layers import CudaLayers, DecodingRows, PassAdapters
 from tinsmith.sampling.decoding import LARGEST_INVERSE
@@ -37,7 +37,6 @@ BURST = 8
 
 _SMALL_RANK = 32
 _FEW_ADAPTERS, _MOST_ADAPTERS = 8, 64
-_CROWD = 128  # rows; a few more of them take larger tiles
 _WARM_RUNS = 2
 
 
@@ -170,9 +169,8 @@ class DecodeGraphs:
 
     def _tiles(self, kind: _Kind) -> AdapterTiles:
         if kind not in self._adapters:
-            tile_rows = DECODE_ROWS if kind.rows < _CROWD else CROWD_ROWS
-            tiles = min(kind.rows, -(-kind.rows // tile_rows) + kind.adapters + 1)  # one more for rows without any
-            sizes = TileSizes(tiles, kind.rows, kind.rank, tile_rows)
+            tiles = min(kind.rows, -(-kind.rows // TILE_ROWS) + kind.adapters + 1)  # one more for rows without any
+            sizes = TileSizes(tiles, kind.rows, kind.rank)
             self._adapters[kind] = self._layers.tiles(sizes)
         return self._adapters[kind]
 
