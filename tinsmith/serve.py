@@ -45,6 +45,7 @@ API_GRACE = 5.0  # seconds to answer what is under way
 ENGINE_GRACE = 60.0  # seconds to finish a slice of work and write what it must
 DATABASE_PATIENCE = 60.0  # seconds; the database may be starting at the same time as the server
 PROBE_SECONDS = 120.0  # loading torch from a slow disk, and waking a GPU
+SWITCH_SECONDS = 0.001  # for how long one of the API's threads may keep the event loop from going on
 KEEP_ALIVE = 120  # seconds; longer than clients keep idle connections, so that they never meet a closed one
 
 
@@ -181,7 +182,7 @@ def run_api(
     import uvicorn
 
     from tinsmith.api.app import create_app
-    from tinsmith.api.connections import BoundedConnection, connection_limit
+    from tinsmith.api.connections import ACCEPTED_AT_ONCE, BoundedConnection, PatientServer, connection_limit
     from tinsmith.store import records
     from tinsmith.store.database import Database
     from tinsmith.store.doorbell import Doorbell
@@ -197,10 +198,12 @@ def run_api(
         access_log=False,
         log_config=None,
         server_header=False,
+        backlog=ACCEPTED_AT_ONCE,
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=int(API_GRACE) - 3,
     )
-    server = uvicorn.Server(config)
+    server = PatientServer(config)
+    sys.setswitchinterval(SWITCH_SECONDS)
 
     def stop_server() -> None:
         stop.wait()

@@ -12,6 +12,7 @@ from tests.contract.api_fixtures import Api, running_api
 from tests.store import makers
 from tinsmith.api.waiting import Waiters
 from tinsmith.store import queue
+from tinsmith.store.database import Database
 from tinsmith.store.doorbell import Doorbell
 from tinsmith.wire.jobs import Outcome
 
@@ -52,10 +53,11 @@ def test_a_request_is_held_until_its_result_is_there(api: Api, model: str) -> No
 
 
 def test_the_doorbell_wakes_those_who_wait_for_what_it_names(database_url: str) -> None:
-    doorbell = Doorbell(database_url)
+    doorbell, database = Doorbell(database_url), Database(database_url)
+    database.migrate()
 
     async def wait() -> tuple[bool, bool]:
-        waiters = Waiters(doorbell)
+        waiters = Waiters(doorbell, database)
         waiters.start()
         try:
             with waiters.watch("m:1") as first, waiters.watch("m:1") as second, waiters.watch("m:2") as other:
@@ -68,6 +70,7 @@ def test_the_doorbell_wakes_those_who_wait_for_what_it_names(database_url: str) 
 
     assert asyncio.run(wait()) == (True, False)
     doorbell.close()
+    database.close()
 
 
 def test_many_requests_are_held_at_once(api: Api, model: str) -> None:

@@ -376,3 +376,14 @@ def test_processes_that_submit_the_same_requests_make_each_job_once(database: Da
         assert process.exitcode == 0
     assert bodies == {seq: str(seq).encode() for seq in range(120)}
     assert [past.header.seq for past in database.read(queue.history, "m", -1)] == list(range(120))
+
+
+def test_those_that_are_over_are_found_among_many_at_once(conn: sa.Connection) -> None:
+    finish(conn, "m:0", 1)
+    finish(conn, "m:0", 2, error="failed")
+    for seq in (3, 4):
+        queue.submit(conn, job("m:0", seq))
+    queue.give_up(conn, "m:0", 4)
+    asked = ["m:0:1", "m:0:2", "m:0:3", "m:0:4", "m:0:5", "nobody:1", "m:0", "m:0:x", "m\0:1"]
+    assert sorted(queue.are_over(conn, asked)) == ["m:0:1", "m:0:2", "m:0:4"]
+    assert queue.are_over(conn, []) == []

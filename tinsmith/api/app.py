@@ -43,6 +43,7 @@ from tinsmith.api.observation import HEADER, HttpCounts, Observed, trace_of
 from tinsmith.api.pacing import Pacing
 from tinsmith.api.presence import Presence
 from tinsmith.api.tokens import InvalidTokenError
+from tinsmith.api.turns import InTurn, Turns
 from tinsmith.api.waiting import Waiters
 from tinsmith.config import Settings
 from tinsmith.errors import BusyError, TinsmithError
@@ -118,11 +119,12 @@ def create_app(settings: Settings, served: Sequence[Served], database: Database,
         database,
         doorbell,
         catalog,
-        Waiters(doorbell),
+        Waiters(doorbell, database),
         access,
         Pacing(),
         Backlog(settings, database),
         Presence(database),
+        Turns(),
     )
 
     chat = Chat.over(TokenStreams(doorbell))
@@ -146,7 +148,7 @@ def create_app(settings: Settings, served: Sequence[Served], database: Database,
     counts = HttpCounts(services.registry, routes)
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(Observed, counts=counts)],
+        middleware=[Middleware(Observed, counts=counts), Middleware(InTurn, turns=services.turns)],
         lifespan=lifespan,
         exception_handlers={
             TinsmithError: _on_error,

@@ -1,10 +1,12 @@
 """Request bodies, off the wire and bounded: streamed, decompressed, decoded from JSON. Knows no route."""
 
+import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 import msgspec
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from tinsmith.errors import TooLargeError, UserError
@@ -12,6 +14,8 @@ from tinsmith.wire.codec import decompress
 
 SMALL_BODY = 2**20  # bytes, of every request that carries no tokens
 THREAD_BYTES = 2**18  # larger bodies are decoded and encoded beside the event loop
+
+_THREADS = ThreadPoolExecutor(2, "tinsmith-bodies")  # more would only keep the event loop from the interpreter
 
 Body = TypeVar("Body")
 Asked = ParamSpec("Asked")
@@ -29,7 +33,7 @@ class OverlongBodyError(TooLargeError):
 async def compute(size: int, function: Callable[Asked, Made], *args: Asked.args, **kwargs: Asked.kwargs) -> Made:
     """Calls a function that works on so many bytes: beside the event loop if they are many."""
     if size > THREAD_BYTES:
-        return await run_in_threadpool(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(_THREADS, partial(function, *args, **kwargs))
     return function(*args, **kwargs)
 
 

@@ -21,6 +21,7 @@ from tinsmith.api.catalog import Catalog
 from tinsmith.api.observation import new_registry, trace_of
 from tinsmith.api.pacing import Pacing
 from tinsmith.api.presence import Presence
+from tinsmith.api.turns import Turns
 from tinsmith.api.waiting import Waiters
 from tinsmith.config import Settings
 from tinsmith.errors import NotFoundError, UserError
@@ -48,6 +49,7 @@ class Services:
     pacing: Pacing
     backlog: Backlog
     presence: Presence
+    turns: Turns
 
     bases: dict[tuple[str, str], str] = field(default_factory=dict)  # (model or sampler, owner) → base, as it was found
     arriving: set[str] = field(default_factory=set)  # addresses to which a file is being uploaded

@@ -6,9 +6,11 @@ their answer, or send nothing at all.
 
 import asyncio
 import resource
+import socket
 from collections.abc import Callable
 from typing import Any
 
+import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 2**16
@@ -24,6 +26,8 @@ READ_SECONDS = 120.0
 """For a client to take up some of an answer that is ready."""
 
 MAX_CONNECTIONS = 8192
+ACCEPTED_AT_ONCE = 32  # connections in one round of the event loop: all that have come would hold everything else up
+BACKLOG = 2048  # connections that the kernel keeps until they are accepted
 _SPARE_FILES = 512  # descriptors for the database, bells, files, and for connections that are told to go
 _TURNED_AWAY = 256  # connections beyond the limit that are told so; further ones are dropped
 
@@ -47,6 +51,16 @@ def connection_limit() -> int:
     if files != resource.RLIM_INFINITY and files < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
     return max(64, wanted - _SPARE_FILES)
+
+
+class PatientServer(uvicorn.Server):
+    """Accepts new connections a few at a time. Its configuration's `backlog` must be ACCEPTED_AT_ONCE."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """The event loop takes one number for how many to accept at once and for how many the kernel keeps."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)
 
 
 class BoundedConnection(HttpToolsProtocol):

@@ -8,6 +8,7 @@ from starlette.responses import Response
 from tinsmith.api.bodies import compute
 from tinsmith.api.calls import Call, answer
 from tinsmith.api.observation import answer_for
+from tinsmith.api.turns import key_sent
 from tinsmith.api.waiting import wait_for_ring
 from tinsmith.errors import GoneError, NotFoundError
 from tinsmith.observe import REQUESTS, note
@@ -20,8 +21,6 @@ from tinsmith.wire.sample_codec import encode_sample_output
 from tinsmith.wire.types import RequestFailed, RetrieveFutureRequest, TryAgain
 
 PROTOBUF = "application/x-protobuf"
-# The doorbell wakes us; these looks at the database only make good for a lost ring.
-_FIRST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 1.0, 8.0
 
 
 async def retrieve_future(call: Call) -> Response:
@@ -39,7 +38,6 @@ async def ended(call: Call, request_id: str) -> Future | None:
     """The job once it has ended; None if that takes longer than a request is held. Raises NotFoundError."""
     services = call.services
     deadline = time.monotonic() + services.settings.poll_seconds
-    patience = _FIRST_LOOK_SECONDS
     with services.waiters.watch(request_id) as rung:
         while True:
             rung.clear()  # before the look: what rings during it is not lost
@@ -51,8 +49,8 @@ async def ended(call: Call, request_id: str) -> Future | None:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 return None
-            await wait_for_ring(rung, min(patience, remaining))
-            patience = min(2 * patience, _LONGEST_LOOK_SECONDS)
+            await wait_for_ring(rung, remaining)
+            await services.turns.take(key_sent(call.request.scope))
 
 
 def _result(future: Future) -> Response:

@@ -46,7 +46,9 @@ async def finish_session(call: Call) -> Response:
     body = await call.json(types.FinishSessionRequest)
     reason = body.reason.type if body.detail is None else f"{body.reason.type}: {body.detail}"
     services = call.services
-    given_up = await services.database.write_async(_finish, call.path("session_id"), call.owner, reason)
+    session_id = call.path("session_id")
+    given_up = await services.database.write_async(_finish, session_id, call.owner, reason)
+    services.presence.forget(session_id)
     services.doorbell.ring("jobs", ["jobs", *given_up])  # the engine may let go of the session's models, too
     services.doorbell.ring("done", given_up)
     return answer({})

@@ -1,15 +1,25 @@
-"""Requests that wait for jobs to end, woken by the doorbell. Knows ids only; the caller looks up results."""
+"""Requests that wait for jobs to end, woken by the doorbell. Knows ids only; the caller looks up results.
+
+Rings may get lost, so a thread also asks the database now and then which of all that are waited for have ended: one
+question for a thousand of them, where each of them asking for itself would keep the server busy with nothing.
+"""
 
 import asyncio
 import logging
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from tinsmith.errors import TinsmithError
+from tinsmith.store import queue
+from tinsmith.store.database import Database
 from tinsmith.store.doorbell import Doorbell
 
 _WAIT_SECONDS = 1.0
+_LOOK_SECONDS = 2.0  # between two looks at the database, for lost rings
+_LOOK_AT = 1000  # requests in one question
 
 log = logging.getLogger(__name__)
 
@@ -17,8 +27,9 @@ log = logging.getLogger(__name__)
 class Waiters:
     """One thread that listens for finished jobs, and the events that it sets. `start` belongs in the event loop."""
 
-    def __init__(self, doorbell: Doorbell) -> None:
+    def __init__(self, doorbell: Doorbell, database: Database) -> None:
         self._doorbell = doorbell
+        self._database = database
         self._events: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -53,13 +64,28 @@ class Waiters:
 
     def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
         bell = self._doorbell.listen("done")
+        look_at = 0.0
         try:
             while not self._closing.is_set():
                 request_ids = bell.wait(_WAIT_SECONDS)
+                if time.monotonic() >= look_at:
+                    request_ids += self._ended()
+                    look_at = time.monotonic() + _LOOK_SECONDS
                 if request_ids and not loop.is_closed():
                     loop.call_soon_threadsafe(self._wake, request_ids)
         finally:
             bell.close()
+
+    def _ended(self) -> list[str]:
+        """Those requests that are waited for, and over."""
+        waited_for = list(self._events)
+        ended: list[str] = []
+        for start in range(0, len(waited_for), _LOOK_AT):
+            try:
+                ended += self._database.read(queue.are_over, waited_for[start : start + _LOOK_AT])
+            except TinsmithError as error:  # the next look may find the database again
+                log.info("waiting requests could not be looked at: %s", error)
+        return ended
 
     def _wake(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:

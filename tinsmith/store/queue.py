@@ -124,6 +124,21 @@ _ARRIVALS = (
     .order_by(jobs.c.seq)
 )
 _ENDED = for_numbers(sa.select(jobs.c.number).where(~OPEN), jobs)
+_OVER = "SELECT jobs.subject, jobs.seq FROM {} AND jobs.state NOT IN ('queued', 'running')"
+_ARE_OVER = Prepared(
+    sqlite=sa.text(
+        _OVER.format(
+            "json_each(:places) AS place CROSS JOIN jobs "
+            "ON jobs.subject = json_extract(place.value, '$[0]') AND jobs.seq = json_extract(place.value, '$[1]')"
+        )
+    ),
+    postgresql=sa.text(
+        _OVER.format(
+            "unnest(CAST(:subjects AS text[]), CAST(:seqs AS bigint[])) AS place (subject, seq) JOIN jobs "
+            "ON jobs.subject = place.subject AND jobs.seq = place.seq"
+        )
+    ),
+)
 
 
 def submit(conn: sa.Connection, job: Job) -> str:
@@ -212,13 +227,24 @@ def ended(conn: sa.Connection, numbers: Sequence[int]) -> list[int]:
     return [number for (number,) in _ENDED(conn, {"numbers": listed(conn, numbers)})]
 
 
+def are_over(conn: sa.Connection, request_ids: Sequence[str]) -> list[str]:
+    """Those of these requests that have ended."""
+    places = [place for request_id in request_ids if (place := _place_of(request_id)) is not None]
+    if conn.dialect.name == "postgresql":
+        values: dict[str, Any] = {"subjects": [subject for subject, _ in places], "seqs": [seq for _, seq in places]}
+    else:
+        values = {"places": json.dumps(places)}
+    return [f"{subject}:{seq}" for subject, seq in _ARE_OVER(conn, values)]
+
+
 def find(conn: sa.Connection, request_id: str) -> Future | None:
     """A job's state and, when done, its result."""
-    subject, _, seq = request_id.rpartition(":")
-    if not (seq.isascii() and seq.isdigit() and len(seq) < 19 and "\0" not in subject):
+    place = _place_of(request_id)
+    if place is None:
         return None
-    rows = _FIND(conn, {"of_subject": subject, "at_seq": int(seq)})
-    return Future(f"{subject}:{int(seq)}", *rows[0]) if rows else None
+    subject, seq = place
+    rows = _FIND(conn, {"of_subject": subject, "at_seq": seq})
+    return Future(f"{subject}:{seq}", *rows[0]) if rows else None
 
 
 def history(conn: sa.Connection, subject: str, after: int) -> list[Past]:
@@ -239,6 +265,14 @@ def history(conn: sa.Connection, subject: str, after: int) -> list[Past]:
 def was_chunked(conn: sa.Connection, subject: str, seq: int) -> bool:
     """Whether a neighbour's arrival shows that this request was one chunk of a larger call."""
     return seq in _chunked(conn, subject, [seq])
+
+
+def _place_of(request_id: str) -> tuple[str, int] | None:
+    """Subject and seq, of what can be a request's id."""
+    subject, _, seq = request_id.rpartition(":")
+    if not (seq.isascii() and seq.isdigit() and len(seq) < 19 and "\0" not in subject):
+        return None
+    return subject, int(seq)
 
 
 def _row(job: Job, state: str) -> dict[str, object]:

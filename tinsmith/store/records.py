@@ -125,6 +125,12 @@ def require_beating(conn: sa.Connection, session_id: str, owner: str) -> Session
     return session
 
 
+def signs_of_life(conn: sa.Connection, session_ids: Sequence[str]) -> dict[str, float]:
+    """When each of these sessions was last heard of, of those that are open."""
+    is_asked = sessions.c.id.in_(session_ids) & (sessions.c.state == "open")
+    return {row.id: row.seen_at for row in conn.execute(sa.select(sessions.c.id, sessions.c.seen_at).where(is_asked))}
+
+
 def touch_session(conn: sa.Connection, session_id: str, owner: str, now: float) -> Session:
     """Notes a heartbeat. Raises NotFoundError, or GoneError for a finished session."""
     session = require_beating(conn, session_id, owner)

@@ -1,0 +1,82 @@
+"""Turns on the event loop: a crowd of requests is begun a few at a time, so that nothing else waits for all of it.
+
+An event loop runs whatever is ready, all of it, before it looks for anything new; two thousand requests that arrive
+together would be two thousand steps in front of the next heartbeat. Here they are suspended tasks instead, of which
+each round of the loop begins a few: of every key in turn, of one key in order of arrival. What clients send to know
+whether the server lives, and what costs next to nothing, does not queue.
+
+Knows paths and keys as they were sent; nothing of what requests are about, or whether the key is any good.
+"""
+
+import asyncio
+from collections import OrderedDict, deque
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+EACH_ROUND = 8
+"""Requests begun in one round of the event loop: some milliseconds of work."""
+
+_WITHOUT_TURN = frozenset(
+    f"/api/v1{path}" for path in ("/session_heartbeat", "/healthz", "/client/config", "/client/dynamic_config")
+)
+
+
+class Turns:
+    """Who goes on in the next round of the event loop. Belongs to one event loop."""
+
+    def __init__(self, each_round: int = EACH_ROUND) -> None:
+        self._each_round = each_round
+        self._left = each_round  # of this round
+        self._waiting: OrderedDict[bytes, deque[asyncio.Future[None]]] = OrderedDict()  # the next key first
+        self._is_counting = False  # whether the next round is told to this
+
+    async def take(self, key: bytes) -> None:
+        """Returns when it is the caller's turn; at once while there are few. A cancelled caller loses its place."""
+        loop = asyncio.get_running_loop()
+        if not self._is_counting:
+            self._is_counting = True
+            loop.call_soon(self._begin_round)
+        if self._left and not self._waiting:
+            self._left -= 1
+            return
+        turn: asyncio.Future[None] = loop.create_future()
+        self._waiting.setdefault(key, deque()).append(turn)
+        await turn
+
+    def _begin_round(self) -> None:
+        self._left = self._each_round
+        while self._left and self._waiting:
+            key, turns = next(iter(self._waiting.items()))
+            turn = turns.popleft()
+            if turns:
+                self._waiting.move_to_end(key)
+            else:
+                del self._waiting[key]
+            if not turn.cancelled():
+                turn.set_result(None)
+                self._left -= 1
+        self._is_counting = bool(self._waiting)
+        if self._is_counting:
+            asyncio.get_running_loop().call_soon(self._begin_round)
+
+
+class InTurn:
+    """ASGI middleware: every request takes a turn before anything is done about it."""
+
+    def __init__(self, app: ASGIApp, turns: Turns) -> None:
+        self._app = app
+        self._turns = turns
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in _WITHOUT_TURN:
+            await self._turns.take(key_sent(scope))
+        await self._app(scope, receive, send)
+
+
+def key_sent(scope: Scope) -> bytes:
+    """The API key, or token, that a request carries; empty if it carries none."""
+    for name, value in scope["headers"]:
+        if name in (b"x-api-key", b"authorization"):
+            sent: bytes = value
+            return sent
+    return b""
