@@ -20,6 +20,9 @@ GROUP_OF_PART = {"self_attn": "attn", "linear_attn": "attn", "mlp": "mlp"}
 EXPERT_PARAMETERS = {"gate_up_proj": ".base_layer", "down_proj": ""}
 """The parameters of fused experts, in the order of the module, and what PEFT adds to the module's path for each."""
 
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linear layers of one parent that are applied to the same input, and so can be one product."""
+
 _ROUTERS = ("gate", "router")
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "linear_attention"})
 _ROPE_BY_LENGTH = ("dynamic", "longrope")

@@ -28,6 +28,15 @@ class Layout:
         """The tensor at `position`, as a view into `flat` ([…, total])."""
         return flat[..., self.starts[position] : self.starts[position + 1]].unflatten(-1, self.shapes[position])
 
+    def stack(self, flat: Tensor, names: Sequence[str]) -> Tensor:
+        """Neighbours, which differ in their first dimension only, one below the other: a view into `flat` ([total])."""
+        first = self.names.index(names[0])
+        last = first + len(names)
+        if self.names[first:last] != tuple(names):
+            raise ValueError(f"{list(names)} are not neighbours")
+        part = flat[self.starts[first] : self.starts[last]]
+        return part.view(-1, *self.shapes[first][1:])
+
     def named_views(self, flat: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.names, self.views(flat), strict=True))
 

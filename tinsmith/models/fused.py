@@ -19,8 +19,11 @@ from torch import Tensor
 
 from tinsmith.models.adapter_table import MOST_RANKS, AdapterPlaces, AdapterTable
 from tinsmith.models.attention import PackedAttention
-from tinsmith.models.fused_attention import AttentionChoice, FusedAttention
-from tinsmith.models.kernels import add_rms_norm, norm_rope, norm_rope_backward, rms_norm_backward
+from tinsmith.models.full import FullModel
+from tinsmith.models.fused_attention import AttentionChoice
+from tinsmith.models.fused_full import FullLayers
+from tinsmith.models.fused_heads import FusedHeads, Sequences
+from tinsmith.models.kernels import add_rms_norm, rms_norm_backward
 from tinsmith.models.lora import Adapter, LinearGroup, Segment
 from tinsmith.models.norms import FrozenRMSNorm
 from tinsmith.models.plain_layers import FAMILIES, LayerParts, Probe, parts_of, weight_of
@@ -34,9 +37,7 @@ class Pass:
     """What all layers of one pass share."""
 
     adapters: AdapterTable
-    attention: FusedAttention
-    cos_Td: Tensor
-    sin_Td: Tensor
+    sequences: Sequences
     recomputes: bool  # whether a layer keeps its input only
 
 
@@ -52,6 +53,7 @@ class FusedLayers:
         self._rotary = module.model.rotary_emb
         self._norm = module.model.norm
         parts = [parts_of(layer, scaling) for layer, scaling in zip(module.model.layers, scalings, strict=True)]
+        self._parts = parts
         self._layers = [_Layer(part) for part in parts]
         self._places = AdapterPlaces([group.linears for layer in self._layers for group in layer.groups])
         self._attention = AttentionChoice()
@@ -60,6 +62,10 @@ class FusedLayers:
     def fits(self, adapters: Iterable[Adapter | None]) -> bool:
         """Whether the kernels are made for these adapters' ranks."""
         return all(adapter is None or adapter.spec.rank <= MOST_RANKS for adapter in adapters)
+
+    def of_full(self, model: FullModel) -> FullLayers:
+        """The same layers with a full-parameter model's weights, which they train."""
+        return FullLayers(model.module, self._parts, model.layout, model.compute)
 
     @property
     def activation_bytes(self) -> int:
@@ -76,7 +82,7 @@ class FusedLayers:
         hidden_TD.requires_grad_(torch.is_grad_enabled())
         table = AdapterTable(segments, self._places, device)
         kernels = self._attention.of(attention.lengths, device)
-        this = Pass(table, kernels, cos_1Td[0], sin_1Td[0], self.recomputes)
+        this = Pass(table, Sequences(kernels, cos_1Td[0], sin_1Td[0]), self.recomputes)
         for layer in self._layers:
             hidden_TD = _LayerFunction.apply(hidden_TD, layer, this)
         normed: Tensor = self._norm(hidden_TD)
@@ -128,14 +134,11 @@ class _Layer:
 
     def __init__(self, parts: LayerParts) -> None:
         self.groups = parts.groups
-        self._scale = parts.scaling
         self._before, self._between = _Norm(parts.before), _Norm(parts.between)
-        self._heads, self._out, self._gate_up, self._down = parts.groups
-        self._width, self._counts = parts.width, parts.counts
+        self._projections, self._out, self._gate_up, self._down = parts.groups
         norms = parts.head_norms
-        self._q_weight_d = weight_of(norms[0]) if norms else None
-        self._k_weight_d = weight_of(norms[1]) if norms else None
-        self._head_eps = norms[0].eps if norms else 0.0
+        weights = (weight_of(norms[0]), weight_of(norms[1])) if norms else (None, None)
+        self._heads = FusedHeads(parts.counts, parts.width, parts.scaling, weights, norms[0].eps if norms else 0.0)
 
     @property
     def kept_bytes(self) -> int:
@@ -143,15 +146,14 @@ class _Layer:
         products = sum(sum(group.outputs) for group in self.groups)
         inner = sum(len(group.linears) for group in self.groups) * MOST_RANKS
         numbers = products + self._out.weight_OI.shape[1] + inner
-        return numbers * self._out.weight_OI.itemsize + 4 * self._counts[0]
+        return numbers * self._out.weight_OI.itemsize + 4 * self._heads.counts[0]
 
     def forward(self, x_TD: Tensor, this: Pass) -> tuple[Tensor, list[Tensor]]:
         """(what comes out [T, D], what `backward` needs beside what came in)."""
         normed_TD = self._before(x_TD)
-        heads_z = this.adapters.inner_of_inputs(self._heads, normed_TD)
-        heads_TO = adapted_product(self._heads, normed_TD, heads_z, this.adapters)
-        attended_THd, kept = this.attention.forward(*self._turned(heads_TO, this), self._scale)
-        attended_TO = attended_THd.flatten(1)
+        heads_z = this.adapters.inner_of_inputs(self._projections, normed_TD)
+        heads_TO = adapted_product(self._projections, normed_TD, heads_z, this.adapters)
+        attended_TO, kept = self._heads.forward(heads_TO, this.sequences)
         out_z = this.adapters.inner_of_inputs(self._out, attended_TO)
         middle_TD = adapted_product(self._out, attended_TO, out_z, this.adapters, x_TD)
         normed_TD = self._between(middle_TD)
@@ -162,16 +164,6 @@ class _Layer:
         inner = [heads_z, out_z, gate_up_z, down_z]
         return y_TD, [*inner, heads_TO, attended_TO, middle_TD, gate_up_TO, *kept]
 
-    def _turned(self, heads_TO: Tensor, this: Pass) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [T, H, d] and keys [T, G, d], normalised and rotated, and values [T, G, d]."""
-        query, key, _ = self._counts
-        turned_TO = heads_TO.new_empty(heads_TO.shape[0], (query + key) * self._width)
-        weights = (self._q_weight_d, self._k_weight_d)
-        eps, width = self._head_eps, self._width
-        norm_rope(heads_TO, this.cos_Td, this.sin_Td, *weights, eps, query, key, width, turned_TO)
-        query_THd, key_TGd = turned_TO.unflatten(1, (-1, self._width)).split([query, key], 1)
-        return query_THd, key_TGd, heads_TO.unflatten(1, (-1, self._width))[:, query + key :]
-
     def backward(self, dy_TD: Tensor, x_TD: Tensor, saved: Sequence[Tensor], this: Pass) -> Tensor:
         """The gradient in what came in; what was saved is overwritten."""
         heads_z, out_z, gate_up_z, down_z, heads_TO, attended_TO, middle_TD, gate_up_TO, *kept = saved
@@ -180,17 +172,12 @@ class _Layer:
         dout_z = table.inner_of_gradient(self._out, dmiddle_TD)
         dattended_TO = _product_backward(self._out, dmiddle_TD, dout_z, table)
         table.add_gradients(self._out, attended_TO, out_z, dmiddle_TD, dout_z)
-        inputs = self._turned(heads_TO, this)
-        dattended_THd, attended_THd = (each.unflatten(1, (-1, self._width)) for each in (dattended_TO, attended_TO))
-        dinputs = this.attention.backward(dattended_THd, inputs, attended_THd, kept, self._scale)
-        del inputs, dattended_TO, dattended_THd
-        weights = (self._q_weight_d, self._k_weight_d)
-        dheads_TO = norm_rope_backward(dinputs, heads_TO, this.cos_Td, this.sin_Td, *weights, self._head_eps)
-        del dinputs
-        dheads_z = table.inner_of_gradient(self._heads, dheads_TO)
-        dnormed_TD = _product_backward(self._heads, dheads_TO, dheads_z, table)
+        dheads_TO = self._heads.backward(dattended_TO, heads_TO, attended_TO, kept, this.sequences)
+        del dattended_TO
+        dheads_z = table.inner_of_gradient(self._projections, dheads_TO)
+        dnormed_TD = _product_backward(self._projections, dheads_TO, dheads_z, table)
         dx_TD, normed_TD = self._before.backward(dnormed_TD, x_TD, dmiddle_TD)
-        table.add_gradients(self._heads, normed_TD, heads_z, dheads_TO, dheads_z)
+        table.add_gradients(self._projections, normed_TD, heads_z, dheads_TO, dheads_z)
         return dx_TD
 
     def _feed_forward_backward(

@@ -369,11 +369,11 @@ def _norm_rope_backward(
                 back_low, back_high, low, high, low_weight, high_weight, eps, HALF
             )
             if PARTS:
-                index = tl.arange(0, BLOCK)
+                half = tl.arange(0, BLOCK)
                 block = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-                part_ptrs = parts_ptr + block * (2 * HALF) + index
-                tl.store(part_ptrs, low_part, index < HALF)
-                tl.store(part_ptrs + HALF, high_part, index < HALF)
+                part_ptrs = parts_ptr + block * (2 * HALF) + half
+                tl.store(part_ptrs, low_part, half < HALF)
+                tl.store(part_ptrs + HALF, high_part, half < HALF)
         tl.store(low_out, back_low, mask)
         tl.store(low_out + HALF, back_high, mask)
 

@@ -27,7 +27,7 @@ from tinsmith.models.attention import (
 )
 from tinsmith.models.delta_nets import activation_bytes, is_delta_net, run_by_sequence
 from tinsmith.models.experts import MultiAdapterExperts
-from tinsmith.models.families import Target, find_targets
+from tinsmith.models.families import SAME_INPUT, Target, find_targets
 from tinsmith.models.grouped import GroupedAdapters, can_group
 from tinsmith.models.head import SpareColumns
 from tinsmith.models.invariant import RowInvariance
@@ -48,9 +48,6 @@ from tinsmith.protocols import ModelSpec
 
 if TYPE_CHECKING:
     from tinsmith.models.fused import FusedLayers
-
-SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linear layers of one parent that are applied to the same input, and so can be one product."""
 
 _PROBE_TOLERANCE = 2e-3  # of every logprob, in fp32
 _PROBE_TOLERANCE_LOW_PRECISION = 0.15  # on average: a router's choice between equals turns on the last bit
@@ -108,9 +105,9 @@ class BaseModel:
     def rows_share(self, adapters: Sequence[Adapter | None]) -> float:
         """Of the rows that `activation_bytes` allows, the part that a pass with these adapters may have.
 
-        None stands for a full-parameter model: less than all where fused layers cannot be used.
+        None stands for a full-parameter model. Less than all where fused layers cannot be used.
         """
-        if self.fused is None or (None not in adapters and self.fused.fits(adapters)):
+        if self.fused is None or self.fused.fits(adapters):
             return 1.0
         return self.activation_bytes / self._module_bytes
 

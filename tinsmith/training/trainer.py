@@ -92,7 +92,13 @@ class TorchTrainer:
         if spec.is_lora:
             self._models[model_id] = Trainable(self._model.new_adapter(spec))
         else:
-            self._models[model_id] = Trainable(FullModel(spec, self._model.full_copy(trainable=True)))
+            self._models[model_id] = Trainable(self._full_model(spec))
+
+    def _full_model(self, spec: ModelSpec) -> FullModel:
+        model = FullModel(spec, self._model.full_copy(trainable=True))
+        if self._model.fused is not None:
+            model.fuse(self._model.fused.of_full(model))
+        return model
 
     def excess_bytes(self, spec: ModelSpec | None = None) -> int:
         """By how much the models, and a further one of `spec`, exceed their share of memory."""
@@ -228,15 +234,15 @@ class TorchTrainer:
         """Forward of one micro-batch, every call's own loss, and one backward for all that did not fail."""
         runs = [group[cut.call] for cut in batch.cuts]
         weights = runs[0].model.weights
-        module = None if isinstance(weights, Adapter) else weights.module
+        full = None if isinstance(weights, Adapter) else weights
         training = not runs[0].call.forward_only
         if training:
-            self._model.checkpoint_gradients(self._recomputes(len(batch.tokens_T), self._share(runs)), module)
+            self._checkpoint_gradients(self._recomputes(len(batch.tokens_T), self._share(runs)), full)
             for run, cut in zip(runs, batch.cuts, strict=True):
                 run.begin(cut)
         segments = _segments(runs, batch)
         with torch.set_grad_enabled(training):
-            logprobs_M = self._logprobs(batch, segments, module)
+            logprobs_M = self._logprobs(batch, segments, full)
         upstream_M = _losses(runs, batch, segments, logprobs_M.detach())
         if any(segment.trains for segment in segments):
             logprobs_M.backward(upstream_M)
@@ -252,11 +258,23 @@ class TorchTrainer:
         """Whether backward of a pass of so many rows computes the inside of each layer again."""
         return self._checkpointing if isinstance(self._checkpointing, bool) else rows > self._checkpointing * share
 
-    def _logprobs(self, batch: MicroBatch, segments: Sequence[Segment], module: torch.nn.Module | None) -> Tensor:
+    def _checkpoint_gradients(self, enabled: bool, full: FullModel | None) -> None:
+        if full is not None and full.layers is not None:
+            full.layers.recomputes = enabled
+        else:
+            self._model.checkpoint_gradients(enabled, None if full is None else full.module)
+
+    def _logprobs(self, batch: MicroBatch, segments: Sequence[Segment], full: FullModel | None) -> Tensor:
         tokens_T, positions_T, targets_M = map(self._tensor, (batch.tokens_T, batch.positions_T, batch.targets_M))
         rows_M = None if batch.rows_M is None else self._tensor(batch.rows_M)
         attention = PackedAttention(batch.cu_seqlens)
-        hidden_TD = self._model.hidden(tokens_T, positions_T, segments, attention, module)
+        module = None if full is None else full.module
+        if full is not None and full.layers is not None:
+            hidden_TD = full.layers.hidden(tokens_T, positions_T, attention)
+            if rows_M is None:
+                return full.layers.logprobs(hidden_TD, targets_M)
+        else:
+            hidden_TD = self._model.hidden(tokens_T, positions_T, segments, attention, module)
         return target_logprobs(self._model, hidden_TD, segments, rows_M, targets_M, module)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
