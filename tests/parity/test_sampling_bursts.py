@@ -18,6 +18,7 @@ from tests.parity.conftest import Bases
 from tests.parity.sampling_lab import drain, full, lora, new_sampler, prompt, run, sample, sequences
 from tinsmith.models.loading import BaseModel
 from tinsmith.protocols import ModelSpec
+from tinsmith.sampling import sampler as sampler_module
 from tinsmith.sampling.batch import Work, forward, next_tokens
 from tinsmith.sampling.cuda_decoding import CudaDecoding
 from tinsmith.sampling.flights import Flight
@@ -198,15 +199,35 @@ def test_a_sample_that_begins_again_takes_nothing_of_the_burst_that_it_was_in(mo
     assert_same(drain(sampler)["a"], run(new_sampler(model), call))
 
 
-def test_who_has_ended_hears_of_it_although_the_burst_beside_it_breaks(model: BaseModel) -> None:
+def test_who_has_ended_hears_of_it_although_the_prompts_beside_it_break(
+    model: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [sample("early", prompt(9), max_tokens=2), sample("late", prompt(5), max_tokens=4)]
+    sampler, _ = in_bursts(model)
+    sampler.submit(calls[0])
+    sampler.step()
+    sampler.submit(calls[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler_module, "next_tokens", out_of_memory)
+        [early] = sampler.step()
+    results = {"early": early.output} | drain(sampler)
+    for call in calls:
+        assert_same(results[call.request_id], run(new_sampler(model), call))
+
+
+def out_of_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("2 GiB")
+
+
+def test_a_burst_that_cannot_begin_makes_everybody_begin_again(model: BaseModel) -> None:
     calls = [sample("long", prompt(9), max_tokens=30), sample("short", prompt(5), max_tokens=1)]
     sampler, graphs = in_bursts(model)
     sampler.submit(calls[0])
     sampler.step()
     sampler.submit(calls[1])
     graphs.error = torch.OutOfMemoryError("2 GiB")
-    [short] = sampler.step()
+    assert sampler.step() == []
     graphs.error = None
-    results = {"short": short.output} | drain(sampler)
+    results = drain(sampler)
     for call in calls:
         assert_same(results[call.request_id], run(new_sampler(model), call))

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from tinsmith.errors import TinsmithError, UserError
+from tinsmith.errors import ConfigError, TinsmithError, UserError
 from tinsmith.lost_device import raise_if_lost
 from tinsmith.models.invariant import RowInvariance
 from tinsmith.models.loading import BaseModel
@@ -67,8 +68,9 @@ class TorchSampler:
         At most `max_running` sequences run at once; the others wait. Snapshots may take `snapshot_bytes` of memory
         (None: any number); `excess_bytes` says when they take more.
 
-        If `deterministic` (on a CPU only), every result has the bits that training gives, in any company; not those
-        of models with recurrent layers. On a GPU, adapters of more than `max_rank` decode more slowly.
+        If `deterministic`, every result has the bits that training gives, in any company; not those of models with
+        recurrent layers. On a GPU it needs a model with exact layers, and takes no full-parameter models; adapters of
+        more than `max_rank` decode more slowly there.
         """
         self._model = model
         self._block_size = block_size
@@ -86,13 +88,15 @@ class TorchSampler:
             dtype=model.dtype,
             device=model.device,
         )
+        if deterministic and on_gpu and model.exact is None:
+            raise ConfigError("a deterministic sampler on a GPU needs a model with exact layers")
         self._cuda = cuda_decoding(
             model, self._cache, max_rows=max_running, max_context=self._max_context, max_rank=max_rank
         )
         self._flight: Flight | None = None  # tokens that are on their way
         self._states = StateStore()
         self._seats = Seats(pool, self._cache, self._states, max_running=max_running, is_recurrent=model.is_recurrent)
-        self._deterministic = deterministic
+        self._deterministic = deterministic and not on_gpu
         self._lanes: dict[int, Lanes | PagedRows] = {}  # by version of the module that runs; the base is -1
         self._arrivals = count()
         self._snapshots = Snapshots(model, snapshot_bytes)
@@ -141,6 +145,12 @@ class TorchSampler:
     def publish(self, snapshot_id: str, weights: Weights | Path) -> None:
         """Raises UserError for the base model's name, and for files that don't fit the base model."""
         self._snapshots.publish(snapshot_id, weights)
+        if self._model.exact is not None and self._snapshots.require(snapshot_id).module is not None:
+            self._snapshots.retract(snapshot_id)
+            raise UserError(
+                "full-parameter models can be trained with --deterministic on a GPU, but not sampled: their logprobs "
+                "would not be those of training; leave it out, or serve on a CPU"
+            )
 
     def retract(self, snapshot_id: str) -> None:
         """Unknown ids are ignored. Requests under way keep the weights until they end."""
@@ -204,6 +214,8 @@ class TorchSampler:
             self._cuda.warm_up(on_progress)
         except Exception as error:  # a device with less of something; sampling works without, too
             raise_if_lost(error)
+            if self._model.exact is not None:
+                raise
             log.warning("decoding steps cannot be captured here: %s: %s", type(error).__name__, error, exc_info=True)
             self._cuda = None
 
@@ -277,40 +289,53 @@ class TorchSampler:
         decoding = {sample.key for sample in burst}
         others = [work for work in works if work.sample.key not in decoding]
         arithmetic = RowInvariance() if self._deterministic else nullcontext()
+        prompts_wait = any(sample.pending > 1 for sample in self._seats.running.values())
         with torch.inference_mode(), arithmetic:
-            if others:
-                finished += self._pass(others, lanes)
-            if cuda and burst:
-                finished += self._burst(burst, cuda.graphs)
+            flight = self._take_off(burst, others, cuda.graphs, prompts_wait) if cuda and burst else None
+            hidden_TD = self._forward(others, lanes) if others else None
+            if flight and prompts_wait:  # the device has the others' rows to do meanwhile
+                finished += self._accept(self._counted(flight))
+            if hidden_TD is not None:
+                finished += self._scored(others, hidden_TD)
+            if cuda and flight and not prompts_wait:
+                self._flight = self._next_flight(flight, burst, cuda.graphs)
+                finished += self._accept(self._counted(flight))
 
-    def _pass(self, works: list[Work], lanes: Lanes | PagedRows) -> list[Finished]:
-        """The works' rows through the model, and a token for every sample that has no rows left."""
+    def _forward(self, works: list[Work], lanes: Lanes | PagedRows) -> Tensor:
+        """Hidden states [T, D] of the works' rows."""
         self._seats.make_room([work.sample for work in works], 1)
         layers = self._cuda.layers if self._cuda else None
-        hidden_TD = forward(self._model, self._cache, lanes, self._states, works, layers)
+        return forward(self._model, self._cache, lanes, self._states, works, layers)
+
+    def _scored(self, works: list[Work], hidden_TD: Tensor) -> list[Finished]:
+        """Counts the rows that the works have run; a token for every sample that has none left."""
+        works = [
+            work for work in works if work.sample.key in self._seats.running
+        ]  # a sibling in the burst may have failed
         score_prompts(self._model, works, hidden_TD)
         for work in works:
             self._seats.advance(work.sample, work.rows)
         ready = [(work, [work.sample, *self._seats.fork(work.sample)]) for work in works if work.sample.pending == 0]
-        return self._accept(next_tokens(self._model, ready, hidden_TD)) if ready else []
+        choose = self._cuda.next_tokens if self._cuda else next_tokens
+        return self._accept(choose(self._model, ready, hidden_TD)) if ready else []
 
-    def _burst(self, samples: Sequence[Sample], graphs: "DecodeGraphs") -> list[Finished]:
-        """Some tokens for each sample, or those that are on their way; the next are asked for before these arrive."""
-        prompts_wait = any(sample.pending > 1 for sample in self._seats.running.values())
+    def _take_off(
+        self, samples: Sequence[Sample], others: Sequence[Work], graphs: "DecodeGraphs", prompts_wait: bool
+    ) -> "Flight":
+        """The burst of these samples that is on its way, or else a new one; leaves the others room for a row each."""
         flight, self._flight = self._flight, None
-        if flight is None:
-            steps = scheduling.burst_steps(
-                [sample.request.limit - len(sample.tokens) for sample in samples],
-                prompts_wait=prompts_wait,
-                most=graphs.most_steps,
-            )
-            if sum(self._seats.growth(sample, steps) for sample in samples) > self._seats.pool.available:
-                steps = 1
-            self._seats.make_room(samples, steps)
-            flight = graphs.launch(samples, steps)
-        if not prompts_wait:
-            self._flight = self._next_flight(flight, samples, graphs)
-        return self._accept(self._counted(flight))
+        if flight is not None:
+            return flight
+        steps = scheduling.burst_steps(
+            [sample.request.limit - len(sample.tokens) for sample in samples],
+            prompts_wait=prompts_wait,
+            most=graphs.most_steps,
+        )
+        growth = sum(self._seats.growth(sample, steps) for sample in samples)
+        if growth + sum(self._seats.growth(work.sample) for work in others) > self._seats.pool.available:
+            steps = 1
+        self._seats.make_room(samples, steps)
+        return graphs.launch(samples, steps)
 
     def _next_flight(self, flight: "Flight", samples: Sequence[Sample], graphs: "DecodeGraphs") -> "Flight | None":
         """What follows, if hardly any sample has its last token in this one, and nobody has joined since."""

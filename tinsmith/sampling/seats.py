@@ -189,6 +189,8 @@ class Seats:
             return []
         request.forked = True
         waiting = request.samples[1:]
+        if not waiting:
+            return []
         tenants = [sample.tenant for sample in self.running.values()]
         growth = sum(self.growth(sample) for sample in self.running.values())
         allowed = scheduling.fork_allowance(
