@@ -10,12 +10,13 @@ import gc
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -59,18 +60,46 @@ def supervise(settings: Settings) -> int:
         locked(settings.data_dir / "children.lock", ENGINE_GRACE) as lock,
     ):
         served, keys = _look_up(settings)
-        _collect_leftovers(settings)
-        with listen(settings.host, settings.port) as listener:
+        with _sole_server(settings, served) as stop_if_lost, listen(settings.host, settings.port) as listener:
+            _collect_leftovers(settings)
             settings = replace(settings, port=listener.getsockname()[1])
             announcer = Announcer(settings, served, keys)
             announcer.chosen()
             served = _divide_memory(settings, served)
             supervisor = Supervisor(_children(settings, served, listener.fileno(), lock.fileno()))
+            stop_if_lost(supervisor)
             follow = threading.Thread(target=announcer.wait_until_ready, args=(supervisor.stopping,), daemon=True)
             follow.start()
             code = supervisor.run()
             follow.join(timeout=1)
     return code
+
+
+@contextmanager
+def _sole_server(settings: Settings, served: Sequence[Served]) -> Iterator[Callable[[Supervisor], None]]:
+    """While it lasts, no other server works on these models in this database; ConfigError if one does already.
+
+    What it gives watches on behalf of a supervisor: if, after the database was away, another server has them, this one
+    stops, with a ConfigError.
+    """
+    from tinsmith.store.occupancy import Occupancy, OccupiedError
+
+    occupancy = Occupancy(settings.effective_database_url, [model.base for model in served])
+    lost: list[OccupiedError] = []
+
+    def stop(error: OccupiedError) -> None:
+        lost.append(error)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def keep(supervisor: Supervisor) -> None:
+        threading.Thread(target=occupancy.keep, args=(supervisor.stopping, stop), daemon=True).start()
+
+    try:
+        yield keep
+    finally:
+        occupancy.close()
+    if lost:
+        raise lost[0]
 
 
 def _collect_leftovers(settings: Settings) -> None:

@@ -86,6 +86,14 @@ def test_a_data_folder_belongs_to_one_server(server: LocalServer) -> None:
     assert str(server.data_dir) in result.stderr
 
 
+def test_a_model_in_a_database_belongs_to_one_server(server: LocalServer, tmp_path: Path) -> None:
+    url = f"sqlite:///{server.data_dir}/tinsmith.db"
+    result = tinsmith("serve", "--port", "0", "--data-dir", str(tmp_path), "--database-url", url)
+    assert result.returncode == 2
+    assert "another server works on the requests for 'tiny'" in result.stderr
+    assert server.is_ready()
+
+
 def test_the_log_says_what_was_chosen_and_how_to_connect(server: LocalServer) -> None:
     connect = f"export TINKER_BASE_URL={server.base_url} TINKER_API_KEY=tml-local"
     deadline = time.monotonic() + 30  # the supervisor asks now and then whether the server is ready

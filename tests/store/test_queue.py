@@ -387,3 +387,14 @@ def test_those_that_are_over_are_found_among_many_at_once(conn: sa.Connection) -
     asked = ["m:0:1", "m:0:2", "m:0:3", "m:0:4", "m:0:5", "nobody:1", "m:0", "m:0:x", "m\0:1"]
     assert sorted(queue.are_over(conn, asked)) == ["m:0:1", "m:0:2", "m:0:4"]
     assert queue.are_over(conn, []) == []
+
+
+def test_an_engine_that_goes_gives_back_only_what_it_was_running(conn: sa.Connection) -> None:
+    for seq in (1, 2):
+        queue.submit(conn, job("m", seq))
+    [first] = queue.claim(conn, "tiny", "old", 1)
+    [second] = queue.claim(conn, "tiny", "new", 1)
+    assert queue.release(conn, "tiny", "old") == 1
+    assert numbers(queue.claim(conn, "tiny", "new", 9)) == [first.number]
+    assert queue.release(conn, "tiny") == 2
+    assert numbers(queue.claim(conn, "tiny", "newest", 9)) == [first.number, second.number]

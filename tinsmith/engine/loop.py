@@ -136,7 +136,7 @@ class Engine:
         self._collect_orphans()
         self._shares.weights = self._ledger.weights()
         self._trials.take_over(self._ledger.ended)
-        released = self._ledger.release()
+        released = self._ledger.take_over()
         if released:
             log.info("took over %d unfinished jobs", released)
 

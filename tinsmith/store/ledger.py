@@ -49,9 +49,13 @@ class Ledger:
 
     # Jobs
 
-    def release(self) -> int:
-        """Queues again what a dead engine was running. Returns how many jobs."""
+    def take_over(self) -> int:
+        """Queues again what dead engines were running. Returns how many jobs."""
         return self._database.write(queue.release, self.base)
+
+    def release(self) -> None:
+        """Queues again what this engine was running."""
+        self._database.write(queue.release, self.base, self.engine_id)
 
     def claim(self, limit: int, *, crowded: Sequence[str] = ()) -> list[Header]:
         """Takes up to `limit` queued jobs, oldest first, but no samples of the owners in `crowded`."""

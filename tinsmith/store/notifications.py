@@ -13,15 +13,15 @@ from tinsmith.store.bell import Bell, Courier, pack, packets, unpack
 _PAYLOAD_BYTES = 7_900  # Postgres takes less than 8,000
 _RECONNECT_SECONDS = 0.5
 
-_Connection = psycopg.Connection[tuple[Any, ...]]
+Connection = psycopg.Connection[tuple[Any, ...]]
 
 
 class PostgresRinger:
     """Notifies a channel for each topic. Channels belong to the database."""
 
     def __init__(self, database_url: str) -> None:
-        self._url = _without_driver(database_url)
-        self._conn: _Connection | None = None
+        self._url = database_url
+        self._conn: Connection | None = None
         self._courier = Courier(self._deliver)
 
     def ring(self, topic: str, messages: list[str]) -> None:
@@ -40,7 +40,7 @@ class PostgresRinger:
         payloads = [pack(group).decode() for group in packets(messages, _PAYLOAD_BYTES)]
         try:
             if self._conn is None:
-                self._conn = _connect(self._url)
+                self._conn = connect(self._url)
             self._conn.execute(
                 "SELECT pg_notify(%s, payload) FROM unnest(%s::text[]) AS payload", (_channel(topic), payloads)
             )
@@ -60,7 +60,7 @@ class PostgresBell(Bell):
         self._url = url
         self._topics = topics
         self._heard: dict[str, None] = {}
-        self._conn: _Connection | None = None
+        self._conn: Connection | None = None
         self._connect()
 
     def _receive(self, until: float) -> list[str]:
@@ -78,7 +78,7 @@ class PostgresBell(Bell):
 
     def _connect(self) -> bool:
         try:
-            conn = _connect(self._url)
+            conn = connect(self._url)
             # While it waits for an answer, the driver takes notifications in; this is where it leaves them.
             conn.add_notify_handler(lambda notification: self._hear(notification.payload.encode()))
             for topic in self._topics:
@@ -109,21 +109,18 @@ class PostgresBell(Bell):
             self._conn.close()
 
 
-def _connect(url: str) -> _Connection:
+def connect(database_url: str, name: str = "tinsmith doorbell") -> Connection:
+    """A connection of one's own to the database at SQLAlchemy's URL. Raises psycopg.Error."""
+    scheme, _, rest = database_url.partition("://")
     return psycopg.connect(
-        url,
+        f"{scheme.partition('+')[0]}://{rest}",
         autocommit=True,
         connect_timeout=5,
-        application_name="tinsmith doorbell",
+        application_name=name,
         keepalives_idle=30,
         keepalives_interval=10,
         keepalives_count=3,
     )
-
-
-def _without_driver(url: str) -> str:
-    scheme, _, rest = url.partition("://")
-    return f"{scheme.partition('+')[0]}://{rest}"
 
 
 def _channel(topic: str) -> str:

@@ -167,9 +167,14 @@ def claim(conn: sa.Connection, base: str, engine: str, limit: int, crowded: Sequ
     return sorted((Header(*row) for row in rows), key=lambda header: header.number)
 
 
-def release(conn: sa.Connection, base: str) -> int:
-    """Makes every running job of `base` queued again: what a starting engine does with a dead one's work."""
+def release(conn: sa.Connection, base: str, engine: str | None = None) -> int:
+    """Makes every running job of `base` queued again: what a starting engine does with a dead one's work.
+
+    Or those of one engine, which goes.
+    """
     statement = sa.update(jobs).where(jobs.c.base == base, _RUNNING).values(state="queued", engine=None)
+    if engine is not None:
+        statement = statement.where(jobs.c.engine == engine)
     return conn.execute(statement).rowcount
 
 
