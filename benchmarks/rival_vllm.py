@@ -1,6 +1,6 @@
 """vLLM with the loads of `sampling_gpu`: prints a RESULT line for each, which `--rival` of our benchmarks reads.
 
-    python -m benchmarks.rival_vllm {0.6b,4b} {lora,base} [--cases sampling,batch1,ragged,groups,rollouts] [--repeats N]
+    python -m benchmarks.rival_vllm {0.6b,4b} {lora,base} [--cases sampling,batch1,ragged,groups,rollouts]
 
 Runs where vLLM is installed, and needs nothing of Tinsmith. Random weights of the shape; adapters of rank 32 on all
 linear layers but the head, all of the same weights, which changes no time. The logprob of every sampled token is asked
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.workloads import ADAPTERS, CASES, LONGEST, RANK, SHAPES, Asked, Load, Sizes, sampled_tokens, warm_up
+from benchmarks.workloads import ADAPTERS, LONGEST, RANK, SHAPES, Asked, Load, Sizes, made, sampled_tokens, warm_up
 
 CAPTURED = [1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024]
 """Sizes of batches for which it captures graphs."""
@@ -26,7 +26,6 @@ def main() -> None:
     parser.add_argument("size", choices=list(SHAPES))
     parser.add_argument("mode", choices=["lora", "base"])
     parser.add_argument("--cases", default="sampling,batch1,ragged,groups")
-    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--running", type=int, default=1024)
     parser.add_argument("--memory", type=float, default=0.85)
     arguments = parser.parse_args()
@@ -38,8 +37,7 @@ def main() -> None:
         adapters = ADAPTERS if with_adapters else 0
         rival.answer(warm_up(Load(sizes.vocabulary, adapters, 0)))
         for case in arguments.cases.split(","):
-            for seed in range(1, 1 + arguments.repeats):
-                requests = CASES[case](Load(sizes.vocabulary, adapters, seed))
+            for requests in made(case, sizes.vocabulary, adapters):
                 _say(arguments.size, arguments.mode, case, rival.answer(requests), sampled_tokens(requests))
 
 

@@ -26,7 +26,7 @@ from benchmarks import sampling_exactness
 from benchmarks.qwen3 import fused_base, milliseconds
 from benchmarks.recording import Row, record
 from benchmarks.sampling_profile import write_profile
-from benchmarks.workloads import ADAPTERS, CASES, RANK, SHAPES, Asked, Load, Sizes, sampled_tokens, warm_up
+from benchmarks.workloads import ADAPTERS, CASES, RANK, SHAPES, Asked, Load, Sizes, made, sampled_tokens, warm_up
 from tinsmith.bench import seconds_to_answer
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.weights import LoraWeights
@@ -59,7 +59,6 @@ def main() -> None:
     parser.add_argument("--modes", default="lora,base")
     parser.add_argument("--cases", default="sampling,batch1,ragged,groups,rollouts,models,exactness")
     parser.add_argument("--running", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--rival", action="append", default=[], type=Path)
     parser.add_argument("--name", default="sampling_gpu")
     parser.add_argument("--profile", type=Path)
@@ -71,7 +70,7 @@ def main() -> None:
     rows: list[Row] = []
     for size in arguments.sizes.split(","):
         bench = Bench(size, SHAPES[size], arguments.running, arguments.profile)
-        for row in bench.rows(arguments.cases.split(","), arguments.modes.split(","), arguments.repeats):
+        for row in bench.rows(arguments.cases.split(","), arguments.modes.split(",")):
             rows.append(compared(row, rivals))
             print(rows[-1], flush=True)
             record(arguments.name, rows, f"1 x {torch.cuda.get_device_name()}")  # each time: the next case may fail
@@ -144,28 +143,27 @@ class Bench:
         for adapters in (ADAPTERS, 0):
             self._answer(warm_up(Load(sizes.vocabulary, adapters, 0)))
 
-    def rows(self, cases: Sequence[str], modes: Sequence[str], repeats: int) -> Iterator[Row]:
-        """Every case in every mode, the better of so many repeats; then what knows no modes."""
+    def rows(self, cases: Sequence[str], modes: Sequence[str]) -> Iterator[Row]:
+        """Every case in every mode; then what knows no modes."""
         for mode in modes:
             for case in cases:
                 if case in CASES:
-                    yield self._load(case, mode, repeats)
+                    yield self._load(case, mode)
         yield Row(f"start {self._size}", round(self._started, 1), "s")
         others: dict[str, Callable[[], Iterator[Row]]] = {"models": self._models, "exactness": self._exactness}
         for case in cases:
             if case in others:
                 yield from others[case]()
 
-    def _load(self, case: str, mode: str, repeats: int) -> Row:
+    def _load(self, case: str, mode: str) -> Row:
         best: Row | None = None
-        for seed in range(1, 1 + repeats):
-            requests = CASES[case](Load(self._vocabulary, ADAPTERS if mode == "lora" else 0, seed))
+        for requests in made(case, self._vocabulary, ADAPTERS if mode == "lora" else 0):
             seconds = self._answer(requests)
             best = better(result_row(case, self._size, mode, seconds, sampled_tokens(requests)), best)
         if self._profiles:
             requests = CASES[case](Load(self._vocabulary, ADAPTERS if mode == "lora" else 0, 0))
             write_profile(self._sampler, calls_of(requests), self._profiles / f"{case}_{self._size}_{mode}.txt")
-        assert best is not None, "at least one repeat"
+        assert best is not None, "every load is measured at least once"
         return best
 
     def _answer(self, requests: Sequence[Asked]) -> float:

@@ -100,6 +100,14 @@ CASES: dict[str, Callable[[Load], list[Asked]]] = {
     "rollouts": rollouts,
 }
 
+SEEDS = {"sampling": (1, 2), "batch1": (1, 2)}
+"""Of the loads that are short enough to be measured twice; of all others it is (1,)."""
+
+
+def made(case: str, vocabulary: int, adapters: int) -> list[list[Asked]]:
+    """A load's requests, as often as it is measured."""
+    return [CASES[case](Load(vocabulary, adapters, seed)) for seed in SEEDS.get(case, (1,))]
+
 
 def sampled_tokens(requests: list[Asked]) -> int:
     return sum(asked.output * asked.samples for asked in requests)
