@@ -188,16 +188,9 @@ class TileSizes:
 class AdapterTiles:
     """The adapters of a decoding step; its buffers stay where they are when `set` gives them others."""
 
-    def __init__(
-        self,
-        addresses: AdapterMap,
-        sizes: TileSizes,
-        widest: tuple[int, int],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        """`widest`: the most inputs and the most outputs of a group."""
-        inputs, outputs = widest
+    def __init__(self, addresses: AdapterMap, sizes: TileSizes, inputs: int, share: Tensor) -> None:
+        """`inputs`: the most of a group. `share` has room for all rows' outputs of any; others may write to it, too."""
+        device = share.device
         self._map = addresses
         self.sizes = sizes
         groups = len(addresses.places.numbers)
@@ -207,7 +200,7 @@ class AdapterTiles:
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         width = _MOST_PARTS * -(-sizes.rank // _RANK_BLOCK) * _RANK_BLOCK
         self._z = torch.zeros(self._splits(inputs), sizes.rows, width, dtype=torch.float32, device=device)
-        self._share = torch.zeros(sizes.rows * outputs, dtype=dtype, device=device)
+        self._share = share
         self._known: list[tuple[float, ...]] = []  # no adapter itself, which would keep its memory
 
     def set(self, segments: Sequence[Segment]) -> None:

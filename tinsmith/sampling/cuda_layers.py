@@ -128,7 +128,8 @@ class CudaLayers:
         groups = [group.linears for layer in self._layers for group in layer.groups]
         self.adapters = AdapterMap(AdapterPlaces([*groups, (model.head_linear,)]))
         shapes = [group.weight_OI.shape for layer in self._layers for group in layer.groups]
-        self._widest = max(inputs for _, inputs in shapes), max(outputs for outputs, _ in shapes)
+        self._most_outputs, self._most_inputs = (max(sizes) for sizes in zip(*shapes, strict=True))
+        self._share = torch.zeros(0, dtype=model.dtype, device=model.device)
 
     def hidden(self, tokens_T: Tensor, rows: RowAttention, adapters: PassAdapters) -> Tensor:
         """[T, D] after the final norm; fills the cache."""
@@ -140,9 +141,11 @@ class CudaLayers:
         return _normed(self._norm, last, sum_TD)[0]
 
     def tiles(self, sizes: TileSizes) -> AdapterTiles:
-        """Room for the adapters of decoding steps of these sizes."""
-        device = self._rotation[0].device
-        return AdapterTiles(self.adapters, sizes, self._widest, self._model.dtype, device)
+        """Room for the adapters of decoding steps of these sizes; the largest is best asked for first."""
+        room = sizes.rows * self._most_outputs
+        if self._share.numel() < room:
+            self._share = self._share.new_zeros(room)
+        return AdapterTiles(self.adapters, sizes, self._most_inputs, self._share)
 
     def pass_of(self, spans: Sequence[Span], tokens_T: Tensor, segments: Sequence[Segment]) -> Tensor:
         """[T, D], of the rows of these spans, which follow each other without gaps."""
