@@ -74,10 +74,13 @@ def load_backend(settings: Settings, served: Served, report: Callable[[str], Non
     model = load_base(
         folder, dtype=dtype, device=device, on_progress=report, trust_remote_code=served.trust_remote_code
     )
+    if settings.deterministic and device.type == "cuda":
+        _make_exact(settings, model, report)
     _choose_threads(settings, served, model)
     report("making room for the cache")
     budgets = _budgets(settings, served, model)
     trainer, sampler = _make(settings, served, model, folder, budgets)
+    trainer.warm_up(report)
     sampler.warm_up(report)
     _log_choices(settings, served, model, budgets)
     return trainer, sampler
@@ -107,10 +110,20 @@ def _make(
         kv_tokens=budgets.kv_tokens,
         max_running=budgets.running,
         snapshot_bytes=budgets.snapshot_bytes,
-        deterministic=settings.deterministic and model.device.type == "cpu",
+        deterministic=settings.deterministic,
         max_rank=settings.max_lora_rank,
     )
     return trainer, sampler
+
+
+def _make_exact(settings: Settings, model: "BaseModel", report: Callable[[str], None]) -> None:
+    """One arithmetic for training and sampling on a GPU. Raises ConfigError where that cannot be."""
+    from tinsmith.models.adapter_table import MOST_RANKS  # what both are written in comes with torch for CUDA only
+    from tinsmith.models.exact import make_exact
+
+    if settings.max_lora_rank > MOST_RANKS:
+        raise ConfigError(f"max_lora_rank is {settings.max_lora_rank}; deterministic on a GPU allows {MOST_RANKS}")
+    make_exact(model, report)
 
 
 def _choose_threads(settings: Settings, served: Served, model: "BaseModel") -> None:

@@ -11,13 +11,16 @@ segment, `R` rank.
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinsmith.models.lora import Adapter, Segment, add_product
+
+if TYPE_CHECKING:
+    from tinsmith.models.exact import ExactLayers
 
 CHUNK_ELEMENTS = 2**23
 """Logits in one chunk: 32 MiB in fp32."""
@@ -61,6 +64,7 @@ class HasHead(Protocol):
     module: Any
     head_linear: int
     spare_columns: SpareColumns | None
+    exact: "ExactLayers | None"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +75,18 @@ class _Head:
     linear: int
     segments: Sequence[Segment]
     spare: SpareColumns | None
+    exact: "ExactLayers | None"
 
     def logits(self, hidden_TD: Tensor, start: int, end: int) -> Tensor:
         """fp32 [end - start, V] of rows `start` to `end`."""
+        if self.exact is not None:
+            parts = (
+                Segment(each.adapter, max(each.start, start) - start, min(each.end, end) - start)
+                for each in self.segments
+            )
+            return self.exact.logits_of(
+                self.weight, hidden_TD[start:end], [part for part in parts if part.start < part.end]
+            )
         if only := self._only(start, end):
             adapter, (matrix_a, matrix_b), spare = only
             hidden_CD = hidden_TD[start:end]
@@ -212,7 +225,10 @@ def _logprobs(head: _Head, hidden_TD: Tensor, rows: slice) -> tuple[Tensor, Tens
     """fp32 logprobs [C, V] of these rows, and what was taken off each row's logits [C, 1]."""
     logits_CV = head.logits(hidden_TD, rows.start, rows.stop)
     normalizers_C1 = logits_CV[:, :1].clone()
-    logprobs_CV = torch.log_softmax(logits_CV, 1, out=logits_CV)
+    if head.exact is not None:
+        logprobs_CV = head.exact.log_softmax(logits_CV)
+    else:
+        logprobs_CV = torch.log_softmax(logits_CV, 1, out=logits_CV)
     return logprobs_CV, normalizers_C1.sub_(logprobs_CV[:, :1])
 
 
@@ -234,6 +250,8 @@ def _logprobs_and_less_one(
 
         logits_CV = head.logits(hidden_TD, rows.start, rows.stop)
         less_CV, logsumexp_C1 = softmax_less_one(logits_CV, tokens_C1, hidden_TD.dtype)
+        if head.exact is not None:
+            return head.exact.logprobs(logits_CV, *cells), less_CV
         return logits_CV[cells] - logsumexp_C1[cells[0], 0], less_CV
     logprobs_CV, _ = _logprobs(head, hidden_TD, rows)
     return logprobs_CV[cells], _less_one(logprobs_CV, tokens_C1, hidden_TD.dtype)
@@ -384,5 +402,5 @@ def logits(model: HasHead, hidden_RD: Tensor, segments: Sequence[Segment], modul
 
 def _head(model: HasHead, segments: Sequence[Segment], module: nn.Module | None) -> _Head:
     owner: Any = module if module is not None else model.module
-    spare = model.spare_columns if module is None else None
-    return _Head(owner.get_output_embeddings().weight, model.head_linear, segments, spare)
+    spare, exact = (model.spare_columns, model.exact) if module is None else (None, None)
+    return _Head(owner.get_output_embeddings().weight, model.head_linear, segments, spare, exact)

@@ -47,6 +47,7 @@ from tinsmith.models.stacks import AdapterStacks
 from tinsmith.protocols import ModelSpec
 
 if TYPE_CHECKING:
+    from tinsmith.models.exact import ExactLayers
     from tinsmith.models.fused import FusedLayers
 
 _PROBE_TOLERANCE = 2e-3  # of every logprob, in fp32
@@ -89,6 +90,8 @@ class BaseModel:
                 module.set_submodule(path, frozen)
         self.fused: FusedLayers | None = None
         """What packed sequences run through instead of the module's layers; set once these have proved right."""
+        self.exact: ExactLayers | None = None
+        """Goes before both where all passes with the shared weights must have one arithmetic: `exact.make_exact`."""
         self.cache_shape = _observe_cache_shape(self)
         self.quick = quick_layers(self, self._current)
         self.stacks = AdapterStacks()
@@ -105,11 +108,14 @@ class BaseModel:
     def rows_share(self, adapters: Sequence[Adapter | None]) -> float:
         """Of the rows that `activation_bytes` allows, the part that a pass with these adapters may have.
 
-        None stands for a full-parameter model. Less than all where fused layers cannot be used.
+        None stands for a full-parameter model, which keeps the head's logits too. Less still where fused layers cannot
+        be used.
         """
-        if self.fused is None or self.fused.fits(adapters):
+        if self.fused is None:
             return 1.0
-        return self.activation_bytes / self._module_bytes
+        logits_bytes = self.vocab_size * self.dtype.itemsize if None in adapters else 0
+        kept_bytes = self.activation_bytes + logits_bytes if self.fused.fits(adapters) else self._module_bytes
+        return self.activation_bytes / kept_bytes
 
     def _adapt(self, indices: tuple[int, ...]) -> LinearGroup:
         """Replaces the linear layers with these indices, which read the same input."""
@@ -134,6 +140,8 @@ class BaseModel:
         """
         owner: Any = self.module if module is None else module
         self._current.segments = segments
+        if self.exact is not None and module is None and type(attention) is PackedAttention:
+            return self.exact.hidden(tokens_T, positions_T, segments, attention)
         fused = self.fused if module is None else None
         if fused and type(attention) is PackedAttention and fused.fits(segment.adapter for segment in segments):
             return fused.hidden(tokens_T, positions_T, segments, attention)
@@ -182,6 +190,8 @@ class BaseModel:
         """
         if self.fused is not None and module is None:
             self.fused.recomputes = enabled
+        if self.exact is not None and module is None:
+            self.exact.recomputes = enabled
         owner: Any = self.module if module is None else module
         recompute: Any = _checkpointing(self._current)
         for layer in owner.model.layers:

@@ -6,7 +6,7 @@ side, decoding rows and prefill chunks alike.
 Legend: T rows of the batch, D hidden size, R rows that get a token, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,12 +27,19 @@ from tinsmith.sampling.scoring import ScoringJob, score, segments_of
 
 if TYPE_CHECKING:
     from tinsmith.sampling.cuda_layers import CudaLayers
+    from tinsmith.sampling.exact_decoding import ExactSampling
 
 LEAST_ROWS = 16
 """Smaller batches are padded: on one CPU thread, fp32 products of fewer rows are rounded differently from others.
 
 Those in bfloat16 are not, nor those with packed weights; there only the logits need it.
 """
+
+
+Ready = Sequence[tuple["Work", Sequence[Sample]]]
+"""Works that have no rows left, and the samples that go on from the last row of each."""
+
+NextTokens = Callable[[BaseModel, Ready, Tensor], Iterator[NextToken]]
 
 
 @dataclass(slots=True, eq=False)
@@ -50,7 +57,7 @@ def forward(
     lanes: Lanes | PagedRows,
     states: StateStore,
     works: Sequence[Work],
-    layers: "CudaLayers | None" = None,
+    layers: "CudaLayers | ExactSampling | None" = None,
 ) -> Tensor:
     """Hidden states [T, D] of all works' rows, sorted by snapshot, with the same base weights; fills the cache.
 
@@ -95,12 +102,10 @@ def score_prompts(model: BaseModel, works: Sequence[Work], hidden_TD: Tensor) ->
         score(model, hidden_TD, jobs, works[0].sample.request.snapshot.module)
 
 
-def next_tokens(
-    model: BaseModel, ready: Sequence[tuple[Work, Sequence[Sample]]], hidden_TD: Tensor
-) -> Iterator[NextToken]:
+def next_tokens(model: BaseModel, ready: Ready, hidden_TD: Tensor) -> Iterator[NextToken]:
     """A token for each sample that goes on from the last row of a work."""
     samples = [sample for _, group in ready for sample in group]
-    logits_RV = _last_logits(model, ready, hidden_TD)
+    logits_RV = last_logits(model, ready, hidden_TD)
     if len(samples) > len(ready):
         index = [row for row, (_, group) in enumerate(ready) for _ in group]
         logits_RV = logits_RV[torch.tensor(index, device=logits_RV.device)]
@@ -116,12 +121,12 @@ def next_tokens(
         uniform_R, np.array([call.top_k for call in calls]), np.array([call.top_p for call in calls])
     )
     tokens, logprobs = tokens_R.tolist(), distributions.logprobs(tokens_R).tolist()
-    tops = _top_tokens(distributions, [call.topk_sample_logprobs for call in calls])
+    tops = top_tokens(distributions, [call.topk_sample_logprobs for call in calls])
     for row, sample in enumerate(samples):
         yield NextToken(sample, tokens[row], logprobs[row], bool(distributions.finite_R[row]), *tops.get(row, ()))
 
 
-def _last_logits(model: BaseModel, ready: Sequence[tuple[Work, Sequence[Sample]]], hidden_TD: Tensor) -> Tensor:
+def last_logits(model: BaseModel, ready: Ready, hidden_TD: Tensor) -> Tensor:
     """fp32 [R, V] of the works' last rows."""
     rows = [work.start + work.rows - 1 for work, _ in ready]
     padding = max(0, LEAST_ROWS - len(rows))
@@ -132,7 +137,7 @@ def _last_logits(model: BaseModel, ready: Sequence[tuple[Work, Sequence[Sample]]
     return head.logits(model, hidden_TD[index], segments, module)[: len(rows)]
 
 
-def _top_tokens(distributions: TokenDistributions, widths: Sequence[int]) -> dict[int, tuple[list[int], list[float]]]:
+def top_tokens(distributions: TokenDistributions, widths: Sequence[int]) -> dict[int, tuple[list[int], list[float]]]:
     """The most likely ids and their logprobs of the rows that want any, as many as each wants."""
     rows = [row for row, width in enumerate(widths) if width]
     if not rows:

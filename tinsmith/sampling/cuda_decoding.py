@@ -13,11 +13,13 @@ import torch
 
 from tinsmith.lost_device import raise_if_lost
 from tinsmith.models.loading import BaseModel
-from tinsmith.sampling.batch import Work
+from tinsmith.sampling.batch import NextTokens, Work, next_tokens
 from tinsmith.sampling.kv_cache import KVCache
 
 if TYPE_CHECKING:
+    from tinsmith.models.exact import ExactLayers
     from tinsmith.sampling.cuda_layers import CudaLayers
+    from tinsmith.sampling.exact_decoding import ExactSampling
     from tinsmith.sampling.graphs import DecodeGraphs
 
 log = logging.getLogger(__name__)
@@ -27,8 +29,9 @@ log = logging.getLogger(__name__)
 class CudaDecoding:
     """For the base model and its adapters; full-parameter models run as everywhere else."""
 
-    layers: "CudaLayers"
+    layers: "CudaLayers | ExactSampling"
     graphs: "DecodeGraphs"
+    next_tokens: NextTokens = next_tokens
 
     def warm_up(self, on_progress: Callable[[str], None]) -> None:
         """Compiles what is to be compiled and captures what is to be captured; no request does it later."""
@@ -54,7 +57,12 @@ class CudaDecoding:
 def cuda_decoding(
     model: BaseModel, cache: KVCache, *, max_rows: int, max_context: int, max_rank: int
 ) -> CudaDecoding | None:
-    """None without a GPU or Triton, where its kernels do not work, and for a model whose layers are not so simple."""
+    """None without a GPU or Triton, where its kernels do not work, and for a model whose layers are not so simple.
+
+    A model with exact layers is sampled through these, or not at all.
+    """
+    if model.exact is not None:
+        return _exact(model, model.exact, cache, max_rows=max_rows, max_context=max_context, max_rank=max_rank)
     if model.device.type != "cuda" or find_spec("triton") is None:
         return None
     try:
@@ -77,3 +85,12 @@ def _prepared(
         return None
     graphs = DecodeGraphs(model, layers, cache, max_rows=max_rows, max_context=max_context, max_rank=max_rank)
     return CudaDecoding(layers, graphs)
+
+
+def _exact(model: BaseModel, layers: "ExactLayers", cache: KVCache, **limits: int) -> CudaDecoding:
+    """Of a model with exact layers; not a GPU is only ever Triton's interpreter, which captures nothing."""
+    from tinsmith.sampling.exact_decoding import ExactGraphs, ExactSampling, exact_next_tokens
+
+    sampling = ExactSampling(model, layers, cache)
+    graphs = ExactGraphs(model, sampling, cache, **limits, capture=model.device.type == "cuda")
+    return CudaDecoding(sampling, graphs, exact_next_tokens)

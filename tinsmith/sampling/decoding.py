@@ -4,7 +4,7 @@ Knows no sequences and no cache. Every row is computed from that row alone, so a
 batch. Legend: R rows, V vocabulary, C chunks of the vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -52,14 +52,16 @@ class TokenDistributions:
     `finite_R` is False for rows whose logits hold NaN or infinity; whatever else is said of those is meaningless.
     """
 
-    def __init__(self, logits_RV: Tensor, temperature_R: Float64) -> None:
-        """`logits_RV` is fp32; temperatures are ≥ 0."""
+    def __init__(
+        self, logits_RV: Tensor, temperature_R: Float64, log_softmax: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """`logits_RV` is fp32; temperatures are ≥ 0. `log_softmax` of [R, V], instead of torch's."""
         self._greedy_R = temperature_R == 0
         divisors_R = np.where(self._greedy_R, 1.0, temperature_R)
         if (divisors_R != 1.0).any():
             logits_RV = _divided(logits_RV, divisors_R)
         self._logits_RV = logits_RV  # for the maximum: logprobs can be equal where these are not
-        self._logprobs_RV = logits_RV.log_softmax(-1)
+        self._logprobs_RV = logits_RV.log_softmax(-1) if log_softmax is None else log_softmax(logits_RV)
         self._weights_RV = self._logprobs_RV.exp()
         self._sums_RC = _chunk_sums(self._weights_RV)
         self._total_R = self._sums_RC.sum(-1)

@@ -41,7 +41,7 @@ _WARM_RUNS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class _Kind:
+class Kind:
     """What a graph is for: so many rows, and at most so many adapters (0: none) up to a rank."""
 
     rows: int
@@ -76,8 +76,8 @@ class DecodeGraphs:
         self._tables_NW = torch.full((most, width), self._scratch, dtype=torch.int32, device=device)
         pinned = device.type == "cuda"
         self._host_tables = [torch.empty(most, width, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
-        self._adapters: dict[_Kind, AdapterTiles] = {}
-        self._steps: dict[_Kind, Callable[[], object]] = {}
+        self._adapters: dict[Kind, AdapterTiles] = {}
+        self._steps: dict[Kind, Callable[[], object]] = {}
         self._pool = torch.cuda.graph_pool_handle() if capture else None
 
     @property
@@ -91,17 +91,22 @@ class DecodeGraphs:
 
     def warm_up(self, on_progress: Callable[[str], None]) -> None:
         """Captures every graph; seconds, with more of them for more rows."""
-        kinds = [_Kind(rows, adapters, rank) for rows in self._sizes for adapters, rank in self._choices(rows)]
+        kinds = [Kind(rows, adapters, rank) for rows in self._sizes for adapters, rank in self._choices(rows)]
         for number, kind in enumerate(sorted(kinds, key=lambda kind: -kind.rows), 1):
             on_progress(f"preparing decoding steps, {number} of {len(kinds)}")
             self._step(kind)
 
+    @staticmethod
+    def is_plain(sample: Sample) -> bool:
+        """Whether a sample's distribution is used as it is, and nothing else of it is asked for."""
+        call = sample.request.call.call
+        return call.top_k == -1 and call.top_p == 1 and not call.topk_sample_logprobs
+
     def fits(self, sample: Sample) -> bool:
         """Whether a sample's next tokens can be decoded here: whatever is not top-k, top-p or a list of the top."""
-        call, adapter = sample.request.call.call, sample.adapter
-        plain = call.top_k == -1 and call.top_p == 1 and not call.topk_sample_logprobs
+        adapter = sample.adapter
         served = adapter is None or (adapter.spec.rank <= self._max_rank and self._layers.adapters.can_serve(adapter))
-        return plain and served and sample.computed + BURST <= self._room
+        return self.is_plain(sample) and served and sample.computed + BURST <= self._room
 
     def fit_together(self, samples: Sequence[Sample]) -> bool:
         """Whether samples that fit are few enough, and of few enough adapters."""
@@ -161,26 +166,26 @@ class DecodeGraphs:
         few, many = min(rows, _FEW_ADAPTERS), min(rows, _MOST_ADAPTERS)
         return list(dict.fromkeys([(0, 0), (few, small), (many, small), (many, large)]))
 
-    def _kind(self, rows: int, segments: Sequence[Segment]) -> _Kind:
+    def _kind(self, rows: int, segments: Sequence[Segment]) -> Kind:
         adapters = {segment.adapter for segment in segments if segment.adapter}
         rank = max((adapter.spec.rank for adapter in adapters), default=0)
         choices = self._choices(rows)
-        return _Kind(rows, *next(choice for choice in choices if choice[0] >= len(adapters) and choice[1] >= rank))
+        return Kind(rows, *next(choice for choice in choices if choice[0] >= len(adapters) and choice[1] >= rank))
 
-    def _tiles(self, kind: _Kind) -> AdapterTiles:
+    def _tiles(self, kind: Kind) -> AdapterTiles:
         if kind not in self._adapters:
             tiles = min(kind.rows, -(-kind.rows // TILE_ROWS) + kind.adapters + 1)  # one more for rows without any
             sizes = TileSizes(tiles, kind.rows, kind.rank)
             self._adapters[kind] = self._layers.tiles(sizes)
         return self._adapters[kind]
 
-    def _step(self, kind: _Kind) -> Callable[[], object]:
+    def _step(self, kind: Kind) -> Callable[[], object]:
         if kind not in self._steps:
             self._steps[kind] = self._captured(kind) if self._captures else partial(self._compute, kind)
         return self._steps[kind]
 
     @torch.inference_mode()
-    def _captured(self, kind: _Kind) -> Callable[[], object]:
+    def _captured(self, kind: Kind) -> Callable[[], object]:
         # Capturing begins with real steps. They must not write where sequences are cached.
         self._tables_NW.fill_(self._scratch)
         stream = torch.cuda.Stream(self._model.device)
@@ -196,7 +201,7 @@ class DecodeGraphs:
             self._compute(kind)
         return graph.replay
 
-    def _compute(self, kind: _Kind) -> None:
+    def _compute(self, kind: Kind) -> None:
         """One step of the rows in `_state`."""
         state = self._state.first(kind.rows)
         adapters: PassAdapters = self._tiles(kind) if kind.rank else AdaptersInTurn([])

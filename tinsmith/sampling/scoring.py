@@ -6,7 +6,7 @@ temperature. Knows hidden states and the head, not the cache or the batch. Hidde
 Legend: P prompt tokens, D hidden size, R rows, V vocabulary, k asked-for width, M (row, target) pairs.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import Adapter, Segment
 from tinsmith.sampling.decoding import ALTERNATIVE_STREAM, MASK_LOGPROB, TokenDistributions, uniforms
 from tinsmith.wire.packing import SampleCall
+
+LogSoftmax = Callable[[Tensor], Tensor]
 
 
 def segments_of(parts: Iterable[tuple[Adapter | None, int]]) -> list[Segment]:
@@ -96,20 +98,30 @@ class PromptScores:
     def needs_logits(self) -> bool:
         return bool(self._call.topk_prompt_logprobs or self._call.prompt_alt_tokens_k)
 
-    def put_logits(self, start: int, logits_RV: Tensor) -> None:
-        """Takes top-k and alternatives from the logits of hidden rows `start` to `start + R`."""
-        own = TokenDistributions(logits_RV, np.ones(len(logits_RV)))
+    @property
+    def draws(self) -> bool:
+        return bool(self._call.prompt_alt_tokens_k)
+
+    def put_logits(self, start: int, logits_RV: Tensor, log_softmax: LogSoftmax | None = None) -> None:
+        """Takes top-k and alternatives from the logits of hidden rows `start` to `start + R`.
+
+        `log_softmax` is what the distributions use instead of torch's.
+        """
+        own = TokenDistributions(logits_RV, np.ones(len(logits_RV)), log_softmax)
         rows = slice(max(start, self._first_row) + 1, start + len(logits_RV) + 1)
         k = self._call.topk_prompt_logprobs
         if k and rows.start < rows.stop:
             ids, logprobs = own.top(range(rows.start - 1 - start, len(logits_RV)), k)
             self.top_ids[rows], self.top_logprobs[rows] = ids.cpu().numpy(), logprobs.cpu().numpy()
         if self._call.prompt_alt_tokens_k:
-            self._draw_alternatives(start, logits_RV, own)
+            self._draw_alternatives(start, logits_RV, own, log_softmax)
 
-    def _draw_alternatives(self, start: int, logits_RV: Tensor, own: TokenDistributions) -> None:
-        call, count = self._call, len(logits_RV)
-        asked = own if call.temperature == 1 else TokenDistributions(logits_RV, np.full(count, call.temperature))
+    def _draw_alternatives(
+        self, start: int, logits_RV: Tensor, own: TokenDistributions, log_softmax: LogSoftmax | None
+    ) -> None:
+        call, count, asked = self._call, len(logits_RV), own
+        if call.temperature != 1:
+            asked = TokenDistributions(logits_RV, np.full(count, call.temperature), log_softmax)
         positions = range(start, start + count)
         for draw in range(call.prompt_alt_tokens_k):
             uniform_R = uniforms([call.seed] * count, ALTERNATIVE_STREAM, positions, [draw] * count)
@@ -171,9 +183,11 @@ def score(model: BaseModel, hidden_TD: Tensor, jobs: Sequence[ScoringJob], modul
 
 
 def _score_logits(model: BaseModel, hidden_TD: Tensor, job: ScoringJob, module: nn.Module | None) -> None:
-    chunk = max(8, head.CHUNK_ELEMENTS // model.vocab_size)
+    exact = model.exact if module is None else None
+    # Torch cuts its sums over some rows' weights by how many rows there are.
+    chunk = 1 if exact and job.scores.draws else max(8, head.CHUNK_ELEMENTS // model.vocab_size)
     for start in range(0, len(job.rows), chunk):
         count = min(chunk, len(job.rows) - start)
         hidden_RD = hidden_TD[job.row + start : job.row + start + count]
         logits_RV = head.logits(model, hidden_RD, [Segment(job.adapter, 0, count)], module)
-        job.scores.put_logits(job.rows.start + start, logits_RV)
+        job.scores.put_logits(job.rows.start + start, logits_RV, exact.log_softmax if exact else None)

@@ -1,0 +1,276 @@
+"""Triton kernels in which a row's bits depend on that row alone: matrix products, adapters, norms, gates, normalizers.
+
+A sum runs in one order, over all inputs, within one program: nothing is split by how many rows there are, nothing is
+added atomically, and no multiplication is contracted into an addition (`exact_products` launches them so). How many
+rows and columns a program has is free: a product's element is one chain of matrix instructions over the inputs, 16 at
+a time, whatever lies beside it. That is no promise of the maker, so `exact` tries it on the device. Knows tensors only.
+
+Shapes: `T` rows, `I` inputs, `O` outputs, `R` ranks of all layers of a group, `P` width of a feed-forward network, `V`
+vocabulary. Rows with adapters come in tiles: a table has the first row, the end and the rank of each, and addresses
+beside it (A, and B of up to three layers; 0 where there is none).
+"""
+
+import triton
+import triton.language as tl
+
+ADDRESSES = tl.constexpr(4)
+TILE = tl.constexpr(4)  # numbers in the table of tiles
+
+
+@triton.jit
+def _dot(left, right, total):
+    """total + left · right: fp32 factors as they are, not rounded to fewer bits."""
+    return tl.dot(left, right, total, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["rows"])
+def product(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    x_stride,
+    weight_stride,
+    residual_stride,
+    y_stride,
+    inputs,
+    outputs,
+    rows,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    FEW: tl.constexpr,
+):
+    """y = x Wᵀ + bias + residual, rounded once. Neighbouring programs share rows, `GROUP` tiles of them.
+
+    With `FEW` rows those that are not there are not read; else the last stands in for them, which is faster.
+    """
+    row_tiles, column_tiles = tl.cdiv(rows, ROWS), tl.cdiv(outputs, COLUMNS)
+    in_group = GROUP * column_tiles
+    first_tile = tl.program_id(0) // in_group * GROUP
+    height = tl.minimum(row_tiles - first_tile, GROUP)
+    row = (first_tile + tl.program_id(0) % in_group % height) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % in_group // height * COLUMNS + tl.arange(0, COLUMNS)
+    depth = tl.arange(0, DEPTH)
+    inside_row, inside_column = row < rows, column < outputs
+    x_ptrs = x_ptr + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * x_stride + depth[None, :]
+    weight_ptrs = weight_ptr + tl.minimum(column, outputs - 1)[None, :] * weight_stride + depth[:, None]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, inputs, DEPTH):
+        if EVEN:
+            if FEW:
+                x = tl.load(x_ptrs, inside_row[:, None], other=0.0)
+            else:
+                x = tl.load(x_ptrs)
+            weight = tl.load(weight_ptrs)
+        else:
+            x = tl.load(x_ptrs, depth[None, :] < inputs - start, other=0.0)
+            weight = tl.load(weight_ptrs, depth[:, None] < inputs - start, other=0.0)
+        total = _dot(x, weight, total)
+        x_ptrs += DEPTH
+        weight_ptrs += DEPTH
+    if BIAS:
+        total += tl.load(bias_ptr + column, inside_column, other=0.0).to(tl.float32)[None, :]
+    wanted = inside_row[:, None] & inside_column[None, :]
+    wide_row = row.to(tl.int64)[:, None]
+    if RESIDUAL:
+        residual_ptrs = residual_ptr + wide_row * residual_stride + column[None, :]
+        total += tl.load(residual_ptrs, wanted, other=0.0).to(tl.float32)
+    tl.store(y_ptr + wide_row * y_stride + column[None, :], total, wanted)
+
+
+@triton.jit
+def _tile(tiles_ptr, ROWS: tl.constexpr, ALIGNED: tl.constexpr):
+    """(rows [ROWS], which of them are the tile's [ROWS, 1], rank) of the program's tile."""
+    entry_ptr = tiles_ptr + tl.program_id(0) * TILE
+    row = (tl.load(entry_ptr) + tl.arange(0, ROWS)).to(tl.int64)
+    rank = tl.load(entry_ptr + 2)
+    if ALIGNED:
+        rank = tl.multiple_of(rank, 8)
+    return row, (row < tl.load(entry_ptr + 1))[:, None], rank
+
+
+@triton.jit
+def _at(address, NUMBER: tl.constexpr, ALIGNED: tl.constexpr):
+    ptr = address.to(tl.pointer_type(NUMBER))
+    if ALIGNED:
+        ptr = tl.multiple_of(ptr, 16)
+    return ptr
+
+
+@triton.jit
+def shrink(
+    x_ptr,
+    z_ptr,
+    tiles_ptr,
+    addresses_ptr,
+    scales_ptr,
+    x_stride,
+    z_stride,
+    inputs,
+    ALIGNED: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANKS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    NUMBER: tl.constexpr,
+):
+    """z = scale · x Aᵀ of all layers. Programs: tiles, and blocks of ranks."""
+    row, inside, rank = _tile(tiles_ptr, ROWS, ALIGNED)
+    address = tl.load(addresses_ptr + tl.program_id(0) * ADDRESSES)
+    ranks = rank * PARTS
+    if (address == 0) | (tl.program_id(1) * RANKS >= ranks):
+        return
+    wanted = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
+    depth = tl.arange(0, DEPTH)
+    x_ptrs = x_ptr + row[:, None] * x_stride + depth[None, :]
+    a_ptrs = _at(address, NUMBER, ALIGNED) + wanted[None, :] * inputs + depth[:, None]
+    total = tl.zeros((ROWS, RANKS), tl.float32)
+    for start in range(0, inputs, DEPTH):
+        left = inputs - start
+        x = tl.load(x_ptrs + start, inside & (depth[None, :] < left), other=0.0)
+        a = tl.load(a_ptrs + start, (wanted[None, :] < ranks) & (depth[:, None] < left), other=0.0)
+        total = _dot(x, a, total)
+    total *= tl.load(scales_ptr + tl.program_id(0))
+    tl.store(z_ptr + row[:, None] * z_stride + wanted[None, :], total, inside & (wanted[None, :] < ranks))
+
+
+@triton.jit
+def _plus_share(
+    total,
+    z_ptr,
+    z_stride,
+    first,
+    address,
+    row,
+    inside,
+    rank,
+    column,
+    width,
+    RANKS: tl.constexpr,
+    NUMBER: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """total [N, C] + z Bᵀ of one layer, whose part of z begins at column `first`."""
+    b_ptr = _at(address, NUMBER, ALIGNED)
+    for start in range(0, rank, RANKS):
+        wanted = start + tl.arange(0, RANKS)
+        known = wanted < rank
+        z = tl.load(z_ptr + row[:, None] * z_stride + (first + wanted)[None, :], inside & known[None, :], other=0.0)
+        b_ptrs = b_ptr + column[None, :] * rank + wanted[:, None]
+        total = _dot(z, tl.load(b_ptrs, known[:, None] & (column < width)[None, :], other=0.0), total)
+    return total
+
+
+@triton.jit
+def expand(
+    z_ptr,
+    y_ptr,
+    tiles_ptr,
+    addresses_ptr,
+    z_stride,
+    y_stride,
+    width0,
+    width1,
+    width2,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANKS: tl.constexpr,
+    NUMBER: tl.constexpr,
+):
+    """y += z Bᵀ, layer by layer. Programs: tiles, and blocks of columns, none of two layers."""
+    row, inside, rank = _tile(tiles_ptr, ROWS, ALIGNED)
+    blocks0 = tl.cdiv(width0, COLUMNS)
+    blocks01 = blocks0 + tl.cdiv(width1, COLUMNS)
+    block = tl.program_id(1)
+    if block < blocks0:
+        part, width, first, within = 0, width0, width0 * 0, block * COLUMNS
+    elif block < blocks01:
+        part, width, first, within = 1, width1, width0, (block - blocks0) * COLUMNS
+    else:
+        part, width, first, within = 2, width2, width0 + width1, (block - blocks01) * COLUMNS
+    address = tl.load(addresses_ptr + tl.program_id(0) * ADDRESSES + 1 + part)
+    if address == 0:
+        return
+    column = within + tl.arange(0, COLUMNS)
+    mask = inside & (column < width)[None, :]
+    y_ptrs = y_ptr + row[:, None] * y_stride + (first + column)[None, :]
+    total = tl.load(y_ptrs, mask, other=0.0).to(tl.float32)
+    total = _plus_share(
+        total, z_ptr, z_stride, part * rank, address, row, inside, rank, column, width, RANKS, NUMBER, ALIGNED
+    )
+    tl.store(y_ptrs, total, mask)
+
+
+@triton.jit
+def swiglu(
+    gate_up_ptr,
+    out_ptr,
+    z_ptr,
+    tiles_ptr,
+    addresses_ptr,
+    stride,
+    z_stride,
+    width,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANKS: tl.constexpr,
+    NUMBER: tl.constexpr,
+):
+    """silu(gate) · up, with the adapters' shares z Bᵀ added to both. Programs: tiles, and blocks of columns."""
+    row, inside, rank = _tile(tiles_ptr, ROWS, ALIGNED)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = inside & (column < width)[None, :]
+    ptrs = gate_up_ptr + row[:, None] * stride + column[None, :]
+    gate = tl.load(ptrs, mask, other=0.0).to(tl.float32)
+    up = tl.load(ptrs + width, mask, other=0.0).to(tl.float32)
+    gate_address = tl.load(addresses_ptr + tl.program_id(0) * ADDRESSES + 1)
+    up_address = tl.load(addresses_ptr + tl.program_id(0) * ADDRESSES + 2)
+    if gate_address != 0:
+        gate = _plus_share(
+            gate, z_ptr, z_stride, 0, gate_address, row, inside, rank, column, width, RANKS, NUMBER, ALIGNED
+        )
+        up = _plus_share(
+            up, z_ptr, z_stride, rank, up_address, row, inside, rank, column, width, RANKS, NUMBER, ALIGNED
+        )
+    tl.store(out_ptr + row[:, None] * width + column[None, :], gate / (1 + tl.exp(-gate)) * up, mask)
+
+
+@triton.jit
+def norm(x_ptr, weight_ptr, y_ptr, width, eps, BLOCK: tl.constexpr):
+    """The RMS norm of a row."""
+    start = tl.program_id(0).to(tl.int64) * width
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    x = tl.load(x_ptr + start + column, inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x) / width + eps)
+    weight = tl.load(weight_ptr + column, inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + start + column, x * scale * weight, inside)
+
+
+@triton.jit
+def normalizers(logits_ptr, inverse_ptr, most_ptr, log_total_ptr, stride, width, BLOCK: tl.constexpr):
+    """The largest logit of a row, and log Σ exp((logit − it) · inverse)."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride
+    column = tl.arange(0, BLOCK)
+    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for start in range(0, width, BLOCK):
+        logits = tl.load(logits_ptr + start + column, start + column < width, other=float("-inf"))
+        highest = tl.maximum(highest, logits)
+    most = tl.max(highest)
+    inverse = tl.load(inverse_ptr + row)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        inside = start + column < width
+        logits = tl.load(logits_ptr + start + column, inside, other=0.0)
+        total += tl.where(inside, tl.exp((logits - most) * inverse), 0.0)
+    tl.store(most_ptr + row, most)
+    tl.store(log_total_ptr + row, tl.log(tl.sum(total)))

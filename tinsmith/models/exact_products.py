@@ -1,0 +1,218 @@
+"""Matrix products, norms and gates of an exact pass, and the adapters of its rows.
+
+How a product is cut into programs depends on its size, its bits do not (see `exact_kernels`). For CUDA devices. Knows
+neither layers nor requests.
+
+Shapes: `T` rows, `D` hidden size, `I` inputs and `O` outputs of a group of linear layers, `R` ranks of all layers of a
+group, `N` tiles, `K` groups, `P` width of a feed-forward network, `V` vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from tinsmith.models import exact_kernels as kernels
+from tinsmith.models.adapter_table import AdapterPlaces
+from tinsmith.models.launch import Kernel, blocks, power_of_two
+from tinsmith.models.lora import Adapter, Segment
+
+TILE_ROWS = 64
+"""Of the tiles of rows with one adapter: what the widest matrix instructions take."""
+
+_RANKS = 32  # of one step
+_COLUMNS = 64
+_ALIGNED = 8  # numbers; what loads of 16 bytes need
+_NUMBERS = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+_VOCABULARY_BLOCK = 8192
+_SOME_ROWS = 512  # up to which smaller tiles are more programs
+_WIDE_OUTPUTS, _VOCABULARY = 4096, 65_536
+_ROWS_TOGETHER = 8  # tiles
+
+
+class ExactKernel(Kernel):
+    """A kernel that computes what it says: no multiplication is contracted into an addition."""
+
+    def __init__(self, function: Any, *, warps: int = 4, stages: int = 3) -> None:
+        super().__init__(function, warps=warps, stages=stages)
+        self._options["enable_fp_fusion"] = False
+
+
+_LARGE = ExactKernel(kernels.product, warps=8, stages=3)
+_WIDE = ExactKernel(kernels.product, warps=8, stages=4)
+_SMALL = ExactKernel(kernels.product, stages=4)
+_FEW = ExactKernel(kernels.product, stages=3)
+_FEW_NARROW = ExactKernel(kernels.product, stages=5)
+_SHRINK = ExactKernel(kernels.shrink, stages=4)
+_EXPAND = ExactKernel(kernels.expand)
+_SWIGLU = ExactKernel(kernels.swiglu)
+_NORM = ExactKernel(kernels.norm)
+_NORMALIZERS = ExactKernel(kernels.normalizers, warps=16)
+
+
+def product(
+    x_TI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None = None,
+    residual_TO: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x Wᵀ + bias + residual [T, O] in `dtype`, or that of x; accumulated in fp32."""
+    (rows, inputs), outputs = x_TI.shape, weight_OI.shape[0]
+    y_TO = x_TI.new_empty(rows, outputs, dtype=dtype or x_TI.dtype)
+    kernel, tile_rows, columns, depth = _cut(rows, outputs)
+    residual = y_TO if residual_TO is None else residual_TO
+    kernel(
+        (blocks(rows, tile_rows) * blocks(outputs, columns),),
+        (x_TI, weight_OI, x_TI if bias_O is None else bias_O, residual, y_TO),
+        (x_TI.stride(0), weight_OI.stride(0), residual.stride(0), y_TO.stride(0), inputs, outputs),
+        (rows,),
+        (
+            *(bias_O is not None, residual_TO is not None, tile_rows, columns, depth),
+            *(_ROWS_TOGETHER, inputs % depth == 0, rows < tile_rows),
+        ),
+    )
+    return y_TO
+
+
+def _cut(rows: int, outputs: int) -> tuple[ExactKernel, int, int, int]:
+    """(kernel, rows, columns and inputs of a step of one program): as many programs as keep the device busy."""
+    if rows <= TILE_ROWS:
+        return (_FEW_NARROW, TILE_ROWS, 32, 128) if outputs < _WIDE_OUTPUTS else (_FEW, TILE_ROWS, 64, 128)
+    if rows <= _SOME_ROWS:
+        return _SMALL, TILE_ROWS, 64 if outputs < _WIDE_OUTPUTS else 128, 64
+    if outputs >= _VOCABULARY:
+        return _WIDE, 128, 256, 64
+    return _LARGE, 128, 128, 64
+
+
+def norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """The RMS norm of every row of the contiguous x."""
+    rows, width = x_TD.shape
+    y_TD = torch.empty_like(x_TD)
+    _NORM((rows,), (x_TD, weight_D, y_TD), (width,), (eps,), (power_of_two(width),))
+    return y_TD
+
+
+def normalizers(logits_RV: Tensor, inverse_R: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 (largest logit [R], log Σ exp((logit − it) · inverse) [R]) of fp32 logits."""
+    rows, width = logits_RV.shape
+    most_R, log_total_R = (logits_RV.new_empty(rows) for _ in range(2))
+    block = min(power_of_two(width), _VOCABULARY_BLOCK)
+    _NORMALIZERS((rows,), (logits_RV, inverse_R, most_R, log_total_R), (logits_RV.stride(0), width), (), (block,))
+    return most_R, log_total_R
+
+
+class ExactAdapters:
+    """The adapters of a pass's rows, of any ranks; rows without one have tiles, too.
+
+    Its buffers stay where they are when `set` gives them other adapters and tiles.
+    """
+
+    def __init__(self, places: AdapterPlaces, *, tiles: int, rank: int, device: torch.device) -> None:
+        """With room for so many tiles, and for adapters of a rank up to `rank` (0: there are none)."""
+        self._places, self._rank, self._device = places, rank, device
+        self._tiles_N4 = torch.zeros(tiles, 4, dtype=torch.int32, device=device)
+        self._scales_N = torch.zeros(tiles, dtype=torch.float32, device=device)
+        self._addresses_KN4 = torch.zeros(len(places.numbers), tiles, 4, dtype=torch.int64, device=device)
+        self._aligned = True
+        self._known: list[tuple[object, ...]] = []  # no adapter itself, which would keep its memory
+
+    def set(self, segments: Sequence[Segment]) -> None:
+        """Takes the adapters of these segments. Raises ValueError if they do not fit."""
+        parts = [(each.adapter, each.start, each.end) for each in segments]
+        known: list[tuple[object, ...]] = [(*_identity(adapter), start, end) for adapter, start, end in parts]
+        if known == self._known:
+            return
+        firsts = [np.arange(start, end, TILE_ROWS) for _, start, end in parts]
+        counts = [len(first) for first in firsts]
+        room = len(self._scales_N)
+        ranks = [adapter.spec.rank if adapter else 0 for adapter, _, _ in parts]
+        if sum(counts) > room or max(ranks) > self._rank:
+            raise ValueError(f"{sum(counts)} tiles of ranks up to {max(ranks)} do not fit: {room}, {self._rank}")
+        self._aligned = all(adapter is None or is_aligned(self._places, adapter) for adapter, _, _ in parts)
+        tiles = np.zeros((room, 4), np.int32)
+        used = slice(0, sum(counts))
+        tiles[used, 0] = np.concatenate(firsts)
+        tiles[used, 1] = np.repeat([end for _, _, end in parts], counts)
+        tiles[used, 2] = np.repeat(ranks, counts)
+        scales = np.zeros(room, np.float32)
+        scales[used] = np.repeat([adapter.scale if adapter else 0.0 for adapter, _, _ in parts], counts)
+        addresses = np.zeros((len(self._places.numbers), room, 4), np.int64)
+        addresses[:, used] = np.repeat([self._addresses(adapter) for adapter, _, _ in parts], counts, 0).swapaxes(0, 1)
+        for target, source in ((self._tiles_N4, tiles), (self._scales_N, scales), (self._addresses_KN4, addresses)):
+            target.copy_(torch.from_numpy(source))
+        self._known = known
+
+    def _addresses(self, adapter: Adapter | None) -> np.ndarray:
+        """int64 [K, 4]: of A and every B; 0 for what there is not."""
+        if adapter is None:
+            return np.zeros((len(self._places.numbers), 4), np.int64)
+        places = self._places.of(adapter.layout)
+        return np.where(places < 0, 0, adapter.compute.data_ptr() + places * adapter.compute.itemsize)
+
+    def _of(self, linears: tuple[int, ...]) -> Tensor:
+        return self._addresses_KN4[self._places.numbers[linears]]
+
+    def inner(self, linears: tuple[int, ...], x_TI: Tensor) -> Tensor:
+        """scale · x Aᵀ [T, R], an adapter's layers one behind the other; undefined where a row has no adapter."""
+        parts = len(linears)
+        z_TR = x_TI.new_empty(x_TI.shape[0], blocks(max(parts * self._rank, 1), 16) * 16)
+        if self._rank == 0:
+            return z_TR
+        _SHRINK(
+            (len(self._scales_N), blocks(parts * self._rank, _RANKS)),
+            (x_TI, z_TR, self._tiles_N4, self._of(linears), self._scales_N),
+            (x_TI.stride(0), z_TR.stride(0), x_TI.shape[1]),
+            (),
+            (self._aligned, parts, TILE_ROWS, _RANKS, 64, _NUMBERS[x_TI.dtype]),
+        )
+        return z_TR
+
+    def add(self, linears: tuple[int, ...], outputs: Sequence[int], z_TR: Tensor, y_TO: Tensor) -> None:
+        """y += z Bᵀ, in place; y may be of a wider dtype."""
+        if self._rank == 0:
+            return
+        columns = 2 * _COLUMNS
+        _EXPAND(
+            (len(self._scales_N), sum(blocks(width, columns) for width in outputs)),
+            (z_TR, y_TO, self._tiles_N4, self._of(linears)),
+            (z_TR.stride(0), y_TO.stride(0), *outputs, *[0] * (3 - len(outputs))),
+            (),
+            (self._aligned, TILE_ROWS, columns, _RANKS, _NUMBERS[z_TR.dtype]),
+        )
+
+    def swiglu(self, linears: tuple[int, ...], gate_up_TP: Tensor, z_TR: Tensor) -> Tensor:
+        """silu(gate) · up [T, P], the adapters' shares z Bᵀ of gate and up included."""
+        rows, width = gate_up_TP.shape[0], gate_up_TP.shape[1] // 2
+        out_TP = gate_up_TP.new_empty(rows, width)
+        _SWIGLU(
+            (len(self._scales_N), blocks(width, _COLUMNS)),
+            (gate_up_TP, out_TP, z_TR, self._tiles_N4, self._of(linears)),
+            (gate_up_TP.stride(0), z_TR.stride(0), width),
+            (),
+            (self._aligned, TILE_ROWS, _COLUMNS, _RANKS, _NUMBERS[z_TR.dtype]),
+        )
+        return out_TP
+
+
+def adapters_of(places: AdapterPlaces, segments: Sequence[Segment], device: torch.device) -> ExactAdapters:
+    """The adapters of these segments, which are all of a pass's."""
+    tiles = sum(blocks(each.end - each.start, TILE_ROWS) for each in segments)
+    rank = max(each.adapter.spec.rank if each.adapter else 0 for each in segments)
+    made = ExactAdapters(places, tiles=tiles, rank=rank, device=device)
+    made.set(segments)
+    return made
+
+
+def is_aligned(places: AdapterPlaces, adapter: Adapter) -> bool:
+    """Whether 16 bytes of the adapter's matrices can be loaded at once."""
+    offsets = places.of(adapter.layout)
+    return adapter.spec.rank % _ALIGNED == 0 and not (offsets[offsets >= 0] % _ALIGNED).any()
+
+
+def _identity(adapter: Adapter | None) -> tuple[float, ...]:
+    return () if adapter is None else (adapter.compute.data_ptr(), id(adapter.layout), adapter.scale)
