@@ -54,6 +54,7 @@ class Settings:
     max_outstanding_bytes: int = 8 * 2**30  # of what those requests hold
     max_outstanding_bytes_per_key: int = 4 * 2**30
     keep_checkpoints: int = 0  # the latest of each kind of every model that does not say; 0: all
+    snapshot_hours: float = 24.0  # for which an unnamed snapshot stays unused, once superseded; 0: its session's
     future_hours: float = 24.0  # how long a finished result can be read
     poll_seconds: float = 30.0  # how long retrieve_future holds a request
     stuck_minutes: float = 15.0  # an engine that has not moved for so long is restarted; 0: never
@@ -106,6 +107,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_outstanding_bytes": (2**10, 2**50),
     "max_outstanding_bytes_per_key": (2**10, 2**50),
     "keep_checkpoints": (0, 2**31 - 1),
+    "snapshot_hours": (0.0, 24 * 7),  # what was asked of a sampler is known for a week
     "future_hours": (0.01, 24 * 365),
     "poll_seconds": (0.1, 40.0),  # the client gives up after 45
     "stuck_minutes": (0.0, 60 * 24 * 7),

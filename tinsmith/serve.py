@@ -270,6 +270,7 @@ def run_engine(settings: Settings, served: Served, stop: threading.Event) -> Non
         data_dir=_engine_folder(settings, served),
         max_models=settings.max_lora_adapters,
         future_seconds=settings.future_hours * 3600,
+        snapshot_seconds=settings.snapshot_hours * 3600,
     )
     engine.run(stop)
     doorbell.close()

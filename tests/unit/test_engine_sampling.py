@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from tests.unit.test_engine import BASE, SESSION, Bench, datums, lesson
-from tinsmith.store import queue, records
+from tinsmith.store import queue, records, tables
 from tinsmith.store.tables import jobs, sessions
 from tinsmith.wire.jobs import Job
 from tinsmith.wire.packing import SampleCall
@@ -282,3 +282,102 @@ def test_training_data_of_unfinished_batches_is_not_mistaken_for_samples(bench: 
     bench.database.write(queue.give_up_silent, "tiny", time.time() - 60)
     bench.run()
     assert bench.find(request).state == "done"
+
+
+# Superseded snapshots
+
+
+def grow_old(bench: Bench, *unused: str) -> None:
+    """Makes it two hours ago that all samplers were made, and that these were asked for anything."""
+
+    def shift(conn: sa.Connection) -> None:
+        made, asked, ended = tables.samplers.c.created_at, jobs.c.created_at, jobs.c.finished_at
+        conn.execute(sa.update(tables.samplers).values(created_at=made - 7200))
+        of_them = sa.update(jobs).where(jobs.c.subject.in_(unused))
+        conn.execute(of_them.values(created_at=asked - 7200, finished_at=ended - 7200))
+
+    bench.database.write(shift)
+
+
+def look_again(bench: Bench) -> None:
+    """Deletes what has not been used for an hour."""
+    engine: Any = bench.engine
+    engine._snapshot_seconds, engine._looked_for_superseded_at = 3600.0, 0.0
+    engine.drop_superseded_snapshots()
+
+
+def series(bench: Bench, names: str) -> tuple[dict[str, str], dict[str, list[int]]]:
+    """Samplers of one model as it learns, on disk and on the device, and what each of them says."""
+    model = bench.create("a")
+    samplers, said = {}, {}
+    for turn, name in enumerate(names):
+        lesson(bench, model, range(10 * turn, 10 * turn + 4))
+        samplers[name] = publish(bench, model, name)
+        said[name] = bench.greedy(samplers[name])
+    bench.engine.write_points()
+    return samplers, said
+
+
+def on_disk(bench: Bench) -> set[str]:
+    return {folder.name[-1] for folder in (bench.folder / "snapshots").glob("*/*")}
+
+
+def asked(bench: Bench, sampler: str, seq: int) -> str:
+    return ask(bench, sampler, seq, max_tokens=1)
+
+
+def test_a_superseded_snapshot_that_nobody_samples_from_is_deleted_and_no_other(bench: Bench) -> None:
+    samplers, said = series(bench, "abcd")
+    assert on_disk(bench) == set("abcd")
+    grow_old(bench, *(samplers[name] for name in "abd"))  # c was used just now, d is the newest
+    waiting = asked(bench, samplers["b"], 77)
+    look_again(bench)
+    assert on_disk(bench) == set("bcd")
+    assert bench.find(waiting).state == "queued"
+    for _ in range(2):
+        assert {name: bench.greedy(samplers[name]) for name in "bcd"} == {name: said[name] for name in "bcd"}
+        bench.new_engine()
+    assert "superseded" in bench.error(asked(bench, samplers["a"], 77))
+
+
+def test_what_all_inflight_samplers_of_a_model_share_is_never_superseded(bench: Bench) -> None:
+    model = bench.create("a")
+    inflight = publish(bench, model, "inflight", "inflight")
+    publish(bench, model, "newer")
+    said = bench.greedy(inflight)
+    grow_old(bench, inflight)
+    look_again(bench)
+    assert bench.greedy(inflight) == said
+
+
+def test_nothing_is_superseded_by_another_models_snapshot(bench: Bench) -> None:
+    early = publish(bench, bench.create("a"), "early")
+    publish(bench, bench.create("b"), "late")
+    grow_old(bench, early)
+    look_again(bench)
+    assert bench.greedy(early)
+
+
+def test_without_a_time_superseded_snapshots_stay(bench: Bench) -> None:
+    samplers, said = series(bench, "ab")
+    grow_old(bench, samplers["a"])
+    bench.engine.drop_superseded_snapshots()
+    assert bench.greedy(samplers["a"]) == said["a"]
+
+
+@pytest.mark.parametrize("point", [True, False])
+def test_an_engine_that_dies_before_it_deletes_a_snapshot_leaves_that_to_the_next(bench: Bench, point: bool) -> None:
+    model = bench.create("a")
+    samplers = [publish(bench, model, name) for name in "ab"]
+    if point:
+        lesson(bench, model, range(4))
+        bench.run()
+        bench.engine.write_points()
+        assert on_disk(bench) == set("ab")
+    grow_old(bench, samplers[0])
+    assert bench.engine._ledger.release_superseded_snapshots(time.time() - 3600) == [(samplers[0], model)]
+    engine: Any = bench.new_engine()
+    assert on_disk(bench) == (set("b") if point else set())
+    bench.greedy(samplers[1])  # brings the model back, from the point or from its beginning
+    engine._residency.require_model(model)
+    assert samplers[0] not in engine._residency._snapshots

@@ -12,12 +12,12 @@ from tinsmith.api.catalog import Catalog
 from tinsmith.api.paths import SCHEME, parse_path
 from tinsmith.api.submission import require_open_session
 from tinsmith.api.weights import check_base
-from tinsmith.errors import NotFoundError, UserError
+from tinsmith.errors import GoneError, NotFoundError, UserError
 from tinsmith.protocols import BASE_SNAPSHOT
 from tinsmith.store import queue, records
 from tinsmith.wire import types
 from tinsmith.wire.codec import Limits
-from tinsmith.wire.jobs import Job
+from tinsmith.wire.jobs import GONE_SNAPSHOT, Job
 from tinsmith.wire.sample_codec import sample_call, sample_cost
 from tinsmith.wire.types import SampleRequest
 
@@ -92,6 +92,12 @@ def _job(request: SampleRequest, limits: Limits, call: Call) -> Job:
 def _submit(conn: sa.Connection, catalog: Catalog, job: Job) -> str:
     sampler = records.require_sampler(conn, job.subject, job.owner)
     catalog.require_base(sampler.base, f"sampler {sampler.id!r}")
+    if sampler.snapshot == GONE_SNAPSHOT:
+        raise GoneError(
+            f"the weights of sampler {sampler.id!r} were deleted: they had no name, their model has saved newer ones, "
+            "and nobody had sampled from them for long. Give a name to what you want to keep: "
+            "save_weights_for_sampler(name=...)"
+        )
     return queue.submit(conn, replace(job, base=sampler.base))
 
 

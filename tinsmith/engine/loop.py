@@ -42,6 +42,7 @@ CLAIM_LIMIT = 256
 IDLE_SECONDS = 1.0  # how long to sleep when nobody rings
 BEAT_SECONDS = 5.0
 KEEP_HOUSE_SECONDS = 10.0
+SUPERSEDED_SECONDS = 30.0  # between two looks for snapshots that nobody needs any more
 SILENT_SECONDS = 24 * 3600.0  # a session without heartbeats (a sleeping laptop, a dead client) is kept this long
 PATIENCE_SECONDS = 900.0  # after so long without them, its samples are given up and its models leave the device
 SNAPSHOTS_PER_MODEL = 8  # on the device at most, of as many models as may be there; the sampler bounds their bytes
@@ -73,12 +74,15 @@ class Engine:
         data_dir: Path,
         max_models: int,
         future_seconds: float,
+        snapshot_seconds: float = 0.0,
     ) -> None:
+        """Unnamed snapshots that were superseded stay for `snapshot_seconds` after their last use; 0: for ever."""
         self._ledger = ledger
         self._trainer = trainer
         self._data_dir = data_dir
         self._max_models = max_models
         self._future_seconds = future_seconds
+        self._snapshot_seconds = snapshot_seconds
         self._trials = Trials(data_dir)
         recovery = Recovery(ledger, trainer, data_dir / "recovery", self._trials)
         self._residency = Residency(
@@ -105,6 +109,7 @@ class Engine:
         self._pruning = False
         self._kept_house_at = time.monotonic()
         self._began_at = time.time()
+        self._looked_for_superseded_at = 0.0
 
     # The loop
 
@@ -134,6 +139,8 @@ class Engine:
         """Begins where an engine before this one stopped, however it stopped."""
         sweep(self._data_dir)
         self._collect_orphans()
+        for snapshot_id, model_id in self._ledger.released_snapshots():
+            self._residency.delete_snapshot(snapshot_id, model_id)
         self._shares.weights = self._ledger.weights()
         self._trials.take_over(self._ledger.ended)
         released = self._ledger.take_over()
@@ -404,6 +411,7 @@ class Engine:
             self.close_models()
             self.rest_silent_models()
             self.drop_abandoned_samples()
+            self.drop_superseded_snapshots()
             for folder in self._ledger.drop_expired_checkpoints(time.time()):
                 remove_folder(folder)
             self._pruning = True
@@ -454,6 +462,15 @@ class Engine:
         if numbers := self._sampling.under_way():
             gone = self._ledger.abandoned(list(numbers), self._silent_since(PATIENCE_SECONDS))
             self._sampling.give_up(numbers[number] for number in gone)
+
+    def drop_superseded_snapshots(self) -> None:
+        """Deletes unnamed snapshots that were superseded, once nobody has sampled from them for long enough."""
+        now = time.time()
+        if self._snapshot_seconds and now - self._looked_for_superseded_at > SUPERSEDED_SECONDS:
+            self._looked_for_superseded_at = now
+            for snapshot_id, model_id in self._ledger.release_superseded_snapshots(now - self._snapshot_seconds):
+                log.info("deleting snapshot %s, superseded and long unused", snapshot_id)
+                self._residency.delete_snapshot(snapshot_id, model_id)
 
     def _to_disk(self, write: Callable[[str], None], model_id: str) -> bool:
         """Whether a model could be written. If not, it stays, and the log still holds everything behind its points."""

@@ -19,7 +19,7 @@ from tinsmith.engine.trials import Trials
 from tinsmith.errors import TinsmithError
 from tinsmith.manifests import DamagedCheckpointError, verify_folder
 from tinsmith.protocols import AdamParams, ModelCall, ModelSpec, Trainer, Weights
-from tinsmith.wire.jobs import Past
+from tinsmith.wire.jobs import GONE_SNAPSHOT, Past
 from tinsmith.wire.packing import TrainCall
 
 if TYPE_CHECKING:
@@ -146,8 +146,13 @@ class Recovery:
                 load_checkpoint(self._ledger, self._trainer, record.id, request["path"], request["optimizer"])
             case "save_weights_for_sampler":
                 request = json.loads(body)
-                if request["sampler_id"] is not None:
+                if request["sampler_id"] is not None and not self._is_gone(request["sampler_id"]):
                     publish(snapshot_of(record.id, request), self._trainer.snapshot(record.id), record.id)
+
+    def _is_gone(self, sampler_id: str) -> bool:
+        """Whether the sampler's snapshot was deleted since it was made."""
+        sampler = self._ledger.find_sampler(sampler_id)
+        return sampler is not None and sampler.snapshot == GONE_SNAPSHOT
 
 
 _REPLAYED = frozenset({"forward_backward", "optim_step", "load_weights", "save_weights_for_sampler"})

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from tinsmith.engine.checkpoints import folder_name, remove_folder, write_folder
 from tinsmith.engine.exports import readable_folder
 from tinsmith.engine.recovery import Recovery
-from tinsmith.errors import NotFoundError, TinsmithError
+from tinsmith.errors import GoneError, NotFoundError, TinsmithError
 from tinsmith.manifests import verify_folder
 from tinsmith.protocols import BASE_SNAPSHOT, ModelSpec, Sampler, Trainer, Weights
+from tinsmith.wire.jobs import GONE_SNAPSHOT
 
 if TYPE_CHECKING:
     from tinsmith.store.ledger import Ledger
@@ -170,12 +171,20 @@ class Residency:
         """
         if snapshot_id == BASE_SNAPSHOT:
             return snapshot_id
+        if snapshot_id == GONE_SNAPSHOT:
+            raise GoneError("the sampler's snapshot was superseded, and deleted after nobody had used it for long")
         if snapshot_id.startswith("tinker://"):
             return self._require_named(snapshot_id)
         if snapshot_id not in self._snapshots:
             self._bring_back(snapshot_id, model_id)
         self._snapshots.move_to_end(snapshot_id)
         return snapshot_id
+
+    def delete_snapshot(self, snapshot_id: str, model_id: str) -> None:
+        """Drops an unnamed snapshot that the ledger knows to be gone, wherever it is, if it is anywhere."""
+        if self._snapshots.pop(snapshot_id, None) is not None:
+            self._sampler.retract(snapshot_id)
+        remove_folder(self._paged_of(model_id) / folder_name(snapshot_id))
 
     def _require_named(self, path: str) -> str:
         checkpoint = self._ledger.find_checkpoint(path)

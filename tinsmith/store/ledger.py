@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from tinsmith.store import keys, pruning, queue, records, retention, usage
+from tinsmith.store import keys, pruning, queue, records, retention, snapshots, usage
 from tinsmith.store.database import Database
 from tinsmith.store.doorbell import Bell, Doorbell
 from tinsmith.wire.jobs import Header, Job, Outcome, Past
@@ -172,6 +172,20 @@ class Ledger:
     def drop_expired_checkpoints(self, now: float) -> list[Path]:
         """Forgets checkpoints whose time is over; returns their folders, for removal."""
         return self._database.write(_drop_expired, now)
+
+    def release_superseded_snapshots(self, unused_since: float) -> list[tuple[str, str]]:
+        """Marks unnamed snapshots as gone that were superseded, and not asked for anything since that time.
+
+        Returns (snapshot, model) of some, whose files may then be removed: the marks outlive a power cut.
+        """
+        released = self._database.write(snapshots.release_superseded, self.base, unused_since)
+        if released:
+            self.sync()
+        return released
+
+    def released_snapshots(self) -> list[tuple[str, str]]:
+        """(snapshot, model) of all that are marked as gone, of models that are not over."""
+        return self._database.read(snapshots.released, self.base)
 
     def announce(
         self,

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 BATCHED = frozenset({"forward", "forward_backward"})
 """The kinds of a model's jobs that share batches with other models'; every other is a barrier of its own model."""
 
+GONE_SNAPSHOT = "gone"
+"""In place of a sampler's snapshot, once that was superseded, long unused, and deleted."""
+
 
 @dataclass(frozen=True, slots=True)
 class Job:

@@ -1,0 +1,45 @@
+"""Which unnamed snapshots are released; on both databases."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import sqlalchemy as sa
+
+from tests.store import makers
+from tinsmith.store import queue, records, snapshots
+from tinsmith.store.database import Database
+from tinsmith.wire.jobs import GONE_SNAPSHOT
+
+OLD, NOW = 1000.0, 5000.0
+
+
+@pytest.fixture
+def conn(database: Database) -> Iterator[sa.Connection]:
+    with database._writing.connect() as conn, conn.begin():
+        makers.make_model(conn, "m")
+        yield conn
+
+
+def sampler(conn: sa.Connection, name: str, at: float, snapshot: str | None = None) -> None:
+    record = records.SamplerRecord(name, "s", "alice", "tiny", "Tiny", snapshot or name, "m", at)
+    records.create_sampler(conn, record)
+
+
+def test_only_unused_unnamed_and_superseded_snapshots_of_living_models_are_released(conn: sa.Connection) -> None:
+    for name in ("old", "asked", "waited-for"):
+        sampler(conn, name, OLD)
+    sampler(conn, "named", OLD, "tinker://m/sampler_weights/x")
+    sampler(conn, "shared", OLD, "m:inflight")
+    sampler(conn, "recent", NOW - 10)
+    sampler(conn, "newest", NOW)
+    makers.finish(conn, "asked", 1)
+    queue.submit(conn, replace(makers.job("waited-for", 1), kind="sample"))
+    assert snapshots.release_superseded(conn, "tiny", NOW - 100) == [("old", "m")]
+    assert snapshots.release_superseded(conn, "tiny", NOW - 100) == []
+    assert snapshots.release_superseded(conn, "other", NOW + 100) == []
+    found = records.find_sampler(conn, "old")
+    assert found is not None and found.snapshot == GONE_SNAPSHOT
+    assert snapshots.released(conn, "tiny") == [("old", "m")]
+    records.update_model(conn, "m", state="closed")
+    assert snapshots.released(conn, "tiny") == snapshots.release_superseded(conn, "tiny", 2e9) == []

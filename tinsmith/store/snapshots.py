@@ -1,0 +1,58 @@
+"""Unnamed snapshots that nobody samples from any more: which they are, and that they are gone.
+
+A sampler that was made without a name holds weights on disk for as long as its session lasts. One that its model has
+superseded by a newer one, and that has not been asked for anything in a long time, is not worth that. Functions take a
+connection; the files are the caller's to remove, also those of snapshots that were released before.
+"""
+
+import sqlalchemy as sa
+
+from tinsmith.store.queue import OPEN
+from tinsmith.store.tables import jobs, models, samplers
+from tinsmith.wire.jobs import GONE_SNAPSHOT
+
+_AT_ONCE = 50  # released in one transaction
+
+Released = list[tuple[str, str]]
+"""(Sampler, which its snapshot was called after; the model that it came from)."""
+
+_LIVING = sa.select(models.c.id).where(models.c.base == sa.bindparam("of_base"), models.c.state != "closed")
+
+
+def release_superseded(conn: sa.Connection, base: str, unused_since: float) -> Released:
+    """Marks those as gone, some at a time, that were superseded, and neither made nor asked for since that time.
+
+    What is shared by all inflight samplers of a model is never superseded, only replaced.
+    """
+    is_unnamed = (samplers.c.snapshot == samplers.c.id) | samplers.c.snapshot.endswith(":inflight", autoescape=True)
+    newest = (
+        sa.select(samplers.c.model_id, sa.func.max(samplers.c.created_at).label("at"))
+        .where(samplers.c.model_id.in_(_LIVING), is_unnamed)
+        .group_by(samplers.c.model_id)
+        .subquery()
+    )
+    is_used = (
+        sa.exists()
+        .where(jobs.c.subject == samplers.c.id)
+        .where(OPEN | (jobs.c.created_at >= unused_since) | (jobs.c.finished_at >= unused_since))
+    )
+    superseded = (
+        sa.select(samplers.c.id, samplers.c.model_id)
+        .join(newest, newest.c.model_id == samplers.c.model_id)
+        .where(samplers.c.snapshot == samplers.c.id, samplers.c.created_at < newest.c.at)
+        .where(samplers.c.created_at < unused_since, ~is_used)
+        .order_by(samplers.c.created_at)
+        .limit(_AT_ONCE)
+    )
+    released = [(sampler_id, model_id) for sampler_id, model_id in conn.execute(superseded, {"of_base": base})]
+    are_released = samplers.c.id.in_([sampler_id for sampler_id, _ in released])
+    conn.execute(sa.update(samplers).where(are_released).values(snapshot=GONE_SNAPSHOT))
+    return released
+
+
+def released(conn: sa.Connection, base: str) -> Released:
+    """All that are gone, of models that are not: files of theirs may still be there."""
+    gone = sa.select(samplers.c.id, samplers.c.model_id).where(
+        samplers.c.snapshot == GONE_SNAPSHOT, samplers.c.model_id.in_(_LIVING)
+    )
+    return [(sampler_id, model_id) for sampler_id, model_id in conn.execute(gone, {"of_base": base})]
