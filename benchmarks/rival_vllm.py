@@ -55,9 +55,7 @@ class Rival:
         (folder / "model").mkdir()
         (folder / "model" / "config.json").write_text(json.dumps(config_of(sizes)))
         more: dict[str, Any] = {}
-        self._adapter: Path | None = None
         if with_adapters:
-            self._adapter = write_adapter(folder / "adapter", sizes)
             more = {"enable_lora": True, "max_loras": ADAPTERS, "max_cpu_loras": ADAPTERS, "max_lora_rank": RANK}
         self._engine = LLM(
             model=str(folder / "model"),
@@ -72,6 +70,8 @@ class Rival:
             compilation_config={"cudagraph_capture_sizes": [size for size in CAPTURED if size <= running]},
             **more,
         )
+        # Not before: the engine is a fork of this process, and hangs where torch has had threads at work here.
+        self._adapter = write_adapter(folder / "adapter", sizes) if with_adapters else None
 
     def answer(self, requests: Sequence[Asked]) -> float:
         """Seconds from the first submission to the last result."""

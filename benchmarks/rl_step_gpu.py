@@ -29,7 +29,7 @@ from tinker import types
 from benchmarks.qwen3 import random_module
 from benchmarks.recording import Row, record
 from benchmarks.sampling_gpu import rival_values
-from benchmarks.workloads import RANK, SHAPES, Asked, Load, rollouts, sampled_tokens
+from benchmarks.workloads import RANK, SHAPES, Asked, Load, Sizes, rollouts, sampled_tokens
 from tinsmith.demo import tiny_folder
 from tinsmith.demo.local_server import LocalServer
 
@@ -67,7 +67,9 @@ def main() -> None:
         print("needs a CUDA device")
         return
     with tempfile.TemporaryDirectory() as name:
-        model = "tiny" if size == "tiny" else str(write_random(Path(name) / "model", size))
+        model = (
+            "tiny" if size == "tiny" else str(write_random(Path(name) / "model", SHAPES[size], torch.device("cuda")))
+        )
         server = LocalServer(
             Path(name) / "data", Path(name) / "log.txt", options_of(model, arguments.option), model=model
         )
@@ -78,14 +80,12 @@ def main() -> None:
     record("rl_step_gpu" if accelerator else "rl_step_cpu", [*step_rows(size, step, theirs), *rows], accelerator)
 
 
-def write_random(folder: Path, size: str) -> Path:
-    """A folder that can be served: random weights, and the embedded model's tokenizer."""
-    module = random_module(SHAPES[size], torch.bfloat16, torch.device("cuda"))
-    module.save_pretrained(folder)
+def write_random(folder: Path, sizes: Sizes, device: torch.device) -> Path:
+    """A folder that can be served: random weights in bfloat16, and the embedded model's tokenizer."""
+    random_module(sizes, torch.bfloat16, device).save_pretrained(folder)
     for path in tiny_folder().glob("tokenizer*"):
         shutil.copy(path, folder)
-    del module
-    torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # the memory belongs to the server
     return folder
 
 
