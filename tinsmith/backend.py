@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CPU_RUNNING, DEVICE_RUNNING = 64, 256  # sequences sampled at once
+CPU_RUNNING, DEVICE_RUNNING = 64, 1024  # sequences sampled at once, at most
 DETERMINISTIC_TRAIN_TOKENS = {"cpu": 1024, "cuda": 8192}  # of a micro-batch, however much memory is free
 
 
@@ -222,9 +222,10 @@ def _budgets(settings: Settings, served: Served, model: "BaseModel") -> "Budgets
     sizing.check_cache(sizes, settings.kv_cache_tokens, free)
     always = settings.gradient_checkpointing == "on"
     fitting = sizing.train_tokens(sizes, free, on_cpu=on_cpu, checkpointing=always)
+    kv_tokens = settings.kv_cache_tokens or sizing.kv_cache_tokens(sizes, free, running, on_cpu=on_cpu)
     return sizing.Budgets(
-        running=running,
-        kv_tokens=settings.kv_cache_tokens or sizing.kv_cache_tokens(sizes, free, running, on_cpu=on_cpu),
+        running=min(running, sizing.useful_sequences(kv_tokens)),
+        kv_tokens=kv_tokens,
         train_tokens=settings.train_tokens or fixed or fitting,
         kept_tokens=sizing.trainable_tokens(sizes, free, checkpointing=False),
         snapshot_bytes=int(free * sizing.SNAPSHOT_SHARE),

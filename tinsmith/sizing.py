@@ -22,6 +22,8 @@ SMALL_MODEL = 50_000_000
 """Parameters below which one CPU thread is faster: waking a second one for each of a thousand short operations costs
 more than it saves (docs/log.md has the numbers)."""
 DEVICE_TRAIN_TOKENS = 65536
+FEW_SEQUENCES = 256  # may always be sampled at once
+SEQUENCE_TOKENS = 256  # of the cache, for each further one
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 ENGINE_ROOM = 384 * 2**20
 """Bytes beside the weights that an engine needs at least: its libraries, some cache, activations and adapters."""
@@ -76,6 +78,11 @@ def running_sequences(state_bytes: int, free_bytes: int, most: int) -> int:
     Each has a recurrent state of so many bytes, which lies in memory twice while the batch changes.
     """
     return most if not state_bytes else max(1, min(most, int(free_bytes * STATE_SHARE) // (2 * state_bytes)))
+
+
+def useful_sequences(kv_tokens: int) -> int:
+    """How many sequences a cache of so many tokens keeps busy: more would only take each other's blocks."""
+    return max(FEW_SEQUENCES, kv_tokens // SEQUENCE_TOKENS)
 
 
 def kv_cache_tokens(sizes: ModelSizes, free_bytes: int, max_running: int, *, on_cpu: bool) -> int:

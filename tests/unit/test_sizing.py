@@ -16,6 +16,7 @@ from tinsmith.sizing import (
     running_sequences,
     train_tokens,
     trainable_tokens,
+    useful_sequences,
 )
 
 SIZES = ModelSizes(kv_numbers=512, activation_bytes=70000, layers=4, hidden=64, max_context=2048, item_bytes=4)
@@ -71,6 +72,11 @@ def test_sequences_with_a_state_are_as_many_as_fit() -> None:
     assert running_sequences(GIB // 1024, GIB, 64) == 51
     assert running_sequences(GIB // 1024, 100 * GIB, 64) == 64
     assert running_sequences(GIB, 0, 64) == 1
+
+
+def test_a_large_cache_is_shared_by_more_sequences() -> None:
+    assert useful_sequences(0) == useful_sequences(256 * 256) == 256
+    assert useful_sequences(256 * 1000) == 1000
 
 
 def test_checkpointing_lets_longer_sequences_be_trained_in_the_same_memory() -> None:
