@@ -7,8 +7,8 @@ Starts a server of its own on loopback, with random weights of Qwen3's shape, an
 data of the importance sampling loss, and a step. A step of a few rollouts comes before the one that counts.
 
 The rival is vLLM's rollouts (`--rival`: the output of `rival_vllm 4b lora --cases rollouts`) and PEFT's training with
-torch.compile (`--rival-training`: that of `training_gpu --rival 4b`) on the same machine: the sum of their times, with
-nothing between them. `tiny` is the embedded model, for a look at the benchmark itself.
+torch.compile (`--rival-training`: that of `training_gpu --rival --sizes 4b --cases tenants8`) on the same machine: the
+sum of their times, with nothing between them. `tiny` is the embedded model, for a look at the benchmark itself.
 """
 
 import argparse

@@ -5,7 +5,7 @@
 Qwen3's shapes with random weights in bfloat16, temperature 1, the logprob of every sampled token; wall time from the
 first submission to the last result, prompts included, after a warm-up. Nothing ends early. Then what a start, a new
 adapter and its publishing take, and how far sampled logprobs lie from the trainer's. `--rival` names files with the
-output of `rival_vllm` on the same machine, which has the same requests.
+output of `rival_vllm` on the same machine, which has the same requests. `ragged/lora` is that case in that mode only.
 """
 
 import argparse
@@ -146,8 +146,8 @@ class Bench:
     def rows(self, cases: Sequence[str], modes: Sequence[str]) -> Iterator[Row]:
         """Every case in every mode; then what knows no modes."""
         for mode in modes:
-            for case in cases:
-                if case in CASES:
+            for case, _, only in (case.partition("/") for case in cases):
+                if case in CASES and only in ("", mode):
                     yield self._load(case, mode)
         yield Row(f"start {self._size}", round(self._started, 1), "s")
         others: dict[str, Callable[[], Iterator[Row]]] = {"models": self._models, "exactness": self._exactness}
