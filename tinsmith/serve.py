@@ -27,6 +27,7 @@ from tinsmith import sizing
 from tinsmith.announce import Announcer
 from tinsmith.backend import Device, find_device, load_backend
 from tinsmith.config import Settings, engine_environment, is_loopback
+from tinsmith.data_folder import bring_up_to_date
 from tinsmith.errors import ConfigError, TinsmithError
 from tinsmith.exclusive import listen, locked
 from tinsmith.lost_device import DeviceLostError
@@ -61,6 +62,7 @@ def supervise(settings: Settings) -> int:
     ):
         served, keys = _look_up(settings)
         with _sole_server(settings, served) as stop_if_lost, listen(settings.host, settings.port) as listener:
+            bring_up_to_date(settings.data_dir, partial(_folders_of_models, settings))
             _collect_leftovers(settings)
             settings = replace(settings, port=listener.getsockname()[1])
             announcer = Announcer(settings, served, keys)
@@ -100,6 +102,20 @@ def _sole_server(settings: Settings, served: Sequence[Served]) -> Iterator[Calla
         occupancy.close()
     if lost:
         raise lost[0]
+
+
+def _folders_of_models(settings: Settings) -> dict[str, Path]:
+    """In which engine's folder each open model belongs, by the name of the model's own."""
+    from tinsmith.engine.checkpoints import folder_name
+    from tinsmith.store import records
+    from tinsmith.store.database import Database
+
+    database = Database(settings.effective_database_url)
+    try:
+        bases = database.read(records.bases_of_models)
+    finally:
+        database.close()
+    return {folder_name(id): _engine_folder(settings, Served("", base)) for id, base in bases.items()}
 
 
 def _collect_leftovers(settings: Settings) -> None:

@@ -302,7 +302,7 @@ def grow_old(bench: Bench, *unused: str) -> None:
 def look_again(bench: Bench) -> None:
     """Deletes what has not been used for an hour."""
     engine: Any = bench.engine
-    engine._snapshot_seconds, engine._looked_for_superseded_at = 3600.0, 0.0
+    engine._snapshot_seconds = 3600.0
     engine.drop_superseded_snapshots()
 
 

@@ -49,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
         *("errors", "config", "served", "model_files", "models", "store", "importing", "exporting", "demo", "doctor"),
     },
     "exclusive": {"errors"},
+    "data_folder": {"errors"},
     "supervised": set(),
     "backend": {
         *("errors", "config", "served", "model_files", "sizing"),
@@ -56,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "serve": {
         *("errors", "config", "served", "model_files", "sizing", "observe", "announce", "backend", "lost_device"),
-        *("supervisor", "supervised", "exclusive"),
+        *("supervisor", "supervised", "exclusive", "data_folder"),
         *("api", "store", "engine"),
     },
 }

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from starlette.responses import Response
 
 from tinsmith.api.calls import Call, answer
-from tinsmith.store import queue, records
+from tinsmith.store import queue, quotas, records
 from tinsmith.wire import types
 
 
@@ -30,7 +30,7 @@ async def create_session(call: Call) -> Response:
         created_at=now,
         seen_at=now,
     )
-    await call.services.database.write_async(records.create_session, session)
+    await call.services.database.write_async(quotas.create_session, session)
     return answer(types.CreateSessionResponse(session.id))
 
 

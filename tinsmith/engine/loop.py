@@ -42,7 +42,7 @@ CLAIM_LIMIT = 256
 IDLE_SECONDS = 1.0  # how long to sleep when nobody rings
 BEAT_SECONDS = 5.0
 KEEP_HOUSE_SECONDS = 10.0
-SUPERSEDED_SECONDS = 30.0  # between two looks for snapshots that nobody needs any more
+KEEP_ORDER_SECONDS = 30.0  # between two looks for what nobody will ask for any more
 SILENT_SECONDS = 24 * 3600.0  # a session without heartbeats (a sleeping laptop, a dead client) is kept this long
 PATIENCE_SECONDS = 900.0  # after so long without them, its samples are given up and its models leave the device
 SNAPSHOTS_PER_MODEL = 8  # on the device at most, of as many models as may be there; the sampler bounds their bytes
@@ -107,9 +107,8 @@ class Engine:
         self._more_queued = False
         self._samples_queued = False
         self._pruning = False
-        self._kept_house_at = time.monotonic()
+        self._kept_house_at = self._kept_order_at = time.monotonic()
         self._began_at = time.time()
-        self._looked_for_superseded_at = 0.0
 
     # The loop
 
@@ -411,10 +410,13 @@ class Engine:
             self.close_models()
             self.rest_silent_models()
             self.drop_abandoned_samples()
-            self.drop_superseded_snapshots()
             for folder in self._ledger.drop_expired_checkpoints(time.time()):
                 remove_folder(folder)
             self._pruning = True
+        if now - self._kept_order_at > KEEP_ORDER_SECONDS:
+            self._kept_order_at = now
+            self.drop_superseded_snapshots()
+            self._ledger.forget(time.time(), self._silent_since(SILENT_SECONDS))
         if self._pruning:  # a little every turn, so that nobody waits for it
             self._pruning = self._ledger.prune(time.time() - self._future_seconds)
 
@@ -465,12 +467,11 @@ class Engine:
 
     def drop_superseded_snapshots(self) -> None:
         """Deletes unnamed snapshots that were superseded, once nobody has sampled from them for long enough."""
-        now = time.time()
-        if self._snapshot_seconds and now - self._looked_for_superseded_at > SUPERSEDED_SECONDS:
-            self._looked_for_superseded_at = now
-            for snapshot_id, model_id in self._ledger.release_superseded_snapshots(now - self._snapshot_seconds):
-                log.info("deleting snapshot %s, superseded and long unused", snapshot_id)
-                self._residency.delete_snapshot(snapshot_id, model_id)
+        if not self._snapshot_seconds:
+            return
+        for snapshot_id, model_id in self._ledger.release_superseded_snapshots(time.time() - self._snapshot_seconds):
+            log.info("deleting snapshot %s, superseded and long unused", snapshot_id)
+            self._residency.delete_snapshot(snapshot_id, model_id)
 
     def _to_disk(self, write: Callable[[str], None], model_id: str) -> bool:
         """Whether a model could be written. If not, it stays, and the log still holds everything behind its points."""

@@ -8,6 +8,7 @@ import sqlalchemy as sa
 
 from tinsmith.errors import NotFoundError, UserError
 from tinsmith.store import queue
+from tinsmith.store.quotas import check_losses
 from tinsmith.store.tables import custom_losses, insert, jobs
 from tinsmith.wire.jobs import Job, Outcome
 
@@ -18,12 +19,16 @@ KIND = "create_custom_loss"
 def create_custom_loss(conn: sa.Connection, session_id: str, owner: str, number: int, program: dict[str, Any]) -> str:
     """Keeps a loss and, as a job that has ended already, the answer with its id. Returns the request id.
 
-    The same number again changes nothing. Raises UserError if it is another loss's, or the session has too many.
+    The same number again changes nothing. Raises UserError if it is another loss's, or the session has too many, and
+    LimitError if its owner has.
     """
     subject = f"{session_id}:loss"
     loss_id = f"{subject}:{number}"
     if number >= MOST:
         raise UserError(f"a session can have {MOST} custom losses; create another one for more")
+    known = conn.execute(sa.select(custom_losses.c.id).where(custom_losses.c.id == loss_id)).first()
+    if known is None:
+        check_losses(conn, owner, program)
     row = {"id": loss_id, "session_id": session_id, "owner": owner, "program": program, "created_at": time.time()}
     conn.execute(insert(conn, custom_losses).values(row).on_conflict_do_nothing(index_elements=["id"]))
     if require_custom_loss(conn, loss_id, owner) != program:

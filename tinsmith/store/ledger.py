@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from tinsmith.store import keys, pruning, queue, records, retention, snapshots, usage
+from tinsmith.store import keys, pruning, queue, quotas, records, retention, snapshots, usage
 from tinsmith.store.database import Database
 from tinsmith.store.doorbell import Bell, Doorbell
 from tinsmith.wire.jobs import Header, Job, Outcome, Past
@@ -186,6 +186,11 @@ class Ledger:
     def released_snapshots(self) -> list[tuple[str, str]]:
         """(snapshot, model) of all that are marked as gone, of models that are not over."""
         return self._database.read(snapshots.released, self.base)
+
+    def forget(self, now: float, silent_since: float) -> None:
+        """Deletes some records that nobody can ask for any more: custom losses of sessions that are over, and sessions
+        that never had anything in them."""
+        self._database.write(quotas.forget, now, silent_since)
 
     def announce(
         self,

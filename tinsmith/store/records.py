@@ -183,6 +183,12 @@ def base_of(conn: sa.Connection, subject: str, owner: str) -> str:
     return require_model(conn, subject, owner).base if is_model else require_sampler(conn, subject, owner).base
 
 
+def bases_of_models(conn: sa.Connection) -> dict[str, str]:
+    """The base of every model that is not closed."""
+    found = conn.execute(sa.select(models.c.id, models.c.base).where(models.c.state != "closed"))
+    return {row.id: row.base for row in found}
+
+
 def list_models(conn: sa.Connection, owner: str, limit: int, offset: int) -> tuple[list[Model], int]:
     """Newest first, with the total count."""
     return _page(conn, Model, models, models.c.id, _of(models, owner), limit, offset)
