@@ -247,7 +247,7 @@ def _pair(ptr, row, stride, column, width, inside):
     return tl.load(ptrs, mask, other=0.0), tl.load(ptrs + width, mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["down_z_rows"])
+@triton.jit(do_not_specialize=["down_z_rows", "splits"])
 def adapted_swiglu(
     gate_up_ptr,
     out_ptr,
@@ -262,15 +262,15 @@ def adapted_swiglu(
     down_z_stride,
     width,
     down_z_rows,
+    splits,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANKS: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
     """silu(gate) · up, after the adapters' shares z Bᵀ have been added to both; they are not stored.
 
-    Also scale · out Aᵀ of the layer behind, to which `down_addresses` belong: [SPLITS, T, R], to be summed. Programs:
+    Also scale · out Aᵀ of the layer behind, to which `down_addresses` belong: [splits, T, R], to be summed. Programs:
     tiles, and splits of the columns.
     """
     row, inside, adapter, rank = _tile(tiles_ptr, ROWS, ALIGNED)
@@ -284,7 +284,7 @@ def adapted_swiglu(
     z_gate = _inner(z_ptr, z_stride, row, inside, 0, own, RANKS)
     z_up = _inner(z_ptr, z_stride, row, inside, rank, own, RANKS)
     total = tl.zeros((ROWS, RANKS), tl.float32)
-    blocks = tl.cdiv(tl.cdiv(width, COLUMNS), SPLITS)
+    blocks = tl.cdiv(tl.cdiv(width, COLUMNS), splits)
     column = split * blocks * COLUMNS + tl.arange(0, COLUMNS)
     next_gate, next_up = _pair(gate_up_ptr, row, stride, column, width, inside)
     for _ in range(blocks):
@@ -305,11 +305,10 @@ def adapted_swiglu(
     tl.store(ptrs, total, inside & (wanted < down))
 
 
-@triton.jit(do_not_specialize=["dz_rows"])
+@triton.jit(do_not_specialize=["dz_rows", "splits"])
 def adapted_swiglu_backward(
     gate_up_ptr,
     dout_ptr,
-    out_ptr,
     z_ptr,
     dz_ptr,
     down_dz_ptr,
@@ -323,16 +322,16 @@ def adapted_swiglu_backward(
     down_dz_stride,
     width,
     dz_rows,
+    splits,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANKS: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
-    """Overwrites gate and up with their gradients, and computes the output once more.
+    """Overwrites gate and up with their gradients, and the gradient in the output with the output, once more.
 
     The share dz A that the adapters of the layer behind have in the output's gradient is added here; and dz of gate and
-    up themselves is gathered: [SPLITS, T, R], to be summed. Programs: tiles, and splits of the columns.
+    up themselves is gathered: [splits, T, R], to be summed. Programs: tiles, and splits of the columns.
     """
     row, inside, adapter, rank = _tile(tiles_ptr, ROWS, ALIGNED)
     split = tl.program_id(1)
@@ -347,7 +346,7 @@ def adapted_swiglu_backward(
     down_dz = _inner(down_dz_ptr, down_dz_stride, row, inside, 0, down, RANKS)
     gate_total = tl.zeros((ROWS, RANKS), tl.float32)
     up_total = tl.zeros((ROWS, RANKS), tl.float32)
-    blocks = tl.cdiv(tl.cdiv(width, COLUMNS), SPLITS)
+    blocks = tl.cdiv(tl.cdiv(width, COLUMNS), splits)
     column = split * blocks * COLUMNS + tl.arange(0, COLUMNS)
     next_gate, next_up = _pair(gate_up_ptr, row, stride, column, width, inside)
     next_dout = tl.load(
@@ -370,7 +369,7 @@ def adapted_swiglu_backward(
         flat = row[:, None] * width + column[None, :]
         sigmoid = tl.sigmoid(gate)
         active = gate * sigmoid
-        tl.store(out_ptr + flat, active * up, mask)
+        tl.store(dout_ptr + flat, active * up, mask)
         dgate = (dout * up * (sigmoid + active * (1 - sigmoid))).to(gate_up_ptr.dtype.element_ty)
         dup = (dout * active).to(gate_up_ptr.dtype.element_ty)
         ptrs = gate_up_ptr + row[:, None] * stride + column[None, :]

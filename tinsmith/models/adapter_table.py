@@ -17,6 +17,7 @@ from torch import Tensor
 from tinsmith.models import adapter_kernels as kernels
 from tinsmith.models.launch import Kernel, blocks, power_of_two
 from tinsmith.models.lora import Adapter, AdapterLayout, LinearGroup, Segment
+from tinsmith.models.transfer import on_device
 
 MOST_RANKS = 128
 """The largest rank for which the kernels are made."""
@@ -89,8 +90,7 @@ class AdapterTable:
         self._runs: tuple[Tensor, Tensor, Sequence[Tensor]] | None = None
 
     def _upload(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
+        return on_device(array, self._device)
 
     def _address(self, buffers: Sequence[Tensor]) -> Sequence[Tensor]:
         """int64 [adapters and nobody, 4] of every group, for one flat buffer of each adapter."""
@@ -202,8 +202,8 @@ class AdapterTable:
                 self._scales,
             ),
             (gate_up_TO.stride(0), z_TR.stride(0), inner.stride(1), width),
-            (gate_up_TO.shape[0],),
-            (self._aligned, _ROWS, _SWIGLU_COLUMNS, self._block, inner.shape[0]),
+            (gate_up_TO.shape[0], inner.shape[0]),
+            (self._aligned, _ROWS, _SWIGLU_COLUMNS, self._block),
         )
         return out_TP, _summed(inner, gate_up_TO)
 
@@ -217,20 +217,19 @@ class AdapterTable:
     ) -> tuple[Tensor, Tensor]:
         """(the output once more [T, P], scale · dy B [T, R]); gate and up are overwritten with their gradient dy.
 
-        The share dz A of the layer behind is added to the gradient in the output.
+        The output takes the place of the gradient in it, to which the share dz A of the layer behind is added before.
         """
         width = groups[0].outputs[0]
-        out_TP = torch.empty_like(dout_TP)
         inner = self._partial(groups[0], gate_up_TO)
         tables = (self._large_tiles, self._of(groups[0]), self._of(groups[1]), self._scales)
         _SWIGLU_BACKWARD(
             (self._large_tiles.shape[0], inner.shape[0]),
-            (gate_up_TO, dout_TP, out_TP, z_TR, inner, down_dz_TR, *tables),
+            (gate_up_TO, dout_TP, z_TR, inner, down_dz_TR, *tables),
             (gate_up_TO.stride(0), z_TR.stride(0), inner.stride(1), down_dz_TR.stride(0), width),
-            (gate_up_TO.shape[0],),
-            (self._aligned, _ROWS, _SWIGLU_COLUMNS, self._block, inner.shape[0]),
+            (gate_up_TO.shape[0], inner.shape[0]),
+            (self._aligned, _ROWS, _SWIGLU_COLUMNS, self._block),
         )
-        return out_TP, _summed(inner, gate_up_TO)
+        return dout_TP, _summed(inner, gate_up_TO)
 
     def _partial(self, group: LinearGroup, like: Tensor) -> Tensor:
         """Room for the parts [splits, T, R] of a sum: in fp32, unless there is only one."""

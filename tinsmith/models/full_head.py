@@ -1,7 +1,8 @@
 """The LM head of a full-parameter model that trains on a CUDA device: logprobs of one target for each row.
 
-As `head.py`, with fp32 logits of a chunk of rows at a time, in forward and once more in backward; the weight's gradient
-goes to the model's flat fp32 gradient, past autograd. That adds to every number of it, and so waits for many chunks.
+As `head.py`, with fp32 logits of a chunk of rows at a time. Either forward keeps their gradient, up to each row's
+factor, in the narrower dtype of the hidden states; or backward computes the logits again, and takes less memory. The
+weight's gradient goes to the model's flat fp32 gradient, past autograd.
 
 Shapes: `T` rows of hidden states, `D` hidden size, `V` vocabulary, `C` rows of a chunk, `N` rows of many chunks.
 """
@@ -13,14 +14,18 @@ from torch import Tensor
 
 from tinsmith.models.full_kernels import logits_gradient, row_logsumexp
 from tinsmith.models.head import CUDA_CHUNK_ELEMENTS, full_product
+from tinsmith.models.kernels import softmax_less_one
 
-_CHUNKS = 8  # whose logits' gradients, in the narrower dtype, are products at once
+_CHUNKS = 8  # whose logits' gradients are products at once, since every product adds to all of the weight's gradient
 _ROWS = 256  # that a product computes at once: chunks are multiples
 
 
-def trained_logprobs(hidden_TD: Tensor, weight_VD: Tensor, gradient_VD: Tensor, targets_T: Tensor) -> Tensor:
+def trained_logprobs(
+    hidden_TD: Tensor, weight_VD: Tensor, gradient_VD: Tensor, targets_T: Tensor, *, recomputes: bool
+) -> Tensor:
     """fp32 [T], differentiable in the hidden states; backward adds the weight's gradient to `gradient_VD`."""
-    logprobs_T: Tensor = _TrainedHead.apply(hidden_TD, weight_VD, gradient_VD, targets_T)
+    head = _KeptHead if torch.is_grad_enabled() and not recomputes else _RecomputedHead
+    logprobs_T: Tensor = head.apply(hidden_TD, weight_VD, gradient_VD, targets_T)
     return logprobs_T
 
 
@@ -40,8 +45,32 @@ def _chunk_rows(vocabulary: int) -> int:
     return -(-CUDA_CHUNK_ELEMENTS // (vocabulary * _ROWS)) * _ROWS
 
 
-class _TrainedHead(torch.autograd.Function):
-    """Hidden states → logprobs."""
+class _KeptHead(torch.autograd.Function):
+    """Hidden states → logprobs; keeps [T, V] in the dtype of the hidden states."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, gradient_VD: Tensor, targets_T: Tensor) -> Tensor:
+        less_TV = hidden_TD.new_empty(len(hidden_TD), len(weight_VD))
+        logprobs_T1 = hidden_TD.new_empty(len(hidden_TD), 1, dtype=torch.float32)
+        for chunk in _chunks(len(hidden_TD), _chunk_rows(len(weight_VD))):
+            tokens_C, out_CV = targets_T[chunk], less_TV[chunk]
+            logits_CV = full_product(hidden_TD[chunk], weight_VD)
+            _, logsumexp_C1 = softmax_less_one(logits_CV, tokens_C, hidden_TD.dtype, out_CV)
+            torch.sub(logits_CV.gather(1, tokens_C[:, None]), logsumexp_C1, out=logprobs_T1[chunk])
+        ctx.save_for_backward(hidden_TD, less_TV)
+        ctx.weight_VD, ctx.gradient_VD = weight_VD, gradient_VD
+        return logprobs_T1[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, dlogprobs_T: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TD, less_TV = ctx.saved_tensors
+        factors_T1 = -dlogprobs_T[:, None]
+        add_in_full(ctx.gradient_VD, less_TV.t(), (hidden_TD * factors_T1).to(hidden_TD.dtype))
+        return (less_TV @ ctx.weight_VD * factors_T1).to(hidden_TD.dtype), None, None, None
+
+
+class _RecomputedHead(torch.autograd.Function):
+    """The same; keeps the hidden states."""
 
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, gradient_VD: Tensor, targets_T: Tensor) -> Tensor:

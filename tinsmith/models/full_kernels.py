@@ -15,7 +15,7 @@ from torch import Tensor
 from tinsmith.models.launch import Kernel, blocks, power_of_two
 
 _COLUMNS = 1024  # of the feed-forward network that one program computes
-_NORM_ROWS = 8  # that one program sums
+_NORM_ROWS = 16  # that one program sums
 _VOCABULARY_BLOCK = 4096
 
 

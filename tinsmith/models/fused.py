@@ -29,6 +29,7 @@ from tinsmith.models.norms import FrozenRMSNorm
 from tinsmith.models.plain_layers import FAMILIES, LayerParts, Probe, parts_of, weight_of
 
 _TOLERANCE = 0.05  # of the final hidden states, as a share of their norm, in bfloat16
+_FEW = 4  # of what backward needs: the adapters' inner products, which are kept even where all else is computed again
 _LEAST_CAPABILITY = (8, 0)  # of the device: what the kernels for attention and bfloat16 need
 
 
@@ -38,7 +39,7 @@ class Pass:
 
     adapters: AdapterTable
     sequences: Sequences
-    recomputes: bool  # whether a layer keeps its input only
+    recomputes: bool  # whether a layer keeps little more than its input
 
 
 class FusedLayers:
@@ -116,7 +117,7 @@ class _LayerFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, layer: "_Layer", this: Pass) -> Tensor:
         out_TD, saved = layer.forward(x_TD, this)
-        ctx.save_for_backward(x_TD, *(() if this.recomputes else saved))
+        ctx.save_for_backward(x_TD, *(saved[:_FEW] if this.recomputes else saved))
         ctx.layer, ctx.this = layer, this
         return out_TD
 
@@ -125,7 +126,7 @@ class _LayerFunction(torch.autograd.Function):
         x_TD, *saved = ctx.saved_tensors
         layer, this = ctx.layer, ctx.this
         if this.recomputes:
-            _, saved = layer.forward(x_TD, this)
+            saved = layer.again(x_TD, saved, this)
         return layer.backward(dout_TD.contiguous(), x_TD, saved, this), None, None
 
 
@@ -163,6 +164,15 @@ class _Layer:
         y_TD = adapted_product(self._down, active_TP, down_z, this.adapters, middle_TD)
         inner = [heads_z, out_z, gate_up_z, down_z]
         return y_TD, [*inner, heads_TO, attended_TO, middle_TD, gate_up_TO, *kept]
+
+    def again(self, x_TD: Tensor, few: Sequence[Tensor], this: Pass) -> list[Tensor]:
+        """All that `backward` needs, from what came in and the first few of it; what comes out is not computed."""
+        heads_z, out_z, *_ = few
+        heads_TO = adapted_product(self._projections, self._before(x_TD), heads_z, this.adapters)
+        attended_TO, kept = self._heads.forward(heads_TO, this.sequences)
+        middle_TD = adapted_product(self._out, attended_TO, out_z, this.adapters, x_TD)
+        gate_up_TO = F.linear(self._between(middle_TD), self._gate_up.weight_OI, self._gate_up.bias_O)
+        return [*few, heads_TO, attended_TO, middle_TD, gate_up_TO, *kept]
 
     def backward(self, dy_TD: Tensor, x_TD: Tensor, saved: Sequence[Tensor], this: Pass) -> Tensor:
         """The gradient in what came in; what was saved is overwritten."""

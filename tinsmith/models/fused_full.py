@@ -58,7 +58,7 @@ class _Source:
 class FullLayers:
     """Stands in for a full-parameter model's module, from tokens to logprobs.
 
-    `recomputes` says whether backward computes each layer again, in passes that begin from now on.
+    `recomputes` says whether backward computes each layer and the logits again, in passes that begin from now on.
     """
 
     def __init__(self, module: Any, parts: Sequence[LayerParts], layout: Layout, flat: Tensor) -> None:
@@ -94,7 +94,8 @@ class FullLayers:
 
     def logprobs(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
         """fp32 [T] of each row's target."""
-        return trained_logprobs(hidden_TD, self._head.values, self._head.gradient, targets_T)
+        head = self._head
+        return trained_logprobs(hidden_TD, head.values, head.gradient, targets_T, recomputes=self.recomputes)
 
 
 def _weights(layers: Sequence["_Layer"]) -> Iterator[Weight]:
@@ -120,7 +121,7 @@ class _LayerFunction(torch.autograd.Function):
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, *saved = ctx.saved_tensors
         if not saved:
-            _, saved = ctx.layer.forward(x_TD, ctx.sequences)
+            saved = ctx.layer.inside(x_TD, ctx.sequences)
         return ctx.layer.backward(dout_TD.contiguous(), x_TD, saved, ctx.sequences), None, None, None
 
 
@@ -164,12 +165,16 @@ class _Layer:
 
     def forward(self, x_TD: Tensor, sequences: Sequences) -> tuple[Tensor, list[Tensor]]:
         """(what comes out [T, D], what `backward` needs beside what came in)."""
+        saved = self.inside(x_TD, sequences)
+        _, _, middle_TD, gate_up_TO, *_ = saved
+        return self._down(swiglu(gate_up_TO), middle_TD), saved
+
+    def inside(self, x_TD: Tensor, sequences: Sequences) -> list[Tensor]:
+        """What `backward` needs beside what came in."""
         heads_TO = self._projections(self._before(x_TD))
         attended_TO, kept = self._heads.forward(heads_TO, sequences)
         middle_TD = self._out(attended_TO, x_TD)
-        gate_up_TO = self._gate_up(self._between(middle_TD))
-        out_TD = self._down(swiglu(gate_up_TO), middle_TD)
-        return out_TD, [heads_TO, attended_TO, middle_TD, gate_up_TO, *kept]
+        return [heads_TO, attended_TO, middle_TD, self._gate_up(self._between(middle_TD)), *kept]
 
     def backward(self, dy_TD: Tensor, x_TD: Tensor, saved: Sequence[Tensor], sequences: Sequences) -> Tensor:
         """The gradient in what came in; what was saved is overwritten."""

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tinsmith.models.launch import Kernel, blocks, power_of_two
 
-_TILE = 16  # heads that one program turns, of one or several rows
+_TILE = 16  # heads that one program turns at once, of one or several rows
+_SUMMED_TILES = 8  # of which one program sums the gradients in the weights
 _COLUMNS = 1024  # of the feed-forward network that one program computes
 _VOCABULARY_BLOCK = 4096
 
@@ -122,7 +123,8 @@ def norm_rope_backward(
     share = _heads_at_once(heads, kv_heads)
     weights = (qkv_TO if q_weight_d is None else q_weight_d, qkv_TO if k_weight_d is None else k_weight_d)
     strides = (dq.stride(0), dq.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1))
-    row_blocks, parts = blocks(rows, _TILE // share), dqkv_TO
+    tiles = 1 if gradients is None else _SUMMED_TILES
+    row_blocks, parts = blocks(rows, tiles * (_TILE // share)), dqkv_TO
     if gradients is not None:
         parts = gradients[0].new_empty((heads + kv_heads) // share, row_blocks, d)
     _NORM_ROPE_BACKWARD(
@@ -130,7 +132,7 @@ def norm_rope_backward(
         (dq, dk, dv, qkv_TO, dqkv_TO, cos_Td, sin_Td, *weights, parts),
         (*strides, qkv_TO.stride(0), dqkv_TO.stride(0), cos_Td.stride(0), sin_Td.stride(0), heads, kv_heads),
         (rows, eps),
-        (q_weight_d is not None, gradients is not None, share, _TILE, d // 2, power_of_two(d // 2)),
+        (q_weight_d is not None, gradients is not None, tiles, share, _TILE, d // 2, power_of_two(d // 2)),
     )
     if gradients is not None:
         for gradient_d, part in zip(gradients, parts.tensor_split([heads // share]), strict=True):
@@ -138,13 +140,15 @@ def norm_rope_backward(
     return dqkv_TO
 
 
-def softmax_less_one(logits_CV: Tensor, tokens_C: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def softmax_less_one(
+    logits_CV: Tensor, tokens_C: Tensor, dtype: torch.dtype, out_CV: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(the probabilities [C, V] in `dtype`, less one at each row's token; the logsumexp [C, 1] of each row).
 
-    `logits_CV` is fp32; the difference is rounded only once.
+    `logits_CV` is fp32; the difference is rounded only once. `out_CV` (contiguous), if given, is the first result.
     """
     rows, width = logits_CV.shape
-    less_CV = torch.empty_like(logits_CV, dtype=dtype)
+    less_CV = torch.empty_like(logits_CV, dtype=dtype) if out_CV is None else out_CV
     logsumexp_C1 = logits_CV.new_empty(rows, 1)
     tensors = (logits_CV, less_CV, logsumexp_C1, tokens_C)
     _SOFTMAX_LESS_ONE((rows,), tensors, (logits_CV.stride(0), width), (), (_VOCABULARY_BLOCK,))
@@ -293,8 +297,8 @@ def _norm_backward(dlow, dhigh, low, high, low_weight, high_weight, eps, HALF: t
     scale = tl.rsqrt(tl.sum(low * low + high * high, 1) / (2 * HALF) + eps)[:, None]
     low = low * scale
     high = high * scale
-    low_part = tl.sum(dlow * low, 0)
-    high_part = tl.sum(dhigh * high, 0)
+    low_part = dlow * low
+    high_part = dhigh * high
     dlow = dlow * low_weight
     dhigh = dhigh * high_weight
     overlap = (tl.sum(dlow * low + dhigh * high, 1) / (2 * HALF))[:, None]
@@ -329,53 +333,60 @@ def _norm_rope_backward(
     eps,
     NORM: tl.constexpr,
     PARTS: tl.constexpr,
+    TILES: tl.constexpr,
     SHARE: tl.constexpr,
     TILE: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     index = tl.arange(0, TILE)
-    row = (tl.program_id(0) * (TILE // SHARE) + index // SHARE).to(tl.int64)[:, None]
     head = tl.program_id(1) * SHARE
     within = (index % SHARE)[:, None]
-    inside = row < rows
     columns = tl.arange(0, BLOCK)[None, :]
-    mask = inside & (columns < HALF)
-    low_out = out_ptr + row * out_stride + (head + within) * (2 * HALF) + columns
-    if head >= heads + kv_heads:
-        first = row * dv_stride + (head - heads - kv_heads + within) * dv_head_stride
-        dlow, dhigh = head_halves(dv_ptr, first, HALF, BLOCK, inside)
-        tl.store(low_out, dlow, mask)
-        tl.store(low_out + HALF, dhigh, mask)
-    else:
-        if head < heads:
-            first = row * dq_stride + (head + within) * dq_head_stride
-            dlow, dhigh = head_halves(dq_ptr, first, HALF, BLOCK, inside)
+    low_total = tl.zeros((TILE, BLOCK), tl.float32)
+    high_total = tl.zeros((TILE, BLOCK), tl.float32)
+    for tile in range(TILES):
+        row = ((tl.program_id(0) * TILES + tile) * (TILE // SHARE) + index // SHARE).to(tl.int64)[:, None]
+        inside = row < rows
+        mask = inside & (columns < HALF)
+        low_out = out_ptr + row * out_stride + (head + within) * (2 * HALF) + columns
+        if head >= heads + kv_heads:
+            first = row * dv_stride + (head - heads - kv_heads + within) * dv_head_stride
+            dlow, dhigh = head_halves(dv_ptr, first, HALF, BLOCK, inside)
+            tl.store(low_out, dlow, mask)
+            tl.store(low_out + HALF, dhigh, mask)
         else:
-            first = row * dk_stride + (head - heads + within) * dk_head_stride
-            dlow, dhigh = head_halves(dk_ptr, first, HALF, BLOCK, inside)
-        cos = tl.load(cos_ptr + row * cos_stride + columns, mask, other=0.0).to(tl.float32)
-        sin = tl.load(sin_ptr + row * sin_stride + columns, mask, other=0.0).to(tl.float32)
-        back_low = dlow * cos + dhigh * sin
-        back_high = dhigh * cos - dlow * sin
-        if NORM:
-            first = row * in_stride + (head + within) * (2 * HALF)
-            low, high = head_halves(in_ptr, first, HALF, BLOCK, inside)
             if head < heads:
-                low_weight, high_weight = head_halves(q_weight_ptr, within * 0, HALF, BLOCK, inside)
+                first = row * dq_stride + (head + within) * dq_head_stride
+                dlow, dhigh = head_halves(dq_ptr, first, HALF, BLOCK, inside)
             else:
-                low_weight, high_weight = head_halves(k_weight_ptr, within * 0, HALF, BLOCK, inside)
-            back_low, back_high, low_part, high_part = _norm_backward(
-                back_low, back_high, low, high, low_weight, high_weight, eps, HALF
-            )
-            if PARTS:
-                half = tl.arange(0, BLOCK)
-                block = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-                part_ptrs = parts_ptr + block * (2 * HALF) + half
-                tl.store(part_ptrs, low_part, half < HALF)
-                tl.store(part_ptrs + HALF, high_part, half < HALF)
-        tl.store(low_out, back_low, mask)
-        tl.store(low_out + HALF, back_high, mask)
+                first = row * dk_stride + (head - heads + within) * dk_head_stride
+                dlow, dhigh = head_halves(dk_ptr, first, HALF, BLOCK, inside)
+            cos = tl.load(cos_ptr + row * cos_stride + columns, mask, other=0.0).to(tl.float32)
+            sin = tl.load(sin_ptr + row * sin_stride + columns, mask, other=0.0).to(tl.float32)
+            back_low = dlow * cos + dhigh * sin
+            back_high = dhigh * cos - dlow * sin
+            if NORM:
+                first = row * in_stride + (head + within) * (2 * HALF)
+                low, high = head_halves(in_ptr, first, HALF, BLOCK, inside)
+                if head < heads:
+                    low_weight, high_weight = head_halves(q_weight_ptr, within * 0, HALF, BLOCK, inside)
+                else:
+                    low_weight, high_weight = head_halves(k_weight_ptr, within * 0, HALF, BLOCK, inside)
+                back_low, back_high, low_part, high_part = _norm_backward(
+                    back_low, back_high, low, high, low_weight, high_weight, eps, HALF
+                )
+                low_total += low_part
+                high_total += high_part
+            tl.store(low_out, back_low, mask)
+            tl.store(low_out + HALF, back_high, mask)
+    if PARTS:
+        half = tl.arange(0, BLOCK)
+        block = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+        part_ptrs = parts_ptr + block * (2 * HALF) + half
+        is_normed = (half < HALF) & (head < heads + kv_heads)
+        tl.store(part_ptrs, tl.sum(low_total, 0), is_normed)
+        tl.store(part_ptrs + HALF, tl.sum(high_total, 0), is_normed)
 
 
 @triton.jit

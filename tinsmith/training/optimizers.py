@@ -36,7 +36,7 @@ class AdamW:
             [self.exp_avg],
             [self.exp_avg_sq],
             [],
-            [torch.tensor(float(self.step_count), device=weights.device)],
+            [weights.new_full((), self.step_count)],
             fused=True,
             amsgrad=False,
             beta1=params.beta1,

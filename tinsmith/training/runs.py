@@ -13,6 +13,7 @@ from torch import Tensor
 from tinsmith.errors import TinsmithError, UserError
 from tinsmith.models.full import FullModel
 from tinsmith.models.lora import Adapter
+from tinsmith.models.transfer import on_device
 from tinsmith.training.batching import Cut
 from tinsmith.training.custom_loss import summed
 from tinsmith.training.loss_bounds import CustomLossError
@@ -128,9 +129,7 @@ class Run:
         if self.call.custom is not None:
             return summed(self.call, cut.first, cut.last, lp_M)
         span, device = self._span(cut), lp_M.device
-        inputs = {
-            name: torch.tensor(values[span]).to(device, non_blocking=True) for name, values in self.call.inputs.items()
-        }
+        inputs = {name: on_device(values[span].copy(), device) for name, values in self.call.inputs.items()}
         return LOSS_FUNCTIONS[self.call.loss](LossCase(lp_M, inputs, self._config, datum_M))
 
     def _gradient(self, loss: Tensor, lp_M: Tensor) -> Tensor:

@@ -27,14 +27,19 @@ from tinsmith.models.hosted_experts import adopt_hosted
 from tinsmith.models.invariant import RowInvariance
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import Adapter, Segment
+from tinsmith.models.transfer import on_device
 from tinsmith.models.weights import FullWeights, LoraWeights, adapter_spec
 from tinsmith.protocols import AdamParams, Capabilities, ModelCall, ModelSpec
 from tinsmith.training.batching import MicroBatch, pack, plan
 from tinsmith.training.runs import GradientBackup, Run, Trainable, check_call
 from tinsmith.training.states import load_state, save_state
+from tinsmith.training.warming import warm_up
 from tinsmith.wire.packing import TrainOutput
 
 log = logging.getLogger(__name__)
+
+_USUAL_RANK = 32
+_FEW_ROWS, _MANY_ROWS = 256, 16_384  # for which kernels are compiled in their own ways
 
 
 class TorchTrainer:
@@ -42,9 +47,9 @@ class TorchTrainer:
     full-parameter models have shorter passes where adapters are trained through layers that keep less.
     `micro_batch_datums` bounds its datums (0: nothing does).
 
-    If `deterministic`, every call runs in passes of its own: products of other shapes round differently (by about
-    1e-7), so only then are a call's bits a matter of that call, its model, `micro_batch_tokens` and the machine. On a
-    GPU an operation without a deterministic algorithm fails the call, by name.
+    If `deterministic`, a call's bits are a matter of that call, its model, `micro_batch_tokens` and the machine. Calls
+    run in passes of their own then, since products of other shapes round differently (by about 1e-7); not so adapters'
+    of a model with exact layers. On a GPU an operation without a deterministic algorithm fails the call, by name.
     """
 
     def __init__(
@@ -72,6 +77,14 @@ class TorchTrainer:
         self._deterministic = deterministic
         self._models: dict[str, Trainable] = {}
         self._checkpointing = gradient_checkpointing
+
+    def warm_up(self, on_progress: Callable[[str], None]) -> None:
+        """Does beforehand what would otherwise make the first requests wait: compiling, where there are kernels."""
+        if self._model.fused is None:
+            return
+        on_progress("compiling training's kernels")
+        ranks = {min(_USUAL_RANK, self._max_rank), self._max_rank}
+        warm_up(self, sorted(ranks), (_FEW_ROWS, max(_FEW_ROWS, min(_MANY_ROWS, self._budget))))
 
     def capabilities(self) -> Capabilities:
         model = self._model
@@ -125,9 +138,19 @@ class TorchTrainer:
         """
         started = [self._start(call) for call in calls]
         runs = [run for run in started if isinstance(run, Run)]
-        for group in ([run] for run in runs) if self._deterministic else _groups(runs):
+        for group in self._groups(runs):
             self._run(group, pause)
         return [run.outcome() if isinstance(run, Run) else run for run in started]
+
+    def _groups(self, runs: Sequence[Run]) -> Iterator[list[Run]]:
+        """Calls that can share passes."""
+        if not self._deterministic:
+            yield from _groups(runs)
+        elif self._model.exact is None:
+            yield from ([run] for run in runs)
+        else:
+            for round_ in _rounds(runs):
+                yield from _groups(round_)
 
     def optim_step(self, model_id: str, params: AdamParams) -> dict[str, float]:
         """One AdamW step from the accumulated gradient, which is cleared. Without one, nothing changes."""
@@ -278,7 +301,7 @@ class TorchTrainer:
         return target_logprobs(self._model, hidden_TD, segments, rows_M, targets_M, module)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._model.device, non_blocking=True)
+        return on_device(array, self._model.device)
 
 
 def _groups(runs: Sequence[Run]) -> Iterator[list[Run]]:
@@ -295,6 +318,18 @@ def _groups(runs: Sequence[Run]) -> Iterator[list[Run]]:
         else:
             yield [run]
     yield from shared.values()
+
+
+def _rounds(runs: Sequence[Run]) -> list[list[Run]]:
+    """The first call of every model, then every second one, …: what is added to a gradient is added call by call."""
+    seen: dict[str, int] = defaultdict(int)
+    rounds: list[list[Run]] = []
+    for run in runs:
+        number = seen[run.model_id]
+        seen[run.model_id] += 1
+        rounds += [[]] if number == len(rounds) else []
+        rounds[number].append(run)
+    return rounds
 
 
 @contextmanager
@@ -341,14 +376,16 @@ def _losses(runs: Sequence[Run], batch: MicroBatch, segments: Sequence[Segment],
     All losses are computed before anything is fetched from the device, which waits for it only once.
     """
     upstream_M = torch.zeros_like(logprobs_M)
-    datum_M = torch.from_numpy(batch.datum_M).to(logprobs_M.device, non_blocking=True)
+    datum_M = on_device(batch.datum_M, logprobs_M.device)
     spans = [slice(*bounds) for bounds in itertools.pairwise(batch.entry_bounds)]
     parts = list(zip(runs, batch.cuts, spans, strict=True))
-    losses = [run.lose(cut, logprobs_M[span], datum_M[span]) for run, cut, span in parts]
-    values = iter(torch.cat([loss.values for loss in losses]).tolist())
-    fetched_M = logprobs_M.numpy(force=True)
+    # Copies: how torch cuts a sum depends on where in memory it begins, which would be the company's doing.
+    losses = [run.lose(cut, logprobs_M[span].clone(), datum_M[span]) for run, cut, span in parts]
+    fetched = torch.cat([*(loss.values for loss in losses), logprobs_M]).numpy(force=True)
+    values, fetched_M = np.split(fetched, [len(fetched) - len(logprobs_M)])
+    numbers = iter(values.tolist())
     for (run, cut, span), loss, segment in zip(parts, losses, segments, strict=False):
-        if run.take(cut, loss.names, list(itertools.islice(values, len(loss.values))), fetched_M[span]):
+        if run.take(cut, loss.names, list(itertools.islice(numbers, len(loss.values))), fetched_M[span]):
             upstream_M[span] = loss.gradient_M
         else:
             segment.trains = False
