@@ -15,7 +15,7 @@ HEAD = """# Results
 Made by `python -m benchmarks.report` from `benchmarks/results/*.json`; do not edit. Every number is measured, on the
 hardware and commit that stand above it (`+`: with changes that were not committed yet). *Rival* is the best that we
 measured of others on comparable hardware: servers for this API in round trips; on a GPU PEFT with `torch.compile` in
-training, vLLM in sampling. *Goal* is what we aim at.
+training, vLLM in sampling. *Goal* is what we aim at. *Commit*: where a row is of another run than the rest.
 """
 
 
@@ -43,7 +43,8 @@ def section(name: str, result: dict[str, Any]) -> str:
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """A Markdown table, with the columns that some row fills."""
-    columns = ["name", "value", "unit", *(name for name in ("rival", "goal") if any(row.get(name) for row in rows))]
+    optional = (name for name in ("rival", "goal", "commit") if any(row.get(name) for row in rows))
+    columns = ["name", "value", "unit", *optional]
     numeric = ["---:" if name in ("value", "rival", "goal") else "---" for name in columns]
     body = [[_cell(row.get(name, "")) for name in columns] for row in rows]
     return [_line(["" if name == "name" else name for name in columns]), _line(numeric), *map(_line, body)]
