@@ -47,9 +47,9 @@ class TorchTrainer:
     full-parameter models have shorter passes where adapters are trained through layers that keep less.
     `micro_batch_datums` bounds its datums (0: nothing does).
 
-    If `deterministic`, a call's bits are a matter of that call, its model, `micro_batch_tokens` and the machine. Calls
-    run in passes of their own then, since products of other shapes round differently (by about 1e-7); not so adapters'
-    of a model with exact layers. On a GPU an operation without a deterministic algorithm fails the call, by name.
+    If `deterministic`, every call runs in passes of its own: products of other shapes round differently (by about
+    1e-7), so only then are a call's bits a matter of that call, its model, `micro_batch_tokens` and the machine. On a
+    GPU an operation without a deterministic algorithm fails the call, by name.
     """
 
     def __init__(
@@ -138,19 +138,9 @@ class TorchTrainer:
         """
         started = [self._start(call) for call in calls]
         runs = [run for run in started if isinstance(run, Run)]
-        for group in self._groups(runs):
+        for group in ([run] for run in runs) if self._deterministic else _groups(runs):
             self._run(group, pause)
         return [run.outcome() if isinstance(run, Run) else run for run in started]
-
-    def _groups(self, runs: Sequence[Run]) -> Iterator[list[Run]]:
-        """Calls that can share passes."""
-        if not self._deterministic:
-            yield from _groups(runs)
-        elif self._model.exact is None:
-            yield from ([run] for run in runs)
-        else:
-            for round_ in _rounds(runs):
-                yield from _groups(round_)
 
     def optim_step(self, model_id: str, params: AdamParams) -> dict[str, float]:
         """One AdamW step from the accumulated gradient, which is cleared. Without one, nothing changes."""
@@ -320,18 +310,6 @@ def _groups(runs: Sequence[Run]) -> Iterator[list[Run]]:
     yield from shared.values()
 
 
-def _rounds(runs: Sequence[Run]) -> list[list[Run]]:
-    """The first call of every model, then every second one, …: what is added to a gradient is added call by call."""
-    seen: dict[str, int] = defaultdict(int)
-    rounds: list[list[Run]] = []
-    for run in runs:
-        number = seen[run.model_id]
-        seen[run.model_id] += 1
-        rounds += [[]] if number == len(rounds) else []
-        rounds[number].append(run)
-    return rounds
-
-
 @contextmanager
 def _deterministic(device: torch.device) -> Iterator[None]:
     """Torch's own switch, for a pass only: sampling needs operations that have no deterministic algorithm.
@@ -379,8 +357,7 @@ def _losses(runs: Sequence[Run], batch: MicroBatch, segments: Sequence[Segment],
     datum_M = on_device(batch.datum_M, logprobs_M.device)
     spans = [slice(*bounds) for bounds in itertools.pairwise(batch.entry_bounds)]
     parts = list(zip(runs, batch.cuts, spans, strict=True))
-    # Copies: how torch cuts a sum depends on where in memory it begins, which would be the company's doing.
-    losses = [run.lose(cut, logprobs_M[span].clone(), datum_M[span]) for run, cut, span in parts]
+    losses = [run.lose(cut, logprobs_M[span], datum_M[span]) for run, cut, span in parts]
     fetched = torch.cat([*(loss.values for loss in losses), logprobs_M]).numpy(force=True)
     values, fetched_M = np.split(fetched, [len(fetched) - len(logprobs_M)])
     numbers = iter(values.tolist())
