@@ -34,6 +34,7 @@ def section(name: str, result: dict[str, Any]) -> str:
         "",
         f"`{result['command']}`, {result['date']}, commit {result['commit']}",
         f"on {result['hardware']}{pace}; {versions}",
+        *([f"\n{result['note']}"] if "note" in result else []),
         "",
         *table(result["rows"]),
         "",
