@@ -4,8 +4,7 @@ Knows the trainer's public face only; not which kernels there are.
 """
 
 import logging
-from collections.abc import Iterable
-from itertools import product
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
@@ -18,15 +17,16 @@ _PASSING = "warm-up"
 _LENGTH = 1024  # tokens of a sequence, at most
 
 
-def warm_up(trainer: Trainer, ranks: Iterable[int], rows: Iterable[int]) -> None:
+def warm_up(trainer: Trainer, ranks: Iterable[int], rows: Collection[int]) -> None:
     """One pass for each rank and number of rows. One that fails says so in the log: requests would tell the same."""
     longest = min(_LENGTH, trainer.capabilities().max_context)
-    for rank, count in product(ranks, rows):
+    for rank in ranks:
         trainer.add(_PASSING, ModelSpec(rank, 0, train_unembed=False))
-        (outcome,) = trainer.forward_backward([ModelCall(_PASSING, _nothing(count, longest))])
+        for count in rows:
+            (outcome,) = trainer.forward_backward([ModelCall(_PASSING, _nothing(count, longest))])
+            if not isinstance(outcome, TrainOutput):
+                log.warning("a pass of %d tokens with an adapter of rank %d failed: %s", count, rank, outcome)
         trainer.drop(_PASSING)
-        if not isinstance(outcome, TrainOutput):
-            log.warning("a pass of %d tokens with an adapter of rank %d failed: %s", count, rank, outcome)
 
 
 def _nothing(rows: int, longest: int) -> TrainCall:
