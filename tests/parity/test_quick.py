@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tests.parity.conftest import Bases, Folders, load
 from tests.parity.reference import SPECS, warm
-from tinsmith.models import stacks
+from tinsmith.models import head, stacks
 from tinsmith.models.attention import PackedAttention
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import Adapter, AdaptersInTurn, Segment
@@ -119,3 +119,27 @@ def _contiguous(segments: list[Segment]) -> None:
     for segment in segments:
         segment.start, segment.end = end, end + segment.end - segment.start
         end = segment.end
+
+
+def test_quick_logits_are_the_heads(bases: Bases) -> None:
+    model = bases("qwen3-tied")
+    assert model.quick is not None
+    segments = [Segment(adapter, 2 * row, 2 * row + 2) for row, adapter in enumerate(adapters_of(model))]
+    hidden = torch.randn(2 * len(segments), model.config.hidden_size, generator=torch.Generator().manual_seed(7))
+    expected = head.logits(model, hidden, segments)
+    for applied in (AdaptersInTurn(segments), model.stacks.of(segments)):
+        with torch.no_grad():
+            logits = model.quick.logits(hidden, applied)
+        assert logits is not None
+        torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_a_batch_composed_as_before_has_its_adapters_at_hand(bases: Bases) -> None:
+    model = bases("qwen3-tied")
+    one, other = (model.new_adapter(ModelSpec(rank=4, seed=seed)) for seed in range(2))
+    kept = AdapterStacks()
+    applied = kept.of([Segment(one, 0, 2), Segment(other, 2, 4)])
+    assert kept.of([Segment(one, 0, 2), Segment(other, 2, 4)]) is applied
+    assert kept.of([Segment(one, 0, 1), Segment(other, 1, 4)]) is not applied
+    assert kept.of([Segment(other, 0, 2), Segment(one, 2, 4)]) is not applied
+    assert kept.of([Segment(None, 0, 2), Segment(one, 2, 4)]) is not applied

@@ -207,7 +207,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> Non
 
 
 class AdaptersInTurn:
-    """Applies one adapter after the other: fastest on a CPU."""
+    """Applies one adapter after the other: fastest on a CPU. What passes by may be in a wider dtype than theirs."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self._segments = segments
@@ -219,10 +219,10 @@ class AdaptersInTurn:
             factors = segment.adapter.factors(group.linears) if segment.adapter else None
             if segment.adapter is None or factors is None:
                 continue
-            z_NR = F.linear(segment.rows(x_TI), factors.stack_a)
+            z_NR = F.linear(segment.rows(x_TI), factors.stack_a.to(x_TI.dtype))
             parts = zip(group.columns(segment.rows(y_TO)), group.ranks(z_NR), factors.matrices_b, strict=True)
             for y_NP, z_Nr, b_Pr in parts:
-                y_NP.addmm_(z_Nr, b_Pr.t(), alpha=segment.adapter.scale)
+                y_NP.addmm_(z_Nr, b_Pr.t().to(y_NP.dtype), alpha=segment.adapter.scale)
             inner.append(z_NR)
         return inner
 

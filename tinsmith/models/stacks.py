@@ -19,6 +19,9 @@ STACK_BYTES = 2**28
 """Of all stacks together, at most: larger adapters gain nothing, since their products are longer than the calls."""
 
 _WASTE = 4  # cells computed for each row that is wanted, at most
+_COMPOSITIONS = 2  # of batches, that are remembered: a step's layers and its head may see different rows
+
+_Composition = tuple[tuple[Adapter | None, int, int], ...]
 
 
 class AdapterStacks:
@@ -26,13 +29,24 @@ class AdapterStacks:
 
     def __init__(self) -> None:
         self._stacks: dict[AdapterLayout, _Stack] = {}
+        self._recent: dict[_Composition, AppliedAdapters] = {}
 
     def of(self, segments: Sequence[Segment]) -> AppliedAdapters:
         """What applies the adapters of these segments, in passes without gradients."""
+        composition = tuple((segment.adapter, segment.start, segment.end) for segment in segments)
+        applied = self._recent.get(composition)
+        if applied is None:
+            applied = self._of(segments)
+            self._recent = dict([*self._recent.items(), (composition, applied)][-_COMPOSITIONS:])
+        return applied
+
+    def _of(self, segments: Sequence[Segment]) -> AppliedAdapters:
         rows: dict[AdapterLayout, dict[Adapter, list[int]]] = defaultdict(lambda: defaultdict(list))
         for segment in segments:
             if segment.adapter is not None:
                 rows[segment.adapter.layout][segment.adapter] += range(segment.start, segment.end)
+        if not rows:
+            return AdaptersInTurn([])
         if not all(_worthwhile(list(by_adapter.values())) for by_adapter in rows.values()):
             return AdaptersInTurn(segments)
         if sum(layout.total * len(by_adapter) for layout, by_adapter in rows.items()) * 4 > STACK_BYTES:
@@ -108,9 +122,15 @@ class _Rows:
         x = x_TI if self._in_order else x_TI.index_select(0, self._cells)
         return x.float().view(self._count, -1, x.shape[1])
 
-    def add(self, y_TO: Tensor, delta_GnO: Tensor) -> None:
-        """Adds every wanted cell to its row."""
-        delta = delta_GnO.flatten(0, 1)
+    def add(self, y_TO: Tensor, parts: Sequence[Tensor], matrices_b: Sequence[Tensor]) -> None:
+        """Adds [G, n, r] · [G, r, P] of each layer of a group, in every wanted cell, to the cell's row."""
+        if self._in_order and y_TO.dtype == torch.float32:
+            columns = y_TO.view(self._count, -1, y_TO.shape[1]).split([matrix_b.shape[2] for matrix_b in matrices_b], 2)
+            for y_GnP, z_Gnr, matrix_b in zip(columns, parts, matrices_b, strict=True):
+                y_GnP.baddbmm_(z_Gnr, matrix_b)
+            return
+        deltas = [torch.bmm(z_Gnr, matrix_b) for z_Gnr, matrix_b in zip(parts, matrices_b, strict=True)]
+        delta = (deltas[0] if len(deltas) == 1 else torch.cat(deltas, 2)).flatten(0, 1)
         if self._in_order:
             y_TO.add_(delta)
         else:
@@ -132,9 +152,7 @@ class StackedAdapters:
                 continue
             matrix_a, matrices_b = factors
             z_GnR = torch.bmm(rows.gather(x_TI), matrix_a)
-            parts = z_GnR.chunk(len(matrices_b), 2)
-            deltas = [torch.bmm(z_Gnr, matrix_b) for z_Gnr, matrix_b in zip(parts, matrices_b, strict=True)]
-            rows.add(y_TO, deltas[0] if len(deltas) == 1 else torch.cat(deltas, 2))
+            rows.add(y_TO, z_GnR.chunk(len(matrices_b), 2), matrices_b)
         return []
 
     def backward(self, group: LinearGroup, x_TI: Tensor, dy_TO: Tensor, dx_TI: Tensor, saved: Sequence[Tensor]) -> None:

@@ -46,12 +46,14 @@ class PagedAttention:
         """Returns [T, H, e]."""
         place = self._cache.places[layer]
         keys, values = self._cache.slots(place)
+        # Rounded here if at all: what is seen of a row is always what is cached of it.
+        heads.key_GTd, heads.value_GTe = heads.key_GTd.to(keys.dtype), heads.value_GTe.to(values.dtype)
         keys.index_copy_(0, self._slots_T, heads.key_GTd.transpose(0, 1))
         values.index_copy_(0, self._slots_T, heads.value_GTe.transpose(0, 1))
         if self._decoding and self._decoding[0].in_order:
             return self._decoding[0].attend(place, heads)
         count, rows, _ = heads.query_HTd.shape
-        output_THe = heads.value_GTe.new_zeros(rows, count, heads.value_GTe.shape[2])
+        output_THe = heads.query_HTd.new_zeros(rows, count, heads.value_GTe.shape[2])
         for group in self._decoding:
             output_THe.index_copy_(0, group.rows_N, group.attend(place, heads))
         blocks = self._cache.blocks(place)
@@ -82,7 +84,8 @@ class _Chunk:
         self._masks: dict[int | None, Tensor] = {}
 
     def attend(self, blocks: tuple[Tensor, Tensor], heads: Heads, output_THe: Tensor) -> None:
-        key_KGd, value_KGe = (part.index_select(0, self._blocks_B).flatten(0, 1)[: self._total] for part in blocks)
+        cached = (part.index_select(0, self._blocks_B).flatten(0, 1)[: self._total] for part in blocks)
+        key_KGd, value_KGe = (part.to(heads.query_HTd.dtype) for part in cached)
         window = heads.window
         causal = self._span.past == 0 and (window is None or window >= self._total)
         attended = attend(

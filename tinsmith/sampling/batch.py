@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tinsmith.models import head
 from tinsmith.models.loading import BaseModel
+from tinsmith.models.quick import QuickLayers
 from tinsmith.sampling.attention import PagedAttention
 from tinsmith.sampling.decoding import SAMPLE_STREAM, TokenDistributions, uniforms
 from tinsmith.sampling.kv_cache import KVCache
@@ -102,10 +103,17 @@ def score_prompts(model: BaseModel, works: Sequence[Work], hidden_TD: Tensor) ->
         score(model, hidden_TD, jobs, works[0].sample.request.snapshot.module)
 
 
-def next_tokens(model: BaseModel, ready: Ready, hidden_TD: Tensor) -> Iterator[NextToken]:
-    """A token for each sample that goes on from the last row of a work."""
+def next_tokens(
+    model: BaseModel, ready: Ready, hidden_TD: Tensor, quick: QuickLayers | None = None
+) -> Iterator[NextToken]:
+    """A token for each sample that goes on from the last row of a work.
+
+    `quick` computes the logits of the base model and its adapters faster than the shared head.
+    """
     samples = [sample for _, group in ready for sample in group]
-    logits_RV = last_logits(model, ready, hidden_TD)
+    logits_RV = None if quick is None else _quick_logits(model, ready, hidden_TD, quick)
+    if logits_RV is None:
+        logits_RV = last_logits(model, ready, hidden_TD)
     if len(samples) > len(ready):
         index = [row for row, (_, group) in enumerate(ready) for _ in group]
         logits_RV = logits_RV[torch.tensor(index, device=logits_RV.device)]
@@ -124,6 +132,16 @@ def next_tokens(model: BaseModel, ready: Ready, hidden_TD: Tensor) -> Iterator[N
     tops = top_tokens(distributions, [call.topk_sample_logprobs for call in calls])
     for row, sample in enumerate(samples):
         yield NextToken(sample, tokens[row], logprobs[row], bool(distributions.finite_R[row]), *tops.get(row, ()))
+
+
+def _quick_logits(model: BaseModel, ready: Ready, hidden_TD: Tensor, quick: QuickLayers) -> Tensor | None:
+    """fp32 [R, V] of the works' last rows; None where only the shared head will do."""
+    if ready[0][0].sample.request.snapshot.module is not None:
+        return None
+    rows = [work.start + work.rows - 1 for work, _ in ready]
+    in_order = rows == list(range(len(hidden_TD)))
+    adapters = model.stacks.of(segments_of((work.sample.adapter, 1) for work, _ in ready))
+    return quick.logits(hidden_TD if in_order else hidden_TD[torch.tensor(rows)], adapters)
 
 
 def last_logits(model: BaseModel, ready: Ready, hidden_TD: Tensor) -> Tensor:

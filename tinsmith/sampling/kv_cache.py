@@ -143,10 +143,12 @@ class KVCache:
         sizes = (len(shape.layers), num_blocks + 1, block_size, shape.heads)
         self.keys_LBSGd = torch.zeros(*sizes, shape.key_dim, dtype=dtype, device=device)
         self.values_LBSGe = torch.zeros(*sizes, shape.value_dim, dtype=dtype, device=device)
+        both = (self.keys_LBSGd, self.values_LBSGe)
+        self._slots = [(keys.flatten(0, 1), values.flatten(0, 1)) for keys, values in zip(*both, strict=True)]
 
     def slots(self, place: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer as [(B + 1)·S, G, d or e]: token t of block b is row b·S + t."""
-        return self.keys_LBSGd[place].flatten(0, 1), self.values_LBSGe[place].flatten(0, 1)
+        return self._slots[place]
 
     def blocks(self, place: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer as [B + 1, S, G, d or e]."""

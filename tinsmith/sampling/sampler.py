@@ -11,6 +11,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from tinsmith.models.invariant import RowInvariance
 from tinsmith.models.loading import BaseModel
 from tinsmith.protocols import Capabilities, Finished, SamplerUsage, SnapshotCall, Weights
 from tinsmith.sampling import scheduling
-from tinsmith.sampling.batch import Work, attention_reach, forward, next_tokens, score_prompts
+from tinsmith.sampling.batch import NextTokens, Work, attention_reach, forward, next_tokens, score_prompts
 from tinsmith.sampling.cuda_decoding import cuda_decoding
 from tinsmith.sampling.kv_cache import BlockPool, KVCache, chain_digests
 from tinsmith.sampling.lanes import Lanes
@@ -97,6 +98,8 @@ class TorchSampler:
         self._states = StateStore()
         self._seats = Seats(pool, self._cache, self._states, max_running=max_running, is_recurrent=model.is_recurrent)
         self._deterministic = deterministic and not on_gpu
+        quick = None if self._deterministic else model.quick
+        self._next_tokens: NextTokens = partial(next_tokens, quick=quick)
         self._lanes: dict[int, Lanes | PagedRows] = {}  # by version of the module that runs; the base is -1
         self._arrivals = count()
         self._snapshots = Snapshots(model, snapshot_bytes)
@@ -316,7 +319,7 @@ class TorchSampler:
         for work in works:
             self._seats.advance(work.sample, work.rows)
         ready = [(work, [work.sample, *self._seats.fork(work.sample)]) for work in works if work.sample.pending == 0]
-        choose = self._cuda.next_tokens if self._cuda else next_tokens
+        choose = self._cuda.next_tokens if self._cuda else self._next_tokens
         return self._accept(choose(self._model, ready, hidden_TD)) if ready else []
 
     def _take_off(
