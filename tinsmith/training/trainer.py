@@ -80,7 +80,7 @@ class TorchTrainer:
 
     def warm_up(self, on_progress: Callable[[str], None]) -> None:
         """Does beforehand what would otherwise make the first requests wait: compiling, where there are kernels."""
-        if self._model.fused is None:
+        if self._model.fused is None and self._model.exact is None:
             return
         on_progress("compiling training's kernels")
         ranks = {min(_USUAL_RANK, self._max_rank), self._max_rank}
