@@ -66,7 +66,7 @@ def exact_sampler(base: BaseModel, **options: Any) -> TorchSampler:
 def exact_trainer(base: BaseModel, **options: Any) -> TorchTrainer:
     limits = {"micro_batch_tokens": 512, "max_adapters": 4, "max_rank": 32}
     trainer = TorchTrainer(base, **(limits | options), deterministic=True)
-    for name, spec in {"a": SPECS["all"], "odd": ModelSpec(3, 4, train_mlp=False)}.items():
+    for name, spec in {"a": SPECS["all"], "odd": ModelSpec(3, 4, train_mlp=False, train_unembed=False)}.items():
         add(trainer, name, spec)
     return trainer
 
