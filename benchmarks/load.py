@@ -27,12 +27,18 @@ from tinker.proto.request_conv import forward_backward_request_to_proto
 from tinker.types import ForwardBackwardInput, ForwardBackwardRequest
 
 from benchmarks.beats import Beats
+from benchmarks.one_by_one import seconds_of_each
 from benchmarks.recording import Row, percentile, record
 from benchmarks.tenants import datum
 from tinsmith.demo.local_server import LocalServer
 
 SAMPLED, PROMPT, TRAINED = 8, 16, 16  # tokens of a request
+SAMPLE: dict[str, Any] = {
+    "prompt": {"chunks": [{"type": "encoded_text", "tokens": list(range(PROMPT))}]},
+    "sampling_params": {"max_tokens": SAMPLED, "stop": []},
+}
 TRAINING_SHARE = 8  # one request in so many
+FLOOD_SECONDS = 3.0  # for which the large tenant's throughput is looked at
 PATIENCE = 120.0  # for one answer
 WATCH_SECONDS = 0.2
 TRIES = 5  # of a request whose connection breaks
@@ -124,11 +130,15 @@ class Tenants:
         seen.requests.append(time.perf_counter() - began)
 
     async def sample(self, sampler: str, seen: Seen) -> None:
-        prompt = {"chunks": [{"type": "encoded_text", "tokens": list(range(PROMPT))}]}
-        body = {"sampling_session_id": sampler, "seq_id": next(self._seqs[sampler]), "prompt": prompt}
-        wanted = {"sampling_params": {"max_tokens": SAMPLED, "stop": []}}
-        answer = await self._admitted(seen, "/asample", json=body | wanted)
+        body = {"sampling_session_id": sampler, "seq_id": next(self._seqs[sampler])}
+        answer = await self._admitted(seen, "/asample", json=body | SAMPLE)
         await self._result(answer["request_id"])
+
+    async def sample_alone(self, sampler: str, times: int) -> list[float]:
+        """Seconds of some samples, one after the other, from a process of their own."""
+        first = next(self._seqs[sampler])
+        self._seqs[sampler] = count(first + times)
+        return await seconds_of_each(self._base_url, sampler, first, SAMPLE, times)
 
     async def train(self, model: str, seen: Seen) -> None:
         seq = next(self._seqs[model])
@@ -286,36 +296,50 @@ async def burst(tenants: Tenants, requests: int, seen: Seen) -> float:
 async def neighbours(tenants: Tenants, load: int, times: int = 20) -> list[Row]:
     """One session's samples one after the other, alone and beside another session that keeps `load` under way."""
     quiet, loud = tenants.samplers[:2]
-    alone, beside = Seen(), Seen()
-    await _one_by_one(tenants, quiet, times, alone)
-    over = asyncio.Event()
-
-    async def flood() -> None:
-        while not over.is_set():
-            await tenants.sample(loud, Seen())
-
-    floods = [asyncio.create_task(flood()) for _ in range(load)]
-    passes, began = await tenants.passes()
-    await _one_by_one(tenants, quiet, times, beside)
-    more, ended = await tenants.passes()
-    a_pass = (ended - began) / max(1.0, more - passes)
-    over.set()
-    await asyncio.gather(*floods)
-    own, crowded = percentile(alone.requests, 0.5), percentile(beside.requests, 0.5)
+    alone = await tenants.sample_alone(quiet, times)
+    async with _flood(tenants, loud, load) as done:
+        undisturbed = await _rate(done, FLOOD_SECONDS)
+        passes, began = await tenants.passes()
+        disturbing = asyncio.create_task(_rate(done, FLOOD_SECONDS))
+        beside = await tenants.sample_alone(quiet, times)
+        more, ended = await tenants.passes()
+        a_pass, disturbed = (ended - began) / max(1.0, more - passes), await disturbing
+    own, crowded = percentile(alone, 0.5), percentile(beside, 0.5)
     bound = f"{1000 * (2 * own + a_pass):.1f}: twice alone, and a pass"
     return [
         Row("one tenant alone: p50", round(1000 * own, 1), "ms"),
         Row(f"beside {load} times its load: a pass of the sampler, mean", round(1000 * a_pass, 1), "ms"),
         Row(f"beside {load} times its load: p50", round(1000 * crowded, 1), "ms", goal=bound),
         Row(f"beside {load} times its load / alone: p50", round(crowded / own, 2), "times"),
+        Row("the large tenant alone: throughput", round(undisturbed, 1), "requests/s"),
+        Row("the large tenant beside the small one: throughput", round(disturbed, 1), "requests/s"),
     ]
 
 
-async def _one_by_one(tenants: Tenants, sampler: str, times: int, seen: Seen) -> None:
-    for _ in range(times):
-        began = time.perf_counter()
-        await tenants.sample(sampler, seen)
-        seen.requests.append(time.perf_counter() - began)
+@asynccontextmanager
+async def _flood(tenants: Tenants, sampler: str, load: int) -> AsyncIterator[Seen]:
+    """Keeps `load` samples under way while the block runs; those that are done are among the requests seen."""
+    over, done = asyncio.Event(), Seen()
+
+    async def flood() -> None:
+        while not over.is_set():
+            began = time.perf_counter()
+            await tenants.sample(sampler, done)
+            done.requests.append(time.perf_counter() - began)
+
+    floods = [asyncio.create_task(flood()) for _ in range(load)]
+    try:
+        yield done
+    finally:
+        over.set()
+        await asyncio.gather(*floods)
+
+
+async def _rate(done: Seen, seconds: float) -> float:
+    """Requests a second, over so many from now on."""
+    before, began = len(done.requests), time.perf_counter()
+    await asyncio.sleep(seconds)
+    return (len(done.requests) - before) / (time.perf_counter() - began)
 
 
 if __name__ == "__main__":

@@ -381,3 +381,27 @@ def test_an_engine_that_dies_before_it_deletes_a_snapshot_leaves_that_to_the_nex
     bench.greedy(samplers[1])  # brings the model back, from the point or from its beginning
     engine._residency.require_model(model)
     assert samplers[0] not in engine._residency._snapshots
+
+
+# A crowd
+
+
+def test_a_crowd_does_not_fill_the_sampler_beside_a_small_tenant_and_all_is_done(bench: Bench) -> None:
+    crowd = bench.sampler("crowd", "base", None)
+    now = time.time()
+    session = records.Session("t", "me", "open", [], {}, "0", None, None, None, now, now)
+    bench.database.write(records.create_session, session)
+    record = records.SamplerRecord("t:sample:0", "t", "me", BASE, BASE, "base", None, now)
+    small = bench.database.write(records.create_sampler, record).id
+    engine: Any = bench.engine
+    turns = engine._sampling
+    turns._passes.doubling = 4
+    quiet = [ask(bench, small, 0)]
+    loud = [ask(bench, crowd, seq, max_tokens=8) for seq in range(40)]
+    while states(bench, quiet) != ["done"]:
+        turns._passes.doubling = 4
+        engine.turn()
+        assert sum(header.subject == crowd for header in turns._inside.values()) <= 4
+    assert set(states(bench, loud)) == {"done", "running"}
+    bench.run()
+    assert set(states(bench, loud)) == {"done"}

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from tinsmith.engine.entering import RECENT_SECONDS, Passes, entering, tenant_of
 from tinsmith.engine.outcomes import attempt, failed, outcome_of
 from tinsmith.engine.planning import apart
 from tinsmith.engine.residency import Residency
@@ -55,6 +56,8 @@ class SamplingTurns:
         self._inside: dict[str, Header] = {}  # by request id
         self._held: list[Header] = []  # wait until the sampler is free for them
         self._told_at = 0.0
+        self._passes = Passes()
+        self._ended_at: dict[str, float] = {}  # tenant → when its last sample did, if that was just now
 
     @property
     def busy(self) -> bool:
@@ -98,8 +101,10 @@ class SamplingTurns:
         until = 2 * time.monotonic() - since
         while self._sampler.load:
             self._watch.step(len(self._inside))
+            inside, began = len(self._inside), time.monotonic()
             with self._trials.sampling([header.number for header in self._inside.values()]):
                 finished = self._step()
+            self._passes.saw(inside, time.monotonic() - began)
             ended = [(self._inside.pop(end.request_id), end.output) for end in finished]
             self._end([(header, outcome_of(header, output)) for header, output in ended])
             self._tell()
@@ -122,14 +127,25 @@ class SamplingTurns:
         self._held.clear()
 
     def _admit(self) -> None:
-        """Hands the held samples to the sampler; suspects of an engine's death go apart, once it has become empty."""
+        """Hands held samples to the sampler; suspects of an engine's death go apart, once it has become empty."""
+        if not self._held:
+            return
+        admitted: Sequence[Header] = ()
         if not any(header.number in self._trials.suspects for header in self._held):
-            self._start(self._held)
-            self._held = []
+            admitted = entering(
+                self._held, self._inside.values(), self._recent(), self._passes.doubling, self._shares.weights
+            )
         elif not self._sampler.load:
             admitted = apart(self._held, self._trials.suspects)
-            self._held = [header for header in self._held if header not in admitted]
-            self._start(admitted)
+        numbers = {header.number for header in admitted}
+        self._held = [header for header in self._held if header.number not in numbers]
+        self._start(admitted)
+
+    def _recent(self) -> list[str]:
+        """Tenants whose last sample has ended just now."""
+        since = time.monotonic() - RECENT_SECONDS
+        self._ended_at = {tenant: at for tenant, at in self._ended_at.items() if at > since}
+        return list(self._ended_at)
 
     def _start(self, headers: Sequence[Header]) -> None:
         if not headers:
@@ -182,6 +198,8 @@ class SamplingTurns:
 
     def _end(self, ended: list[tuple[Header, Outcome]]) -> None:
         self._ledger.complete([outcome for _, outcome in ended])
+        now = time.monotonic()
         for header, outcome in ended:
+            self._ended_at[tenant_of(header)] = now
             self._trials.end(header.number)
             self._watch.end(header, outcome)
