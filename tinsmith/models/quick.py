@@ -105,7 +105,7 @@ class _Layer:
         self, hidden_TD: Tensor, rotation: "_Rotation", attention: Attention, adapters: AppliedAdapters
     ) -> Tensor:
         """Overwrites `hidden_TD`."""
-        heads_THd = self._heads(self._attention_norm(hidden_TD), adapters).view(len(hidden_TD), -1, self._width)
+        heads_THd = self._heads(self._attention_norm(hidden_TD), adapters).view(hidden_TD.shape[0], -1, self._width)
         last = self._queries + self._keys
         turned = heads_THd[:, :last]
         turned = rotation.turn(turned if self._head_norm is None else self._head_norm(turned))
@@ -149,11 +149,12 @@ class _Norm:
         """For what is in `dtype`."""
         self._weight = weight.detach().to(dtype)
         self._eps = torch.tensor([eps])
+        self._share = 1 / weight.shape[-1]
 
     def __call__(self, x: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
-        return (x * scale).to(x.dtype).mul_(self._weight)
+        normed = x * torch.addcmul(self._eps, norm, norm, value=self._share).rsqrt_()
+        return (normed if normed.dtype == self._weight.dtype else normed.to(self._weight.dtype)).mul_(self._weight)
 
 
 def _head_norm(parts: LayerParts, dtype: torch.dtype) -> _Norm | None:

@@ -124,17 +124,17 @@ class _Rows:
 
     def add(self, y_TO: Tensor, parts: Sequence[Tensor], matrices_b: Sequence[Tensor]) -> None:
         """Adds [G, n, r] · [G, r, P] of each layer of a group, in every wanted cell, to the cell's row."""
-        if self._in_order and y_TO.dtype == torch.float32:
-            columns = y_TO.view(self._count, -1, y_TO.shape[1]).split([matrix_b.shape[2] for matrix_b in matrices_b], 2)
-            for y_GnP, z_Gnr, matrix_b in zip(columns, parts, matrices_b, strict=True):
-                y_GnP.baddbmm_(z_Gnr, matrix_b)
+        if self._in_order and len(parts) == 1 and y_TO.dtype == torch.float32:
+            y_TO.view(self._count, -1, y_TO.shape[1]).baddbmm_(parts[0], matrices_b[0])
             return
-        deltas = [torch.bmm(z_Gnr, matrix_b) for z_Gnr, matrix_b in zip(parts, matrices_b, strict=True)]
-        delta = (deltas[0] if len(deltas) == 1 else torch.cat(deltas, 2)).flatten(0, 1)
+        deltas = [torch.bmm(z_Gnr, matrix_b).flatten(0, 1) for z_Gnr, matrix_b in zip(parts, matrices_b, strict=True)]
         if self._in_order:
-            y_TO.add_(delta)
+            start = 0
+            for delta in deltas:  # in turn: one sum for all would cost a pass over memory more, to lay them together
+                y_TO.narrow(1, start, delta.shape[1]).add_(delta)
+                start += delta.shape[1]
         else:
-            delta_MO = delta.index_select(0, self._places_M)
+            delta_MO = (deltas[0] if len(deltas) == 1 else torch.cat(deltas, 1)).index_select(0, self._places_M)
             y_TO.index_copy_(0, self._targets_M, delta_MO.add_(y_TO.index_select(0, self._targets_M)).to(y_TO.dtype))
 
 

@@ -19,6 +19,8 @@ from torch import Tensor
 from tinsmith.models.attention import Heads
 from tinsmith.sampling.kv_cache import KVCache
 
+_STEADY_STEPS = 8  # without a change, after which lanes are worth sorting
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -82,7 +84,7 @@ class LaneGroup:
         # One fused kernel is best on a GPU. On a CPU three products in fp32 are, in any dtype of the model, with each
         # key's numbers apart: the lanes are in fp32 then.
         self._fused = cache.keys_LBSGd.is_cuda and cache.keys_LBSGd.dtype != torch.float32
-        self._room = 0
+        self._room = self._steady = 0
         self._grow(1)
 
     def enter(self, spans: Sequence[Span], batch: int) -> None:
@@ -96,13 +98,17 @@ class LaneGroup:
         present = set(self._owners)
         entering = [span for span in spans if span.owner not in present]
         self._load(entering)
+        rows = [wanted[owner].start for owner in self._owners]
         if entering or self._owners != before:
+            self._steady = 0
             self._locate()
+        elif self._steady == _STEADY_STEPS and rows != sorted(rows):
+            rows = self._settle(rows)
         else:
             self._key_cells += 1 if not self._fused else self._key_dim
             self._value_cells += self._value_dim
             self._newest_N1 += 1
-        rows = [wanted[owner].start for owner in self._owners]
+        self._steady += 1
         if rows != self._rows:
             self._rows, self.rows_N = rows, torch.tensor(rows, device=self._device)
         self.in_order = rows == list(range(batch))
@@ -118,13 +124,15 @@ class LaneGroup:
         if self._fused and heads.sinks_H is None:
             return self._attend_fused(lanes, query_NHd, heads)
         key_MdS, value_MSe = lanes.keys_MdS, lanes.values_MSe
-        query_MJd = query_NHd.reshape(len(key_MdS), -1, self._key_dim).to(key_MdS.dtype)
+        query_MJd = query_NHd.reshape(key_MdS.shape[0], -1, self._key_dim).to(key_MdS.dtype)
         scores = torch.baddbmm(self._mask(heads.window), query_MJd, key_MdS, alpha=heads.scaling)
         if heads.sinks_H is not None:
             sinks = heads.sinks_H.to(scores.dtype).view(-1, scores.shape[1], 1).repeat(len(self._owners), 1, 1)
             scores = torch.cat([scores, sinks], -1)
-        weights = scores.softmax(-1)[..., : self._length]
-        return torch.bmm(weights, value_MSe).view(*query_NHd.shape[:2], -1).to(query_NHd.dtype)
+        weights_MJS = scores.softmax(-1)
+        if heads.sinks_H is not None:
+            weights_MJS = weights_MJS[..., : self._length]
+        return torch.bmm(weights_MJS, value_MSe).view(*query_NHd.shape[:2], -1).to(query_NHd.dtype)
 
     def _attend_fused(self, lanes: "_Lanes", query_NHd: Tensor, heads: Heads) -> Tensor:
         shape = (len(self._owners), self._heads)
@@ -175,6 +183,16 @@ class LaneGroup:
             self._owners[lane], self._filled[lane] = owner, filled
             for part in (self._keys_LNGSd, self._values_LNGSe):
                 part[:, lane] = part[:, last]
+
+    def _settle(self, rows: Sequence[int]) -> list[int]:
+        """Brings the lanes into the order of their rows in the batch, which spares every layer of a pass two copies."""
+        lanes = sorted(range(len(rows)), key=rows.__getitem__)
+        self._owners = [self._owners[lane] for lane in lanes]
+        self._filled = [self._filled[lane] for lane in lanes]
+        for part in (self._keys_LNGSd, self._values_LNGSe):
+            part[:, : len(lanes)] = part[:, lanes]
+        self._locate()
+        return sorted(rows)
 
     def _load(self, spans: Sequence[Span]) -> None:
         """Copies what is cached of new sequences into further lanes, to their whole length: nothing stale remains."""
