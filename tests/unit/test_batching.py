@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinsmith.training.batching import MIN_ROWS, cut, pack, plan
+from tinsmith.models.invariant import LEAST_ROWS
+from tinsmith.training.batching import cut, pack, plan
 from tinsmith.wire.packing import TrainCall
 
 Shape = tuple[int, int]
@@ -78,7 +79,7 @@ def test_a_packed_batch_holds_the_calls_rows_and_targets(shapes: list[list[Shape
     lengths = [length for each in shapes for length, _ in each]
     rows = batch.row_bounds[-1]
     assert rows == sum(lengths)
-    assert len(batch.tokens_T) == max(rows, MIN_ROWS) == batch.cu_seqlens[-1]
+    assert len(batch.tokens_T) == max(rows, LEAST_ROWS) == batch.cu_seqlens[-1]
     assert np.array_equal(batch.tokens_T[:rows], np.concatenate([call.tokens_T for call in calls]))
     assert batch.positions_T[:rows].tolist() == [position for length in lengths for position in range(length)]
     assert np.diff(batch.cu_seqlens).tolist()[: len(lengths)] == lengths

@@ -16,10 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinsmith.models.invariant import LEAST_ROWS
 from tinsmith.models.lora import CurrentPass, Segment
-
-LEAST_ROWS = 16
-"""On a CPU, fp32 products of fewer rows are rounded differently from others."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+LEAST_ROWS = 16
+"""From so many rows on, plain fp32 products give a row the same bits whatever the batch; fewer take another kernel.
+
+Measured with MKL on one thread. Smaller batches are padded.
+"""
+
 TILE_ROWS = 32
 """Rows of one product: fewer waste the processor on training, more on decoding."""
 

@@ -8,14 +8,16 @@ Legend: T rows of the batch, D hidden size, R rows that get a token, V vocabular
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tinsmith.models import head
+from tinsmith.models.invariant import LEAST_ROWS
 from tinsmith.models.loading import BaseModel
+from tinsmith.models.lora import Segment
 from tinsmith.models.quick import QuickLayers
 from tinsmith.sampling.attention import PagedAttention
 from tinsmith.sampling.decoding import SAMPLE_STREAM, TokenDistributions, uniforms
@@ -26,21 +28,17 @@ from tinsmith.sampling.recurrent import StateStore
 from tinsmith.sampling.requests import NextToken, Sample
 from tinsmith.sampling.scoring import ScoringJob, score, segments_of
 
-if TYPE_CHECKING:
-    from tinsmith.sampling.cuda_layers import CudaLayers
-    from tinsmith.sampling.exact_decoding import ExactSampling
-
-LEAST_ROWS = 16
-"""Smaller batches are padded: on one CPU thread, fp32 products of fewer rows are rounded differently from others.
-
-Those in bfloat16 are not, nor those with packed weights; there only the logits need it.
-"""
-
-
 Ready = Sequence[tuple["Work", Sequence[Sample]]]
 """Works that have no rows left, and the samples that go on from the last row of each."""
 
 NextTokens = Callable[[BaseModel, Ready, Tensor], Iterator[NextToken]]
+
+
+class PassLayers(Protocol):
+    """Stands in for a base model between its embedding and its head."""
+
+    def pass_of(self, spans: Sequence[Span], tokens_T: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """[T, D], of the rows of these spans, which follow each other without gaps; fills the cache."""
 
 
 @dataclass(slots=True, eq=False)
@@ -58,7 +56,7 @@ def forward(
     lanes: Lanes | PagedRows,
     states: StateStore,
     works: Sequence[Work],
-    layers: "CudaLayers | ExactSampling | None" = None,
+    layers: PassLayers | None = None,
 ) -> Tensor:
     """Hidden states [T, D] of all works' rows, sorted by snapshot, with the same base weights; fills the cache.
 
@@ -79,7 +77,7 @@ def forward(
         return layers.pass_of(spans, tokens_T, segments_of((work.sample.adapter, work.rows) for work in works))
     quick = model.quick if module is None and isinstance(lanes, Lanes) else None
     same_bits = quick.is_packed if quick else model.dtype == torch.bfloat16
-    padding = 0 if same_bits else max(0, LEAST_ROWS - len(tokens))
+    padding = 0 if same_bits else max(0, LEAST_ROWS - len(tokens))  # the logits need it in any case
     segments = segments_of((work.sample.adapter, work.rows) for work in works)
     segments[-1].end += padding
     attention = PagedAttention(cache, lanes, states, spans, len(tokens) + padding)

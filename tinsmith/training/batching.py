@@ -12,13 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tinsmith.models.invariant import LEAST_ROWS
 from tinsmith.wire.packing import Int32, Int64, TrainCall
-
-MIN_ROWS = 16
-"""From this many rows on, a matrix product gives a row the same bits whatever the batch.
-
-Measured with MKL on one thread; below, the kernel changes with the number of rows.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +94,7 @@ def pack(calls: Sequence[TrainCall], cuts: Sequence[Cut]) -> MicroBatch:
         targets.append(call.targets_M[call.target_offsets[first] : call.target_offsets[last]])
         row_bounds.append(row_bounds[-1] + len(tokens[-1]))
         entry_bounds.append(entry_bounds[-1] + len(targets[-1]))
-    if (padding := MIN_ROWS - row_bounds[-1]) > 0:
+    if (padding := LEAST_ROWS - row_bounds[-1]) > 0:
         filler = np.zeros(padding, np.int32)
         tokens.append(filler)
         targets.append(filler)
