@@ -41,5 +41,6 @@ def test_only_unused_unnamed_and_superseded_snapshots_of_living_models_are_relea
     found = records.find_sampler(conn, "old")
     assert found is not None and found.snapshot == GONE_SNAPSHOT
     assert snapshots.released(conn, "tiny") == [("old", "m")]
+    assert snapshots.release_superseded(conn, "tiny", NOW + 100) == [("recent", "m")]  # the newest stays
     records.update_model(conn, "m", state="closed")
     assert snapshots.released(conn, "tiny") == snapshots.release_superseded(conn, "tiny", 2e9) == []
