@@ -97,7 +97,7 @@ def test_logprobs_have_the_bits_of_the_head_that_trains() -> None:
     weight = logits(500, 16, seed=2)
     segments = [Segment(None, 0, 8)]
     module = SimpleNamespace(get_output_embeddings=lambda: SimpleNamespace(weight=weight))
-    base = SimpleNamespace(module=module, head_linear=0, spare_columns=None)
+    base = SimpleNamespace(module=module, head_linear=0, spare_columns=None, exact=None)
     rows, tokens = torch.arange(8).repeat_interleave(500), torch.arange(500).repeat(8)
     trained = target_logprobs(base, hidden, segments, rows, tokens).view(8, 500)
     ours = head_logits(base, hidden, segments)
