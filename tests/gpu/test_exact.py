@@ -36,7 +36,7 @@ pytestmark = pytest.mark.gpu
 ON_GPU = not INTERPRETED
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 FAMILIES = ("qwen3-tied", "qwen2-biases", "llama", "mistral-window") if ON_GPU else ("qwen3-tied", "mistral-window")
-LENGTHS, MOST_TOKENS = ((1, 40, 150), 9) if ON_GPU else ((1, 66), 2)  # the interpreter is slow
+LENGTHS, MOST_TOKENS = ((1, 40, 150), 9) if ON_GPU else ((20,), 2)  # the interpreter is slow
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +97,8 @@ def requests(name: str) -> list[Any]:
     plain = [sample(f"{name} {n}", prompt(n), name, seed=n, num_samples=2, **options) for n in LENGTHS]
     cut = sample(f"{name} cut", prompt(5), name, top_k=5, top_p=0.9, max_tokens=MOST_TOKENS)
     warm = sample(f"{name} warm", prompt(6), name, temperature=0.7, max_tokens=MOST_TOKENS, topk_sample_logprobs=2)
+    if INTERPRETED:
+        return [*plain, warm]
     return [*plain, cut, warm, sample(f"{name} greedy", prompt(7), name, temperature=0.0, max_tokens=MOST_TOKENS)]
 
 
@@ -108,7 +110,7 @@ def test_sampled_and_prompt_logprobs_have_the_bits_of_training_in_any_company(mo
         crowded.publish(name, trainer.snapshot(name))
         alone.publish(name, trainer.snapshot(name))
     crowded.publish("stranger", lora(model, SPECS["attention"], seed=8))
-    calls = [call for name in ("a", "odd", "base")[:: 1 if ON_GPU else 2] for call in requests(name)]
+    calls = [call for name in ("a", "odd", "base")[: 3 if ON_GPU else 1] for call in requests(name)]
     lengths = (3, 33, 60) if ON_GPU else (3,)
     strangers = [sample(f"stranger {n}", prompt(n), "stranger", seed=n, max_tokens=2 * MOST_TOKENS) for n in lengths]
     for call, output in zip(calls, run(crowded, *calls, *strangers), strict=False):
