@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from tests.unit.test_engine import SESSION, Bench, embedded
+from tests.unit.test_engine import SESSION, Bench
 from tinsmith.engine.trials import MOST_RESTORING, PULSE, BrokenModelError, DeadlyRequestError, Trials, pulse_file
 from tinsmith.store import records
 from tinsmith.wire.packing import SampleCall
 
 CURSED = 1279  # a token whose embedding kills the engine
+EMBEDDING = F.embedding
 
 
 class EngineDied(BaseException):
@@ -34,12 +36,20 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 def cursed_token(error: Callable[[], BaseException]) -> Iterator[None]:
     """Every pass of the embedded model in which `CURSED` comes raises what `error` makes."""
 
-    def fail(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if (inputs[0] == CURSED).any():
+    def cursed(tokens: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:
+        if (tokens == CURSED).any():
             raise error()
+        return EMBEDDING(tokens, *others, **options)
 
-    module: Any = embedded()[0].module
-    with module.get_input_embeddings().register_forward_pre_hook(fail):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "embedding", cursed)
+        yield
+
+
+@contextmanager
+def without_curse() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "embedding", EMBEDDING)
         yield
 
 
@@ -144,7 +154,7 @@ def test_a_step_that_kills_the_engine_fails_and_leaves_the_weights_alone(
 
 
 @pytest.mark.usefixtures("curse")
-def test_a_death_is_forgotten_once_its_request_was_answered(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_death_is_forgotten_once_its_request_was_answered(bench: Bench) -> None:
     model = bench.create("a")
     bench.run()
     request = bench.train(model, [5, CURSED, 7])
@@ -152,9 +162,8 @@ def test_a_death_is_forgotten_once_its_request_was_answered(bench: Bench, monkey
         bench.run()
     bench.new_engine()
     assert list(bench.engine._trials.suspects.values()) == [1]
-    module: Any = embedded()[0].module
-    module.get_input_embeddings()._forward_pre_hooks.clear()
-    bench.result(request)
+    with without_curse():
+        bench.result(request)
     assert bench.engine._trials.suspects == {}
     bench.new_engine()
     assert bench.engine._trials.suspects == {}
@@ -211,9 +220,7 @@ def test_one_death_while_a_model_comes_back_is_forgotten_once_it_has(
         bench.new_engine()
         with pytest.raises(EngineDied):
             bench.logprobs(model)
-        with pytest.MonkeyPatch.context() as patch:
-            module: Any = embedded()[0].module
-            patch.setattr(module.get_input_embeddings(), "_forward_pre_hooks", {})
+        with without_curse():
             bench.new_engine()
             np.testing.assert_allclose(bench.logprobs(model), expected, atol=2e-6)
 
