@@ -35,6 +35,16 @@ def test_numbers_beyond_half_precision_are_multiplied_as_they_are(large: float) 
     assert torch.equal(y, weight.float().t())
 
 
+@pytest.mark.parametrize(("small", "outputs"), [(1e-5, 16), (1e-7, 16), (1e-30, 16), (1e-5, 1)])
+def test_outputs_whose_weights_are_all_small_are_as_exact_as_others(small: float, outputs: int) -> None:
+    weight = weight_of(COARSE, 16, 256).float()
+    weight[:outputs] *= small
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(3))
+    expected = x.double() @ weight.double().t()
+    error = (packed_product(weight, None, torch.float32)(x) - expected).abs()
+    assert (error <= 2e-6 * expected.abs().amax(0)).all()
+
+
 def test_a_weight_that_is_not_finite_stays_so() -> None:
     weight = weight_of(COARSE, 16, 32)
     weight[3, 5] = torch.nan

@@ -19,6 +19,8 @@ Product = Callable[[Tensor], Tensor]
 
 _PACKED_FOR_ROWS = 64
 _LEAST_STEP = 2.0**-25  # half of the distance between the smallest numbers in half precision
+_LOST_OF_FP32, _LOST_OF_BF16 = 2.0**-20, 2.0**-14  # of an output's weights, at most: what products' rounding hides
+_COMPARED = 2**22  # numbers at a time
 
 
 def best_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -69,6 +71,21 @@ def _packs_halves() -> bool:
 
 
 def _fits_half(weight_OI: Tensor) -> bool:
-    """Whether half precision holds these numbers; those next to nothing may lose what no result would show."""
-    weight = weight_OI.float()
-    return bool((weight.half().float() - weight).abs().max() <= _LEAST_STEP)
+    """Whether half precision holds these numbers, but for what no output would show.
+
+    Numbers next to nothing lose some of their digits: too many where all weights of an output are as small. Outputs
+    that are nothing beside the others, such as the logits of tokens that were never trained, may lose all.
+    """
+    lost: list[Tensor] = []
+    norms: list[Tensor] = []
+    for part_OI in weight_OI.split(max(1, _COMPARED // weight_OI.shape[1])):
+        wide_OI = part_OI.float()
+        lost_OI = wide_OI.half().float().sub_(wide_OI)
+        if not lost_OI.abs().max() <= _LEAST_STEP:  # nor if there is NaN
+            return False
+        for each, of_OI in ((lost, lost_OI), (norms, wide_OI)):
+            each.append(torch.linalg.vector_norm(of_OI, dim=1, dtype=torch.float64))
+    lost_O, norm_O = torch.cat(lost), torch.cat(norms)
+    most = _LOST_OF_FP32 if weight_OI.dtype == torch.float32 else _LOST_OF_BF16
+    nothing_O = norm_O <= most * norm_O.square().mean().sqrt()
+    return bool(((lost_O <= most * norm_O) | nothing_O).all())
