@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tinsmith.errors import ConfigError
+from tinsmith.manifests import sync
 
 LAYOUT = 2
 FILE = "layout"
@@ -38,7 +39,9 @@ def bring_up_to_date(data_dir: Path, models: Callable[[], Mapping[str, Path]]) -
     _move_into_engines(data_dir, models)
     draft = note.with_name(f".{FILE}.part")
     draft.write_text(f"{LAYOUT}\n")
+    sync(draft)  # a power cut could leave the name without what it says
     draft.rename(note)
+    sync(data_dir)
 
 
 def _version(note: Path) -> int:
@@ -60,6 +63,7 @@ def _move_into_engines(data_dir: Path, models: Callable[[], Mapping[str, Path]])
         target.parent.mkdir(parents=True, exist_ok=True)
         log.info("moving %s to %s, where its engine looks for it", folder, target)
         folder.rename(target)
+        sync(target.parent)
     shutil.rmtree(data_dir / _LEFT_OUT, ignore_errors=True)
     for kind in _MOVED:
         if (data_dir / kind).is_dir() and not any((data_dir / kind).iterdir()):

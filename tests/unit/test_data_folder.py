@@ -67,6 +67,22 @@ def test_a_move_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest
     assert {name: files(tmp_path)[moved_to.format(name)] for name in "ab"} == {"a": "recovery/a", "b": "recovery/b"}
 
 
+def test_the_note_outlives_a_power_cut_with_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "recovery/a")
+    done: list[str] = []
+    real = Path.rename
+
+    def rename(self: Path, to: Path) -> Path:
+        done.append(f"rename {self.name}")
+        return real(self, to)
+
+    monkeypatch.setattr(data_folder, "sync", lambda path: done.append(f"sync {path.relative_to(tmp_path)}"))
+    monkeypatch.setattr(Path, "rename", rename)
+    bring_up_to_date(tmp_path, lambda: {"a": tmp_path / "engines" / "tiny"})
+    moved = ["rename a", "sync engines/tiny/recovery"]
+    assert done == [*moved, "sync .layout.part", "rename .layout.part", "sync ."]
+
+
 @pytest.mark.parametrize(("text", "reason"), [(f"{LAYOUT + 1}\n", "a newer one"), ("?", "damaged")])
 def test_a_folder_of_a_newer_version_or_with_a_damaged_note_is_refused(tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / data_folder.FILE).write_text(text)

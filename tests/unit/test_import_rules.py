@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
         *("errors", "config", "served", "model_files", "models", "store", "importing", "exporting", "demo", "doctor"),
     },
     "exclusive": {"errors"},
-    "data_folder": {"errors"},
+    "data_folder": {"errors", "manifests"},
     "supervised": set(),
     "backend": {
         *("errors", "config", "served", "model_files", "sizing"),
