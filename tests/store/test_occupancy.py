@@ -63,6 +63,18 @@ def test_who_loses_the_connection_takes_the_model_again(postgres_url: str) -> No
             pass
 
 
+def test_who_loses_the_connection_before_postgres_does_takes_the_model_again(postgres_url: str) -> None:
+    lost: list[OccupiedError] = []
+    with serving(postgres_url, "tiny") as first:
+        alive, first._locks._conn = first._locks._conn, None  # type: ignore[attr-defined]
+        first._wait_seconds = 30.0  # for Postgres to end what it is told to
+        first.check(lost.append)
+        alive.close()
+        assert lost == []
+        with pytest.raises(OccupiedError), serving(postgres_url, "tiny"):
+            pass
+
+
 def test_who_finds_another_server_there_afterwards_is_told(postgres_url: str) -> None:
     lost: list[OccupiedError] = []
     with serving(postgres_url, "tiny") as first:

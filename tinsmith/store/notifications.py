@@ -120,6 +120,7 @@ def connect(database_url: str, name: str = "tinsmith doorbell") -> Connection:
         keepalives_idle=30,
         keepalives_interval=10,
         keepalives_count=3,
+        tcp_user_timeout=60_000,
     )
 
 

@@ -2,6 +2,7 @@
 
 A lock says so that ends with the process: of a file beside an SQLite database, or of Postgres, by a connection that is
 kept for nothing else. A connection can be lost; then the lock is taken again, unless another server was faster.
+Postgres may learn of the loss much later than we do: a server ends what is left of its own connection.
 Knows names of base models, nothing of jobs.
 """
 
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 import psycopg
 import sqlalchemy as sa
@@ -25,6 +26,8 @@ WAIT_SECONDS = 10.0  # for a server that has just been killed to be gone
 CHECK_SECONDS = 5.0  # between two looks whether the lock is still held
 _RETRY_SECONDS = 0.2
 _TRY = "SELECT pg_try_advisory_lock(hashtextextended('tinsmith serves ' || %s, 0))"
+_WHO = "SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()"
+_END = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = %s AND backend_start = %s"
 
 log = logging.getLogger(__name__)
 
@@ -124,10 +127,11 @@ class _PostgresLocks:
     def __init__(self, database_url: str) -> None:
         self._url = database_url
         self._conn: Connection | None = None
+        self._who: tuple[Any, ...] | None = None  # this server's connection, as Postgres knows it
 
     def take(self, base: str) -> bool:
         if self._conn is None:
-            self._conn = connect(self._url, "tinsmith server")
+            self._conn = self._connect()
         row = self._conn.execute(_TRY, [base]).fetchone()
         return bool(row and row[0])
 
@@ -143,3 +147,15 @@ class _PostgresLocks:
         if self._conn is not None:
             self._conn.close()
             self._conn = None
+
+    def _connect(self) -> Connection:
+        """A connection without locks; ends the one before, which Postgres may take to be alive for hours."""
+        conn = connect(self._url, "tinsmith server")
+        try:
+            if self._who is not None:
+                conn.execute(_END, self._who)
+            self._who = conn.execute(_WHO).fetchone()
+        except psycopg.Error:
+            conn.close()
+            raise
+        return conn
