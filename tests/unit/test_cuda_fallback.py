@@ -28,7 +28,9 @@ def decoding(monkeypatch: pytest.MonkeyPatch, error: Exception) -> object:
         module.cuda_layers = module.DecodeGraphs = broken(error)  # type: ignore[attr-defined]
         monkeypatch.setitem(__import__("sys").modules, f"tinsmith.sampling.{name}", module)
     monkeypatch.setattr(cuda_decoding, "find_spec", lambda _: object())
-    model: Any = SimpleNamespace(device=torch.device("cuda"), architecture="LlamaForCausalLM", dtype=torch.bfloat16)
+    model: Any = SimpleNamespace(
+        device=torch.device("cuda"), architecture="LlamaForCausalLM", dtype=torch.bfloat16, exact=None
+    )
     cache: Any = None
     return cuda_decoding.cuda_decoding(model, cache, max_rows=4, max_context=64, max_rank=8)
 

@@ -151,7 +151,9 @@ class ExactLayers:
         return self._through(x_TD, self._pass(positions_T, attention, adapters))
 
     def _pass(self, positions_T: Tensor, attention: ExactAttention, adapters: ExactAdapters) -> ExactPass:
-        cos_Td, sin_Td = (part.index_select(0, positions_T) for part in self._rotation)
+        # Ended sequences run on behind the longest context, and warming up may reach there: any angles do.
+        angles_T = positions_T.clamp(max=len(self._rotation[0]) - 1)
+        cos_Td, sin_Td = (part.index_select(0, angles_T) for part in self._rotation)
         return ExactPass(adapters, attention, cos_Td, sin_Td)
 
     def _through(self, x_TD: Tensor, this: ExactPass) -> Tensor:

@@ -31,6 +31,7 @@ from tinsmith.sampling.lanes import Span
 
 _PROBE_LENGTH = 9
 _WARM_ROWS = (16, 512, 8192)  # for which adapters are applied in different ways
+_BEHIND = 256  # positions: more than a burst and a block of the cache
 _PROBE_TOLERANCE = 0.1  # of the hidden states' norm; rounding in bfloat16 makes 0.02 in deep models
 _WIDEST_HEAD = 256
 
@@ -122,7 +123,10 @@ class CudaLayers:
         self._norm = inner.norm
         positions = torch.arange(max_context, device=model.device)
         cos, sin = inner.rotary_emb(torch.empty(0, dtype=model.dtype, device=model.device), positions[None])
-        self._rotation = (cos[0].contiguous(), sin[0].contiguous())
+        # Ended sequences run on behind the longest context, and warming up may begin there: any angles do.
+        reach = max(max_context + _BEHIND, _WARM_ROWS[-1])
+        angles = torch.arange(reach, device=model.device).clamp(max=max_context - 1)
+        self._rotation = (cos[0][angles], sin[0][angles])
         self._cache = cache
         self._model = model
         groups = [group.linears for layer in self._layers for group in layer.groups]
