@@ -469,7 +469,8 @@ class Engine:
         """Deletes unnamed snapshots that were superseded, once nobody has sampled from them for long enough."""
         if not self._snapshot_seconds:
             return
-        for snapshot_id, model_id in self._ledger.release_superseded_snapshots(time.time() - self._snapshot_seconds):
+        unused_since = self._silent_since(self._snapshot_seconds)  # nobody could use any while there was no server
+        for snapshot_id, model_id in self._ledger.release_superseded_snapshots(unused_since):
             log.info("deleting snapshot %s, superseded and long unused", snapshot_id)
             self._residency.delete_snapshot(snapshot_id, model_id)
 
