@@ -11,7 +11,7 @@ from tests.store import makers
 from tinsmith.errors import LimitError, NotFoundError, TooLargeError
 from tinsmith.store import quotas, records
 from tinsmith.store.custom_losses import create_custom_loss, require_custom_loss
-from tinsmith.store.database import Database
+from tinsmith.store.database import Database, parse_url
 from tinsmith.store.tables import sessions
 
 PROGRAM = {"nodes": ["x" * 100]}
@@ -88,3 +88,18 @@ def test_old_sessions_without_anything_in_them_are_forgotten_and_no_others(conn:
     records.create_sampler(conn, records.SamplerRecord("s", "sampled", "alice", "tiny", "Tiny", "base", None, 1.0))
     quotas.forget(conn, time.time(), 0.0)
     assert ids(conn) == {"young", "trained", "sampled"}
+
+
+def test_an_old_session_that_gets_its_first_model_at_this_moment_stays(migrated_postgres_url: str) -> None:
+    engine = sa.create_engine(parse_url(migrated_postgres_url))
+    with engine.begin() as conn:
+        for name in ("idle", "waking"):
+            records.create_session(conn, session(name, age=quotas.FORGET_SECONDS + 1))
+    with engine.connect() as other, other.begin():
+        records.create_model(other, makers.model("m", "waking"))
+        with engine.begin() as conn:
+            conn.execute(sa.text("SET LOCAL lock_timeout = 1000"))
+            quotas.forget(conn, time.time(), 0.0)
+    with engine.connect() as conn:
+        assert ids(conn) == {"waking"}
+    engine.dispose()

@@ -16,7 +16,7 @@ from tinsmith.store.tables import custom_losses, models, samplers, sessions
 
 SESSIONS_A_DAY = 5_000  # of one owner
 SESSION_BYTES = 2**16  # of what a session is called and described by
-LOSSES, LOSS_BYTES = 10_000, 2**28  # of one owner, in sessions that are not over
+LOSSES, LOSS_BYTES = 10_000, 2**24  # of one owner, in sessions that are not over; each new one reads what is there
 FORGET_SECONDS = 7 * 86400.0
 _DAY_SECONDS = 86400.0
 _AT_ONCE = 500  # records that are forgotten in one transaction
@@ -54,11 +54,16 @@ def check_losses(conn: sa.Connection, owner: str, program: dict[str, Any]) -> No
 
 
 def forget(conn: sa.Connection, now: float, silent_since: float) -> None:
-    """Deletes some custom losses of sessions that are over, or silent since then, and some old empty sessions."""
+    """Deletes some custom losses of sessions that are over, or silent since then, and some old empty sessions.
+
+    None that somebody else's transaction holds: it may be giving a session its first model.
+    """
     over = sa.select(sessions.c.id).where((sessions.c.state != "open") | (sessions.c.seen_at < silent_since))
     losses = sa.select(custom_losses.c.id).where(custom_losses.c.session_id.in_(over)).limit(_AT_ONCE)
+    losses = losses.with_for_update(skip_locked=True)
     conn.execute(sa.delete(custom_losses).where(custom_losses.c.id.in_(losses)))
     empty = sa.select(sessions.c.id).where(sessions.c.seen_at < now - FORGET_SECONDS)
     for table in (models, samplers, custom_losses):
         empty = empty.where(~sa.exists().where(table.c.session_id == sessions.c.id))
-    conn.execute(sa.delete(sessions).where(sessions.c.id.in_(empty.limit(_AT_ONCE))))
+    empty = empty.limit(_AT_ONCE).with_for_update(skip_locked=True)
+    conn.execute(sa.delete(sessions).where(sessions.c.id.in_(empty)))
