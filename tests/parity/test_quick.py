@@ -1,5 +1,7 @@
 """The quick layers of the CPU, and adapters in batched products, against the modules and adapters in turn."""
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -111,6 +113,14 @@ def test_uneven_and_large_adapters_are_applied_in_turn(bases: Bases, monkeypatch
     uneven[-1].end -= 100
     monkeypatch.setattr(stacks, "STACK_BYTES", 8 * 4 * pair[0].layout.total - 1)
     assert isinstance(AdapterStacks().of(uneven), AdaptersInTurn)
+
+
+def test_adapters_that_are_applied_in_turn_are_not_kept_in_memory(bases: Bases) -> None:
+    kept, adapter = AdapterStacks(), bases("qwen3-tied").new_adapter(ModelSpec(rank=4, seed=1))
+    assert isinstance(kept.of([Segment(adapter, 0, 3)]), AdaptersInTurn)
+    left = weakref.ref(adapter)
+    del adapter
+    assert left() is None
 
 
 def _contiguous(segments: list[Segment]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tinsmith.models.lora import Adapter, AdapterLayout, AdaptersInTurn, AppliedAdapters, LinearGroup, Segment
 
 STACK_BYTES = 2**28
-"""Of all stacks together, at most: larger adapters gain nothing, since their products are longer than the calls."""
+"""Of one batch's stacks, at most: larger adapters gain nothing, since their products are longer than the calls."""
 
 _WASTE = 4  # cells computed for each row that is wanted, at most
 _COMPOSITIONS = 2  # of batches, that are remembered: a step's layers and its head may see different rows
@@ -29,14 +29,15 @@ class AdapterStacks:
 
     def __init__(self) -> None:
         self._stacks: dict[AdapterLayout, _Stack] = {}
-        self._recent: dict[_Composition, AppliedAdapters] = {}
+        self._recent: dict[_Composition, StackedAdapters] = {}
 
     def of(self, segments: Sequence[Segment]) -> AppliedAdapters:
         """What applies the adapters of these segments, in passes without gradients."""
         composition = tuple((segment.adapter, segment.start, segment.end) for segment in segments)
-        applied = self._recent.get(composition)
-        if applied is None:
-            applied = self._of(segments)
+        if composition in self._recent:
+            return self._recent[composition]
+        applied = self._of(segments)
+        if isinstance(applied, StackedAdapters):  # others are made at once, and would keep adapters of any size
             self._recent = dict([*self._recent.items(), (composition, applied)][-_COMPOSITIONS:])
         return applied
 
