@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from tests.contract.api_fixtures import Api, running_api
 from tests.store import makers
@@ -69,6 +70,36 @@ def test_the_doorbell_wakes_those_who_wait_for_what_it_names(database_url: str) 
             waiters.close()
 
     assert asyncio.run(wait()) == (True, False)
+    doorbell.close()
+    database.close()
+
+
+def test_the_doorbell_wakes_also_after_a_look_at_the_database_that_failed(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    doorbell, database, looked = Doorbell(database_url), Database(database_url), threading.Event()
+
+    def fail(*_: object) -> None:
+        looked.set()
+        raise OperationalError("SELECT 1", {}, Exception("canceling statement due to user request"))
+
+    monkeypatch.setattr(database, "read", fail)
+
+    async def wait() -> None:
+        waiters = Waiters(doorbell, database)
+        with waiters.watch("m:1") as event:
+            waiters.start()
+            while not looked.is_set():
+                await asyncio.sleep(0.01)
+            for _ in range(500):
+                doorbell.ring("done", ["m:1"])
+                await asyncio.sleep(0.01)
+                if event.is_set():
+                    break
+            waiters.close()
+            assert event.is_set()
+
+    asyncio.run(wait())
     doorbell.close()
     database.close()
 

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from tinsmith.errors import TinsmithError
+from tinsmith.errors import UnavailableError
 from tinsmith.store import queue
 from tinsmith.store.database import Database
 from tinsmith.store.doorbell import Doorbell
@@ -83,8 +83,10 @@ class Waiters:
         for start in range(0, len(waited_for), _LOOK_AT):
             try:
                 ended += self._database.read(queue.are_over, waited_for[start : start + _LOOK_AT])
-            except TinsmithError as error:  # the next look may find the database again
+            except UnavailableError as error:  # the next look may find the database again
                 log.info("waiting requests could not be looked at: %s", error)
+            except Exception:  # rings wake those who wait all the same, if this thread goes on
+                log.exception("waiting requests could not be looked at")
         return ended
 
     def _wake(self, request_ids: Sequence[str]) -> None:
