@@ -6,8 +6,10 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import pytest
+from starlette.requests import Request
 
-from tinsmith.api.turns import InTurn, Turns
+from tinsmith.api.auth import _secret
+from tinsmith.api.turns import InTurn, Turns, key_sent
 
 EACH = 4
 
@@ -111,6 +113,25 @@ def test_requests_of_one_key_keep_their_order() -> None:
 
 def test_who_goes_away_while_waiting_takes_nobodys_turn() -> None:
     assert len(order_of([b"key"] * 30, cancelled=10)) == 20
+
+
+TOKEN, KEY, NO_KEY = (b"authorization", b"Bearer 1"), (b"x-api-key", b"2"), (b"x-api-key", b"")
+OTHER_TOKEN, OTHER_KEY = (b"authorization", b"Bearer 3"), (b"x-api-key", b"4")
+
+
+@pytest.mark.parametrize(
+    ("headers", "key"),
+    [
+        ([], b""),
+        ([TOKEN, OTHER_TOKEN], b"Bearer 1"),
+        ([TOKEN, KEY, OTHER_KEY], b"2"),
+        ([NO_KEY, OTHER_KEY, TOKEN], b"Bearer 1"),
+    ],
+)
+def test_a_request_waits_under_the_key_that_is_looked_at(headers: list[tuple[bytes, bytes]], key: bytes) -> None:
+    assert key_sent({"headers": headers}) == key
+    sent = Request({"type": "http", "headers": headers})
+    assert not headers or _secret(sent) == key.decode().removeprefix("Bearer ")
 
 
 Paths = Callable[[str], Awaitable[None]]

@@ -74,9 +74,8 @@ class InTurn:
 
 
 def key_sent(scope: Scope) -> bytes:
-    """The API key, or token, that a request carries; empty if it carries none."""
+    """The API key, or token, that a request carries: the one that is looked at; empty if it carries none."""
+    first: dict[bytes, bytes] = {}
     for name, value in scope["headers"]:
-        if name in (b"x-api-key", b"authorization"):
-            sent: bytes = value
-            return sent
-    return b""
+        first.setdefault(name, value)
+    return first.get(b"x-api-key") or first.get(b"authorization", b"")
