@@ -5,6 +5,7 @@ import time
 from starlette.responses import Response
 
 from tinsmith.api.calls import Call, answer
+from tinsmith.api.turns import key_sent
 from tinsmith.api.waiting import wait_for_ring
 from tinsmith.store import clients, completions, records
 from tinsmith.wire import accounts
@@ -42,6 +43,7 @@ async def retrieve_futures(call: Call) -> Response:
             if ends or remaining <= 0:
                 return answer(_told(ends, body.prev_cursor))
             await wait_for_ring(rung, min(_LOOK_SECONDS, remaining))
+            await services.turns.take(key_sent(call.request.scope))  # all clients of the sampler have woken
 
 
 def _told(ends: list[completions.End], cursor: int) -> accounts.RetrieveFuturesResponse:
