@@ -199,6 +199,18 @@ def _free_bytes(device: "torch.device") -> int:
     return sizing.free_host_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
 
 
+def left_bytes(served: Served, model: "BaseModel") -> int:
+    """What is free for a loaded model: all there is, or its engine's part less the weights and their second copy."""
+    from tinsmith import sizing
+
+    free = _free_bytes(model.device)
+    if not served.memory_bytes:
+        return free
+    left: int = served.memory_bytes - model.parameters * model.dtype.itemsize
+    copied = model.quick.packed_bytes if model.quick else 0
+    return min(free, max(left - copied, min(left, sizing.ENGINE_ROOM)))
+
+
 def _budgets(settings: Settings, served: Served, model: "BaseModel") -> "Budgets":
     """As set, or from free memory; limits the model's context to what can be served. Raises ConfigError."""
     from tinsmith import sizing
@@ -212,9 +224,7 @@ def _budgets(settings: Settings, served: Served, model: "BaseModel") -> "Budgets
         item_bytes=model.dtype.itemsize,
     )
     on_cpu = model.device.type == "cpu"
-    free = _free_bytes(model.device)
-    if served.memory_bytes:
-        free = min(free, served.memory_bytes - model.parameters * model.dtype.itemsize)
+    free = left_bytes(served, model)
     model.max_context = _context(settings, served, sizes, free)
     sizes = replace(sizes, max_context=model.max_context)
     running = sizing.running_sequences(model.state_bytes, free, CPU_RUNNING if on_cpu else DEVICE_RUNNING)

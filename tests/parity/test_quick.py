@@ -8,12 +8,14 @@ from torch import Tensor
 
 from tests.parity.conftest import Bases, Folders, load
 from tests.parity.reference import SPECS, warm
-from tinsmith.models import head, stacks
+from tinsmith.backend import left_bytes
+from tinsmith.models import head, quick, stacks
 from tinsmith.models.attention import PackedAttention
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import Adapter, AdaptersInTurn, Segment
 from tinsmith.models.stacks import AdapterStacks, StackedAdapters
 from tinsmith.protocols import ModelSpec
+from tinsmith.served import Served
 
 LENGTHS = (3, 2, 4, 1, 2, 9)
 
@@ -70,6 +72,25 @@ def test_a_row_has_the_same_bits_beside_any_number_of_others(bases: Bases) -> No
             inputs = (tokens[:count], torch.zeros(count, dtype=torch.int64), [Segment(None, 0, count)], alone)
             bits.append(model.quick.hidden(*inputs)[0])
     assert all(torch.equal(row, bits[0]) for row in bits)
+
+
+def test_the_second_copy_of_the_weights_is_as_small_as_a_container(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load(folders("qwen3-tied")).quick
+    assert loaded is not None
+    assert loaded.packed_bytes > 0
+    monkeypatch.setattr(quick, "total_host_memory", lambda: 8 * loaded.packed_bytes - 1)
+    small = load(folders("qwen3-tied")).quick
+    assert small is not None
+    assert (small.is_packed, small.packed_bytes) == (False, 0)
+
+
+def test_an_engine_with_a_part_of_the_memory_counts_the_second_copy(bases: Bases) -> None:
+    model = bases("qwen3-tied")
+    assert model.quick is not None
+    served = Served("tiny", "tiny", memory_bytes=model.parameters * 4 + 2**29)
+    assert left_bytes(served, model) == 2**29 - model.quick.packed_bytes
 
 
 def test_stacked_adapters_add_what_adapters_in_turn_add(bases: Bases) -> None:

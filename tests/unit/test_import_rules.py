@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "store": {"errors", "wire"},
     "api": {"errors", "age", "config", "manifests", "served", "observe", "protocols", "wire", "store", "demo"},
     "engine": {"errors", "age", "lost_device", "manifests", "observe", "protocols", "wire"},
-    "models": {"errors", "protocols"},
+    "models": {"errors", "protocols", "sizing"},
     "training": {"errors", "lost_device", "protocols", "models", "wire.packing", "wire.losses", "wire.operators"},
     "sampling": {"errors", "lost_device", "protocols", "models", "wire.packing", "wire.losses", "wire.progress"},
     "demo": set(),

@@ -15,7 +15,6 @@ key/value heads, `d` head dimension.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,9 +23,10 @@ from tinsmith.models.attention import Attention, Heads
 from tinsmith.models.lora import AppliedAdapters, CurrentPass, LinearGroup, Segment
 from tinsmith.models.packed import Product, best_dtype, packed_itemsize, packed_product
 from tinsmith.models.plain_layers import FAMILIES, LayerParts, Probe, parts_of, weight_of
+from tinsmith.sizing import total_host_memory
 
 PACKED_SHARE = 1 / 8
-"""Of the machine's memory, at most: larger models do without the second copy."""
+"""Of the memory of the machine or container, at most: larger models do without the second copy."""
 
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # of the final hidden states, as a share of their norm
 _FEWEST_POSITIONS = 256  # in a table
@@ -43,9 +43,11 @@ class QuickLayers:
         parts = [parts_of(layer, *calls[index]) for index, layer in enumerate(self._model.layers)]
         weights = sum(group.weight_OI.numel() for part in parts for group in part.groups) + head.weight.numel()
         dtype = best_dtype(model.dtype)
-        bound = PACKED_SHARE * psutil.virtual_memory().total
-        self.is_packed = weights * packed_itemsize(model.dtype, dtype) <= bound
+        packed_bytes = weights * packed_itemsize(model.dtype, dtype)
+        self.is_packed = packed_bytes <= PACKED_SHARE * total_host_memory()
         """Whether a row has the same bits beside any number of others."""
+        self.packed_bytes = packed_bytes if self.is_packed else 0
+        """That the second copy takes."""
         self._rounded: torch.dtype = model.dtype
         self._dtype: torch.dtype = dtype if self.is_packed else model.dtype
         pack = _Product.packed if self.is_packed else _Product.plain
