@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tinsmith.errors import ConfigError
-from tinsmith.models.adapter_table import MOST_RANKS, AdapterPlaces, AdapterTable
+from tinsmith.models.adapter_table import AdapterPlaces, AdapterTable
 from tinsmith.models.attention import PackedAttention
 from tinsmith.models.exact_attention import (
     HeadCounts,
@@ -33,7 +33,7 @@ from tinsmith.models.exact_products import ExactAdapters, adapters_of, is_aligne
 from tinsmith.models.kernels import norm_rope, norm_rope_backward, rms_norm_backward
 from tinsmith.models.lora import Adapter, LinearGroup, Segment
 from tinsmith.models.norms import FrozenRMSNorm
-from tinsmith.models.plain_layers import FAMILIES, LayerParts, Probe, parts_of, weight_of
+from tinsmith.models.plain_layers import FAMILIES, LayerParts, Probe, gates_are_silu, parts_of, weight_of
 
 _TOLERANCE = 0.05  # of the final hidden states, as a share of their norm, in bfloat16
 _LEAST_CAPABILITY = (9, 0)  # of the device: whose matrix instructions have been tried
@@ -121,11 +121,6 @@ class ExactLayers:
     def weight_OI(self) -> Tensor:
         """Of the first product."""
         return self._layers[0].weight_OI
-
-    @property
-    def activation_bytes(self) -> int:
-        """Of one token: what backward keeps, and a quarter more for what lies beside it for a while."""
-        return sum(layer.kept_bytes for layer in self._layers) * 5 // 4
 
     def hidden(
         self, tokens_T: Tensor, positions_T: Tensor, segments: Sequence[Segment], attention: PackedAttention
@@ -252,14 +247,6 @@ class _Layer:
     def weight_OI(self) -> Tensor:
         return self._parts.heads.weight_OI
 
-    @property
-    def kept_bytes(self) -> int:
-        """Of one token: the layer's input, all products but the last, attention's output and its fp32 sums."""
-        groups = self._parts.groups
-        numbers = sum(sum(group.outputs) for group in groups) + self._parts.out.weight_OI.shape[1]
-        numbers += sum(len(group.linears) for group in groups) * MOST_RANKS
-        return numbers * self._parts.out.weight_OI.itemsize + 4 * self._counts.heads
-
     def forward(self, x_TD: Tensor, this: ExactPass, *, keeps: bool) -> tuple[Tensor, list[Tensor]]:
         """(what comes out [T, D], what `backward` needs beside what came in, if it `keeps` that)."""
         parts, adapters = self._parts, this.adapters
@@ -382,6 +369,8 @@ def make_exact(model: Any, on_progress: Callable[[str], None]) -> None:
         )
     if model.dtype != torch.bfloat16:
         raise ConfigError(f"{what} computes in bfloat16, not in {str(model.dtype).removeprefix('torch.')}")
+    if not gates_are_silu(model):
+        raise ConfigError(f"{what} serves models whose gates are SiLU, not {model.config.hidden_act}")
     capability = torch.cuda.get_device_capability(model.device)
     if capability < _LEAST_CAPABILITY:
         raise ConfigError(f"{what} needs a device of capability {_LEAST_CAPABILITY} or more; this one has {capability}")

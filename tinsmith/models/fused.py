@@ -26,7 +26,7 @@ from tinsmith.models.fused_heads import FusedHeads, Sequences
 from tinsmith.models.kernels import add_rms_norm, rms_norm_backward
 from tinsmith.models.lora import Adapter, LinearGroup, Segment
 from tinsmith.models.norms import FrozenRMSNorm
-from tinsmith.models.plain_layers import FAMILIES, LayerParts, Probe, parts_of, weight_of
+from tinsmith.models.plain_layers import FAMILIES, LayerParts, Probe, gates_are_silu, parts_of, weight_of
 
 _TOLERANCE = 0.05  # of the final hidden states, as a share of their norm, in bfloat16
 _FEW = 4  # of what backward needs: the adapters' inner products, which are kept even where all else is computed again
@@ -97,6 +97,9 @@ def fused_layers(model: Any, on_progress: Callable[[str], None]) -> FusedLayers 
         return None
     if torch.cuda.get_device_capability(model.device) < _LEAST_CAPABILITY:
         on_progress("training uses the slower layers: this device is older than they are made for")
+        return None
+    if not gates_are_silu(model):
+        on_progress("training uses the slower layers: the gates of its networks are not SiLU")
         return None
     probe = Probe(model)
     scalings, windows = zip(*(probe.calls[layer] for layer in range(model.num_layers)), strict=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinsmith.models.attention import Heads, PackedAttention
@@ -76,6 +77,15 @@ def parts_of(layer: Any, scaling: float, window: int | None = None) -> LayerPart
         scaling=scaling,
         window=window,
     )
+
+
+def gates_are_silu(model: Any) -> bool:
+    """Whether SiLU gates all feed-forward networks of a base model of `FAMILIES`: kernels for GPUs compute no other.
+
+    Comparing hidden states may not show another function, which makes nearly the same of small numbers.
+    """
+    x = torch.linspace(-8, 8, 65)
+    return all(torch.allclose(layer.mlp.act_fn(x), F.silu(x)) for layer in model.module.model.layers)
 
 
 class AttentionObserver(PackedAttention):

@@ -22,7 +22,7 @@ from tinsmith.models.fused import adapted_product
 from tinsmith.models.kernels import add_rms_norm, swiglu
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import AdaptersInTurn, LinearGroup, Segment
-from tinsmith.models.plain_layers import FAMILIES, LayerParts, Probe, parts_of, weight_of
+from tinsmith.models.plain_layers import FAMILIES, LayerParts, Probe, gates_are_silu, parts_of, weight_of
 from tinsmith.protocols import ModelSpec
 from tinsmith.sampling.adapter_tiles import AdapterMap, AdapterTiles, TileSizes, tiles_needed
 from tinsmith.sampling.cuda_kernels import HeadNorms, HeadShape, attend_rows, store_heads
@@ -256,6 +256,8 @@ def cuda_layers(model: BaseModel, cache: KVCache, max_context: int) -> CudaLayer
     if model.architecture not in FAMILIES or model.device.type != "cuda" or model.dtype == torch.float32:
         return None
     if shape.key_dim != shape.value_dim or shape.key_dim % 8 or shape.key_dim > _WIDEST_HEAD:
+        return None
+    if not gates_are_silu(model):
         return None
     probe = Probe(model, [_PROBE_LENGTH])
     layers = CudaLayers(model, cache, probe.calls, max_context)
