@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinsmith.models.packed import packed_product
+from tinsmith.models.packed import packed_itemsize, packed_product
 
 FINE, COARSE = "fp32's own numbers", "numbers that bfloat16 holds"
 
@@ -25,6 +25,14 @@ def test_a_packed_products_row_is_right_and_the_same_beside_any_others(kind: str
     torch.testing.assert_close(together.double(), expected, atol=1e-4, rtol=1e-5)
     for start, end in [(0, 1), (69, 70), (3, 5), (10, 26), (1, 68)]:
         assert torch.equal(product(x[start:end].contiguous()), together[start:end])
+
+
+@pytest.mark.parametrize("gone", ["fbgemm_pack_gemm_matrix_fp16", "fbgemm_linear_fp16_weight_fp32_activation"])
+def test_a_torch_without_products_in_half_precision_packs_in_fp32(gone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch, gone, raising=False)
+    assert packed_itemsize(torch.bfloat16, torch.float32) == 4
+    weight = weight_of(COARSE, 16, 32)
+    assert torch.equal(packed_product(weight, None, torch.float32)(torch.eye(32)), weight.float().t())
 
 
 @pytest.mark.parametrize("large", [1e6, -3e38])

@@ -18,6 +18,7 @@ Product = Callable[[Tensor], Tensor]
 """[T, I] → [T, O], both in the dtype that the weights were packed for."""
 
 _PACKED_FOR_ROWS = 64
+_HALVES = ("fbgemm_pack_gemm_matrix_fp16", "fbgemm_linear_fp16_weight_fp32_activation")
 _LEAST_STEP = 2.0**-25  # half of the distance between the smallest numbers in half precision
 _LOST_OF_FP32, _LOST_OF_BF16 = 2.0**-20, 2.0**-14  # of an output's weights, at most: what products' rounding hides
 _COMPARED = 2**22  # numbers at a time
@@ -67,7 +68,7 @@ def _in_halves(weight_OI: Tensor, bias: Tensor | None) -> Product:
 
 def _packs_halves() -> bool:
     """Whether this torch and this processor multiply with weights in half precision. Torch means to drop it one day."""
-    return "fbgemm" in torch.backends.quantized.supported_engines and hasattr(torch, "fbgemm_pack_gemm_matrix_fp16")
+    return "fbgemm" in torch.backends.quantized.supported_engines and all(hasattr(torch, name) for name in _HALVES)
 
 
 def _fits_half(weight_OI: Tensor) -> bool:
