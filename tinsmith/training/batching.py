@@ -1,4 +1,4 @@
-"""Turns training calls into packed micro-batches: pure functions of numpy arrays; no torch, no models.
+"""Turns training calls into packed micro-batches: pure functions of numpy arrays; knows no models.
 
 A call is cut by its own tokens only, and every piece keeps rows of its own, so what a call computes does not depend on
 which calls it runs with.
