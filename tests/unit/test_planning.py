@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import cycle
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tinsmith.engine.planning import TRIALS, Plan, apart, gaps, plan
@@ -208,6 +208,7 @@ def test_beside_a_hundred_times_the_load_a_small_tenant_waits_for_one_batch_at_m
     tokens=st.lists(sizes, min_size=5, max_size=5),
     turns=st.integers(1, 30),
 )
+@example(weights=[0.5] * 3, tokens=[[49], [51], [51], [1], [1]], turns=30)  # the first always finds room
 def test_tenants_that_always_have_work_get_their_share_of_it(
     weights: list[float], tokens: list[list[int]], turns: int
 ) -> None:

@@ -5,6 +5,7 @@ adapters, ranks and losses, share a batch; every other operation is a barrier of
 """
 
 import heapq
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -65,20 +66,28 @@ def plan(
 def _fill(
     lanes: dict[str, list[Lane]], shares: Shares, budget: int, max_models: int, *, one_each: bool = False
 ) -> list[Header]:
-    """Always the next job of the owner, and of its model, that has had least; what does not fit ends its lane."""
+    """Always the next job of the owner, and of its model, that has had least; what does not fit ends its lane.
+
+    Others fill the room that it leaves, if they are no more than a budget ahead of its owner: else small jobs would
+    always find room beside large ones, and get more than their share.
+    """
     for own in lanes.values():
         heapq.heapify(own)
     owners = [(shares.of_owner(owner), own[0][1], owner) for owner, own in lanes.items()]
     heapq.heapify(owners)
     batch: list[Header] = []
     models: set[str] = set()
-    used = 0
+    used, left_out = 0, math.inf
     while owners:
         owner_had, _, owner = heapq.heappop(owners)
+        if owner_had > left_out + budget / shares.weight(owner):
+            continue
         own = lanes[owner]
         had, _, head, lane = heapq.heappop(own)
         crowded = head.subject not in models and len(models) == max_models
-        if not (batch and (crowded or used + cost(head) > budget)):
+        if batch and (crowded or used + cost(head) > budget):
+            left_out = min(left_out, owner_had)
+        else:
             batch.append(head)
             models.add(head.subject)
             used += cost(head)
