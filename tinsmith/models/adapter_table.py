@@ -27,6 +27,7 @@ _ROWS = 64  # of a tile
 _MANY_ROWS = 12_288  # from which on tiles of that size are enough programs; of fewer rows, half of it
 _SWIGLU_COLUMNS = 64  # of one step of its programs
 _SWIGLU_PROGRAMS = 256  # what fills a device
+_ALIGNED = 8  # numbers; what loads of 16 bytes need
 _LEAST = 16  # the smallest side of a matrix product in a kernel
 
 _SHRINK = Kernel(kernels.shrink, stages=4)
@@ -46,12 +47,31 @@ class AdapterPlaces:
         self._groups = list(groups)
         self.numbers = {linears: number for number, linears in enumerate(groups)}
         self._known: dict[AdapterLayout, np.ndarray] = {}
+        self._even: dict[AdapterLayout, bool] = {}
 
     def of(self, layout: AdapterLayout) -> np.ndarray:
         """int64 [groups, 4]: where A and every B begin, in numbers; -1 where there is none."""
         if layout not in self._known:
             self._known[layout] = np.array([_places(layout, linears) for linears in self._groups], np.int64)
         return self._known[layout]
+
+    def addresses(self, layout: AdapterLayout, buffer: Tensor) -> np.ndarray:
+        """int64 [groups, 4]: where they begin in this flat buffer; 0 where there is none."""
+        places = self.of(layout)
+        return np.where(places < 0, 0, buffer.data_ptr() + places * buffer.itemsize)
+
+    def are_aligned(self, adapter: Adapter) -> bool:
+        """Whether kernels can load 16 bytes of any of the adapter's matrices at once."""
+        layout = adapter.layout
+        if layout not in self._even:
+            places = self.of(layout)
+            self._even[layout] = adapter.spec.rank % _ALIGNED == 0 and not (places[places >= 0] % _ALIGNED).any()
+        return self._even[layout] and adapter.compute.data_ptr() % 16 == 0
+
+
+def identity(adapter: Adapter | None) -> tuple[float, ...]:
+    """What kernels go by, of an adapter that is told apart without being kept in memory."""
+    return () if adapter is None else (adapter.compute.data_ptr(), id(adapter.layout), adapter.scale)
 
 
 def _places(layout: AdapterLayout, linears: tuple[int, ...]) -> list[int]:
@@ -76,9 +96,7 @@ class AdapterTable:
         self._max_rank = max(*ranks, 8)
         self._block = power_of_two(self._max_rank, _LEAST)
         self._rows = _ROWS if segments[-1].end >= _MANY_ROWS else _ROWS // 2
-        self._aligned = all(rank % 8 == 0 for rank in ranks) and all(
-            not ((place := places.of(adapter.layout))[place >= 0] % 8).any() for adapter in self.adapters
-        )
+        self._aligned = all(places.are_aligned(adapter) for adapter in self.adapters)
         numbers = {adapter: number for number, adapter in enumerate(self.adapters)}
         owners = [len(numbers) if each.adapter is None else numbers[each.adapter] for each in segments]
         known = [(*each, ranks[each[2]]) for each in zip(*_bounds(segments), owners, strict=True)]
@@ -97,8 +115,7 @@ class AdapterTable:
         groups = len(self._places.numbers)
         table = np.zeros((groups, _aligned_up(len(buffers) + 1), 1 + _MOST_LAYERS), np.int64)
         for number, (adapter, buffer) in enumerate(zip(self.adapters, buffers, strict=True)):
-            places = self._places.of(adapter.layout)
-            table[:, number] = np.where(places < 0, 0, buffer.data_ptr() + places * buffer.itemsize)
+            table[:, number] = self._places.addresses(adapter.layout, buffer)
         return self._upload(table).unbind()
 
     def _of(self, group: LinearGroup) -> Tensor:

@@ -29,9 +29,9 @@ from tinsmith.models.exact_attention import (
     key_tiles,
     row_tiles,
 )
-from tinsmith.models.exact_products import ExactAdapters, adapters_of, is_aligned, norm, normalizers, product
+from tinsmith.models.exact_products import ExactAdapters, adapters_of, norm, normalizers, product
 from tinsmith.models.kernels import norm_rope, norm_rope_backward, rms_norm_backward
-from tinsmith.models.lora import Adapter, LinearGroup, Segment
+from tinsmith.models.lora import LinearGroup, Segment
 from tinsmith.models.norms import FrozenRMSNorm
 from tinsmith.models.plain_layers import FAMILIES, LayerParts, Probe, gates_are_silu, parts_of, weight_of
 
@@ -184,10 +184,6 @@ class ExactLayers:
         """[R]: that of one token per row, at the temperature of which `inverse_R` is the inverse."""
         most_R, log_total_R = normalizers(logits_RV, inverse_R)
         return (logits_RV.gather(1, tokens_R[:, None])[:, 0] - most_R) * inverse_R - log_total_R
-
-    def can_serve(self, adapter: Adapter) -> bool:
-        """Whether captured passes can apply the adapter: their kernels load 16 bytes at once."""
-        return is_aligned(self.places, adapter)
 
 
 class _LayerFunction(torch.autograd.Function):

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tinsmith.models import exact_kernels as kernels
-from tinsmith.models.adapter_table import AdapterPlaces
+from tinsmith.models.adapter_table import AdapterPlaces, identity
 from tinsmith.models.launch import Kernel, blocks, power_of_two
 from tinsmith.models.lora import Adapter, Segment
 
@@ -25,7 +25,6 @@ TILE_ROWS = 64
 
 _RANKS = 32  # of one step
 _COLUMNS = 64
-_ALIGNED = 8  # numbers; what loads of 16 bytes need
 _NUMBERS = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _VOCABULARY_BLOCK = 8192
 _SOME_ROWS = 512  # up to which smaller tiles are more programs
@@ -124,7 +123,7 @@ class ExactAdapters:
     def set(self, segments: Sequence[Segment]) -> None:
         """Takes the adapters of these segments. Raises ValueError if they do not fit."""
         parts = [(each.adapter, each.start, each.end) for each in segments]
-        known: list[tuple[object, ...]] = [(*_identity(adapter), start, end) for adapter, start, end in parts]
+        known: list[tuple[object, ...]] = [(*identity(adapter), start, end) for adapter, start, end in parts]
         if known == self._known:
             return
         firsts = [np.arange(start, end, TILE_ROWS) for _, start, end in parts]
@@ -133,7 +132,7 @@ class ExactAdapters:
         ranks = [adapter.spec.rank if adapter else 0 for adapter, _, _ in parts]
         if sum(counts) > room or max(ranks) > self._rank:
             raise ValueError(f"{sum(counts)} tiles of ranks up to {max(ranks)} do not fit: {room}, {self._rank}")
-        self._aligned = all(adapter is None or is_aligned(self._places, adapter) for adapter, _, _ in parts)
+        self._aligned = all(adapter is None or self._places.are_aligned(adapter) for adapter, _, _ in parts)
         tiles = np.zeros((room, 4), np.int32)
         used = slice(0, sum(counts))
         tiles[used, 0] = np.concatenate(firsts)
@@ -151,8 +150,7 @@ class ExactAdapters:
         """int64 [K, 4]: of A and every B; 0 for what there is not."""
         if adapter is None:
             return np.zeros((len(self._places.numbers), 4), np.int64)
-        places = self._places.of(adapter.layout)
-        return np.where(places < 0, 0, adapter.compute.data_ptr() + places * adapter.compute.itemsize)
+        return self._places.addresses(adapter.layout, adapter.compute)
 
     def _of(self, linears: tuple[int, ...]) -> Tensor:
         return self._addresses_KN4[self._places.numbers[linears]]
@@ -206,13 +204,3 @@ def adapters_of(places: AdapterPlaces, segments: Sequence[Segment], device: torc
     made = ExactAdapters(places, tiles=tiles, rank=rank, device=device)
     made.set(segments)
     return made
-
-
-def is_aligned(places: AdapterPlaces, adapter: Adapter) -> bool:
-    """Whether 16 bytes of the adapter's matrices can be loaded at once."""
-    offsets = places.of(adapter.layout)
-    return adapter.spec.rank % _ALIGNED == 0 and not (offsets[offsets >= 0] % _ALIGNED).any()
-
-
-def _identity(adapter: Adapter | None) -> tuple[float, ...]:
-    return () if adapter is None else (adapter.compute.data_ptr(), id(adapter.layout), adapter.scale)

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinsmith.models.adapter_table import AdapterPlaces
-from tinsmith.models.lora import Adapter, AdapterLayout, LinearGroup, Segment
+from tinsmith.models.adapter_table import AdapterPlaces, identity
+from tinsmith.models.lora import Adapter, LinearGroup, Segment
 
 TILE_ROWS = 16
 """Rows of a tile: the fewest that the matrix units take."""
@@ -33,7 +33,6 @@ _WIDTH = 1 + _MOST_PARTS
 _COLUMNS = 128
 _DEPTH = 256
 _RANK_BLOCK = 32
-_ALIGNMENT = 8  # numbers; what loads of 16 bytes need
 _NUMBERS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _MOST_SPLITS = 8
 
@@ -153,29 +152,6 @@ def _expand(
     tl.store(target, total.to(y_ptr.dtype.element_ty), mask=wanted)
 
 
-class AdapterMap:
-    """Which adapters the kernels can serve, and the addresses of their matrices, by group of linear layers."""
-
-    def __init__(self, places: AdapterPlaces) -> None:
-        self.places = places
-        self._aligned: dict[AdapterLayout, bool] = {}
-
-    def can_serve(self, adapter: Adapter) -> bool:
-        """Whether the kernels' loads of 16 bytes fit the adapter's matrices."""
-        layout = adapter.layout
-        if layout not in self._aligned:
-            sizes = (*layout.starts, adapter.spec.rank)
-            self._aligned[layout] = not layout.transposed and all(size % _ALIGNMENT == 0 for size in sizes)
-        return self._aligned[layout] and adapter.compute.data_ptr() % 16 == 0
-
-    def addresses(self, adapter: Adapter | None) -> np.ndarray:
-        """int64 [K, W]; 0 for what the adapter does not have."""
-        if adapter is None:
-            return np.zeros((len(self.places.numbers), _WIDTH), np.int64)
-        places = self.places.of(adapter.layout)
-        return np.where(places < 0, 0, adapter.compute.data_ptr() + places * adapter.compute.itemsize)
-
-
 @dataclass(frozen=True, slots=True)
 class TileSizes:
     """How many tiles and rows the buffers of a pass have room for, and the largest rank among its adapters."""
@@ -188,12 +164,12 @@ class TileSizes:
 class AdapterTiles:
     """The adapters of a decoding step; its buffers stay where they are when `set` gives them others."""
 
-    def __init__(self, addresses: AdapterMap, sizes: TileSizes, inputs: int, share: Tensor) -> None:
+    def __init__(self, places: AdapterPlaces, sizes: TileSizes, inputs: int, share: Tensor) -> None:
         """`inputs`: the most of a group. `share` has room for all rows' outputs of any; others may write to it, too."""
         device = share.device
-        self._map = addresses
+        self._places = places
         self.sizes = sizes
-        groups = len(addresses.places.numbers)
+        groups = len(places.numbers)
         self._tiles_N3 = torch.zeros(sizes.tiles, 3, dtype=torch.int32, device=device)  # first row, rows, rank
         self._scales_N = torch.zeros(sizes.tiles, dtype=torch.float32, device=device)
         self._addresses_NKW = torch.zeros(sizes.tiles, groups, _WIDTH, dtype=torch.int64, device=device)
@@ -204,11 +180,11 @@ class AdapterTiles:
         self._known: list[tuple[float, ...]] = []  # no adapter itself, which would keep its memory
 
     def set(self, segments: Sequence[Segment]) -> None:
-        """Takes the adapters of these segments, which must fit and be served by the map."""
+        """Takes the adapters of these segments, which must fit and be aligned."""
         tiles = _tiles_of(segments)
         if len(tiles) > self.sizes.tiles:
             raise ValueError(f"{len(tiles)} tiles do not fit into {self.sizes}")
-        known = [_identity(adapter, *rows) for adapter, *rows in tiles]
+        known = [(*identity(adapter), *rows) for adapter, *rows in tiles]
         if known == self._known:
             return
         self._known = known
@@ -217,8 +193,10 @@ class AdapterTiles:
         self._tiles_N3.copy_(torch.tensor([*rows, *[(0, 0, 0)] * padding], dtype=torch.int32))
         scales = [adapter.scale if adapter else 0.0 for adapter, _, _ in tiles]
         self._scales_N[: len(tiles)].copy_(torch.tensor(scales))
-        addresses = {adapter: self._map.addresses(adapter) for adapter, _, _ in tiles}
-        stacked = np.stack([addresses[adapter] for adapter, _, _ in tiles])
+        nothing = np.zeros((len(self._places.numbers), _WIDTH), np.int64)
+        adapters = {adapter for adapter, _, _ in tiles if adapter}
+        addresses = {adapter: self._places.addresses(adapter.layout, adapter.compute) for adapter in adapters}
+        stacked = np.stack([addresses[adapter] if adapter else nothing for adapter, _, _ in tiles])
         self._addresses_NKW[: len(tiles)].copy_(torch.from_numpy(stacked))
 
     def product(self, group: LinearGroup, x_TI: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,22 +207,25 @@ class AdapterTiles:
         rows, columns = x_TI.shape[0], group.weight_OI.shape[0]
         share_TO = self._share[: rows * columns].view(rows, columns)
         if self._side is None:
-            self._shrink(group.linears, x_TI)
-            self._expand(group.linears, group.outputs, x_TI, share_TO, add=False)
+            self._apply(group.linears, group.outputs, x_TI, share_TO, add=False)
             return F.linear(x_TI, group.weight_OI, group.bias_O), share_TO
         current = torch.cuda.current_stream(x_TI.device)
         self._side.wait_stream(current)
         with torch.cuda.stream(self._side):
-            self._shrink(group.linears, x_TI)
-            self._expand(group.linears, group.outputs, x_TI, share_TO, add=False)
+            self._apply(group.linears, group.outputs, x_TI, share_TO, add=False)
         y_TO = F.linear(x_TI, group.weight_OI, group.bias_O)
         current.wait_stream(self._side)
         return y_TO, share_TO
 
     def add(self, linears: tuple[int, ...], outputs: Sequence[int], x_TI: Tensor, y_TO: Tensor) -> None:
         """Adds the adapters' share to `y_TO`, which may be of a wider dtype than `x_TI`."""
+        self._apply(linears, outputs, x_TI, y_TO, add=True)
+
+    def _apply(
+        self, linears: tuple[int, ...], outputs: Sequence[int], x_TI: Tensor, y_TO: Tensor, *, add: bool
+    ) -> None:
         self._shrink(linears, x_TI)
-        self._expand(linears, outputs, x_TI, y_TO, add=True)
+        self._expand(linears, outputs, x_TI, y_TO, add=add)
 
     def _shrink(self, linears: tuple[int, ...], x_TI: Tensor) -> None:
         sizes, parts, splits = self.sizes, len(linears), self._splits(x_TI.shape[1])
@@ -252,7 +233,7 @@ class AdapterTiles:
         shrink(
             *(x_TI, self._z, self._tiles_N3, self._addresses_NKW),
             *(x_TI.shape[1], x_TI.stride(0), self._z.stride(0), self._z.stride(1)),
-            *(self._map.places.numbers[linears], len(self._map.places.numbers)),
+            *(self._places.numbers[linears], len(self._places.numbers)),
             PARTS=parts,
             WIDTH=_WIDTH,
             ROWS=TILE_ROWS,
@@ -272,7 +253,7 @@ class AdapterTiles:
         expand(
             *(self._z, y_TO, self._tiles_N3, self._addresses_NKW, self._scales_N, blocks),
             *(self._z.stride(0), self._z.stride(1), y_TO.stride(0)),
-            *(self._map.places.numbers[linears], len(self._map.places.numbers)),
+            *(self._places.numbers[linears], len(self._places.numbers)),
             WIDTH=_WIDTH,
             ROWS=TILE_ROWS,
             RANK_BLOCK=_RANK_BLOCK,
@@ -303,13 +284,6 @@ def _tiles_of(segments: Sequence[Segment]) -> list[tuple[Adapter | None, int, in
         for segment in segments
         for first in range(segment.start, segment.end, TILE_ROWS)
     ]
-
-
-def _identity(adapter: Adapter | None, first: int, count: int) -> tuple[float, ...]:
-    """What a tile's entries in the tables depend on."""
-    if adapter is None:
-        return first, count
-    return first, count, adapter.compute.data_ptr(), id(adapter.layout), adapter.scale
 
 
 _BLOCKS: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}

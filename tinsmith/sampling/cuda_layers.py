@@ -24,10 +24,10 @@ from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import AdaptersInTurn, LinearGroup, Segment
 from tinsmith.models.plain_layers import FAMILIES, LayerParts, Probe, gates_are_silu, parts_of, weight_of
 from tinsmith.protocols import ModelSpec
-from tinsmith.sampling.adapter_tiles import AdapterMap, AdapterTiles, TileSizes, tiles_needed
+from tinsmith.sampling.adapter_tiles import AdapterTiles, TileSizes, tiles_needed
 from tinsmith.sampling.cuda_kernels import HeadNorms, HeadShape, attend_rows, store_heads
 from tinsmith.sampling.kv_cache import KVCache
-from tinsmith.sampling.lanes import Span
+from tinsmith.sampling.lanes import Span, block_tables
 
 _PROBE_LENGTH = 9
 _WARM_ROWS = (16, 512, 8192)  # for which adapters are applied in different ways
@@ -130,7 +130,7 @@ class CudaLayers:
         self._cache = cache
         self._model = model
         groups = [group.linears for layer in self._layers for group in layer.groups]
-        self.adapters = AdapterMap(AdapterPlaces([*groups, (model.head_linear,)]))
+        self.places = AdapterPlaces([*groups, (model.head_linear,)])
         shapes = [group.weight_OI.shape for layer in self._layers for group in layer.groups]
         self._most_outputs, self._most_inputs = (max(sizes) for sizes in zip(*shapes, strict=True))
         self._share = torch.zeros(0, dtype=model.dtype, device=model.device)
@@ -149,15 +149,13 @@ class CudaLayers:
         room = sizes.rows * self._most_outputs
         if self._share.numel() < room:
             self._share = self._share.new_zeros(room)
-        return AdapterTiles(self.adapters, sizes, self._most_inputs, self._share)
+        return AdapterTiles(self.places, sizes, self._most_inputs, self._share)
 
     def pass_of(self, spans: Sequence[Span], tokens_T: Tensor, segments: Sequence[Segment]) -> Tensor:
         """[T, D], of the rows of these spans, which follow each other without gaps."""
         if any(span.count > 1 for span in spans):
             return self.hidden(tokens_T, PrefillingRows(self._cache, spans), self._of_prompts(segments))
-        width = max(len(span.blocks) for span in spans)
-        tables = [[*span.blocks, *[0] * (width - len(span.blocks))] for span in spans]
-        tables_NW = torch.tensor(tables, dtype=torch.int32).to(tokens_T.device, non_blocking=True)
+        tables_NW = torch.tensor(block_tables(spans), dtype=torch.int32).to(tokens_T.device, non_blocking=True)
         positions_N = torch.tensor([span.past for span in spans]).to(tokens_T.device, non_blocking=True)
         rows = DecodingRows(self._cache, tables_NW, positions_N)
         return self.hidden(tokens_T, rows, self._of_single_rows(segments))
@@ -177,11 +175,11 @@ class CudaLayers:
         adapters = {segment.adapter for segment in segments if segment.adapter}
         if not adapters or any(adapter.spec.rank > MOST_RANKS for adapter in adapters):
             return AdaptersInTurn(segments)
-        return AdapterTable(segments, self.adapters.places, self._rotation[0].device)
+        return AdapterTable(segments, self.places, self._rotation[0].device)
 
     def _of_single_rows(self, segments: Sequence[Segment]) -> PassAdapters:
         adapters = {segment.adapter for segment in segments if segment.adapter}
-        if not adapters or not all(self.adapters.can_serve(adapter) for adapter in adapters):
+        if not adapters or not all(self.places.are_aligned(adapter) for adapter in adapters):
             return AdaptersInTurn(segments)
         rank = max(adapter.spec.rank for adapter in adapters)
         tiles = self.tiles(TileSizes(tiles_needed(segments), segments[-1].end, rank))

@@ -27,7 +27,7 @@ from tinsmith.sampling.cuda_kernels import RowState, choose_tokens
 from tinsmith.sampling.decoding import LARGEST_INVERSE, SAMPLE_STREAM, TokenDistributions, uniforms
 from tinsmith.sampling.graphs import DecodeGraphs, Kind
 from tinsmith.sampling.kv_cache import KVCache
-from tinsmith.sampling.lanes import Span
+from tinsmith.sampling.lanes import Span, block_tables
 from tinsmith.sampling.requests import NextToken, Sample
 
 _WARM_ROWS = (1, 70, 300, 2048)  # of which products are cut differently
@@ -83,14 +83,13 @@ class ExactSampling:
     """The exact layers of a base model over one cache; as `cuda_layers.CudaLayers`."""
 
     def __init__(self, model: BaseModel, layers: ExactLayers, cache: KVCache) -> None:
-        self.layers = self.adapters = layers
+        self.layers, self.places = layers, layers.places
         self._model, self._cache = model, cache
 
     def pass_of(self, spans: Sequence[Span], tokens_T: Tensor, segments: Sequence[Segment]) -> Tensor:
         """[T, D], of the rows of these spans, which follow each other without gaps."""
         device, size = self._model.device, self._cache.block_size
-        width = max(len(span.blocks) for span in spans)
-        tables = [[*span.blocks, *[0] * (width - len(span.blocks))] for span in spans]
+        tables = block_tables(spans)
         tables_NW = torch.tensor(tables, dtype=torch.int32).to(device, non_blocking=True)
         positions = np.concatenate([np.arange(span.past, span.past + span.count) for span in spans])
         sequences = np.repeat(np.arange(len(spans)), [span.count for span in spans])

@@ -105,7 +105,7 @@ class DecodeGraphs:
     def fits(self, sample: Sample) -> bool:
         """Whether a sample's next tokens can be decoded here: whatever is not top-k, top-p or a list of the top."""
         adapter = sample.adapter
-        served = adapter is None or (adapter.spec.rank <= self._max_rank and self._layers.adapters.can_serve(adapter))
+        served = adapter is None or (adapter.spec.rank <= self._max_rank and self._layers.places.are_aligned(adapter))
         return self.is_plain(sample) and served and sample.computed + BURST <= self._room
 
     def fit_together(self, samples: Sequence[Sample]) -> bool:

@@ -36,6 +36,12 @@ class Span:
     blocks: Sequence[int]
 
 
+def block_tables(spans: Sequence[Span]) -> list[list[int]]:
+    """The blocks of each span's sequence, all as many as the longest has."""
+    width = max(len(span.blocks) for span in spans)
+    return [[*span.blocks, *[0] * (width - len(span.blocks))] for span in spans]
+
+
 def padded_length(length: int) -> int:
     """The length to which a decoding sequence is padded: 32, 48, 64, 96, 128, 192, …; it depends on nothing else."""
     power = 32
