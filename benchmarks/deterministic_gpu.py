@@ -10,6 +10,7 @@ the goal is 35 % more time than that.
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -20,14 +21,14 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.qwen3 import fused_base, milliseconds
 from benchmarks.recording import Row, record
 from benchmarks.workloads import ADAPTERS, RANK, SHAPES, Asked, Load, batch1, sampling, warm_up
-from tinsmith.bench import random_lesson, seconds_to_answer
+from tinsmith.bench import random_lesson, seconds_to_answer, seconds_to_train
 from tinsmith.models.exact import make_exact
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.weights import LoraWeights
-from tinsmith.protocols import AdamParams, ModelCall, ModelSpec, SnapshotCall
+from tinsmith.protocols import ModelCall, ModelSpec, SnapshotCall
 from tinsmith.sampling.sampler import TorchSampler
 from tinsmith.training.trainer import TorchTrainer
-from tinsmith.wire.packing import SampleCall, TrainOutput
+from tinsmith.wire.packing import SampleCall
 
 MOST = 1.35  # times as long
 SEQUENCES, LENGTH = 16, 1024
@@ -127,14 +128,7 @@ def _training(base: BaseModel, tenants: int, rounds: int) -> float:
         trainer.add(name, ModelSpec(RANK, seed, train_unembed=False))
     lessons = [random_lesson(SEQUENCES // tenants, LENGTH, base.vocab_size, seed) for seed in range(tenants)]
     calls = [ModelCall(name, lesson) for name, lesson in zip(names, lessons, strict=True)]
-
-    def step() -> None:
-        for outcome in trainer.forward_backward(calls):
-            if not isinstance(outcome, TrainOutput):
-                raise outcome
-        for name in names:
-            trainer.optim_step(name, AdamParams(learning_rate=1e-4))
-
+    step = partial(seconds_to_train, trainer, calls)
     for _ in range(WARM_ROUNDS):
         step()
     return SEQUENCES * LENGTH / median(milliseconds(step) for _ in range(rounds)) * 1000

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,11 +28,10 @@ from peft import LoraConfig, get_peft_model
 from benchmarks.qwen3 import fused_base, milliseconds, random_module
 from benchmarks.recording import Row, record
 from benchmarks.workloads import SHAPES
-from tinsmith.bench import random_lesson
+from tinsmith.bench import random_lesson, seconds_to_train
 from tinsmith.models.loading import BaseModel
-from tinsmith.protocols import AdamParams, ModelCall, ModelSpec
+from tinsmith.protocols import ModelCall, ModelSpec
 from tinsmith.training.trainer import TorchTrainer
-from tinsmith.wire.packing import TrainOutput
 
 SEQUENCES, LENGTH, TENANTS, RANK = 16, 1024, 8, 32
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -123,18 +123,10 @@ def ours(base: BaseModel, setting: Setting, rounds: int) -> Result:
         ModelCall(name, random_lesson(SEQUENCES // tenants, LENGTH, base.vocab_size, seed))
         for seed, name in enumerate(names)
     ]
-
-    def step() -> None:
-        for outcome in trainer.forward_backward(calls):
-            if not isinstance(outcome, TrainOutput):
-                raise outcome
-        for name in names:
-            trainer.optim_step(name, AdamParams(learning_rate=1e-4))
-
-    return timed(step, rounds)
+    return timed(partial(seconds_to_train, trainer, calls), rounds)
 
 
-def timed(step: Callable[[], None], rounds: int) -> Result:
+def timed(step: Callable[[], object], rounds: int) -> Result:
     """After some rounds that do not count."""
     for _ in range(WARM_ROUNDS):
         step()

@@ -60,14 +60,14 @@ def _training(trainer: "Trainer", names: Sequence[str], load: Load) -> Iterator[
     vocabulary, length = trainer.capabilities().vocab_size, load.prompt + load.output
     rows = max(1, load.requests // len(names))
     calls = [ModelCall(name, random_lesson(rows, length, vocabulary, seed)) for seed, name in enumerate(names)]
-    _train(trainer, calls)
-    seconds = min(_train(trainer, calls) for _ in range(2))
+    seconds_to_train(trainer, calls)
+    seconds = min(seconds_to_train(trainer, calls) for _ in range(2))
     tokens = len(names) * rows * length
     yield Measured(f"training, {len(names)} adapters, {rows} x {length} tokens each", tokens / seconds, "tokens/s")
 
 
-def _train(trainer: "Trainer", calls: Sequence[ModelCall]) -> float:
-    """Seconds of one step of every adapter."""
+def seconds_to_train(trainer: "Trainer", calls: Sequence[ModelCall]) -> float:
+    """Of one forward_backward of all calls, and a step of every model. Raises what a call failed with."""
     started = time.perf_counter()
     for outcome in trainer.forward_backward(calls):
         if not isinstance(outcome, TrainOutput):
