@@ -12,7 +12,7 @@ from tinsmith.wire import messages_pb2 as pb
 from tinsmith.wire.codec import Limits
 from tinsmith.wire.packing import SampleCall, SampleOutput
 from tinsmith.wire.sample_codec import encode_sample_output, sample_call, sample_cost
-from tinsmith.wire.types import SampleRequest
+from tinsmith.wire.sampling_types import SampleRequest
 
 LIMITS = Limits(vocab_size=100, max_context=16, max_bytes=2**12)
 

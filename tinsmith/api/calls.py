@@ -122,7 +122,7 @@ class Call:
         return plain(self.request, await read_raw(self.request, limit), limit)
 
     async def json(self, kind: type[Body], limit: int = SMALL_BODY) -> Body:
-        """The body as a `kind` of wire.types. Raises UserError, TooLargeError."""
+        """The body as a `kind` of `wire.types.Request`. Raises UserError, TooLargeError."""
         return decode_json(await self.content(limit), kind)
 
     def path(self, name: str) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tinsmith.api.chat import anthropic_types, openai_types
-from tinsmith.wire import accounts, types
+from tinsmith.wire import accounts, sampling_types, service_types, training_types
 
 JSON, PROTOBUF, BYTES, EVENTS = (
     "application/json",
@@ -42,39 +42,47 @@ _PAGE = {"limit": _whole(1, 1000), "offset": _whole(0, 2**31 - 1)}
 _TEXT = {"type": "string"}
 _RUN = "/training_runs/{run_id}"
 _CHECKPOINT = f"{_RUN}/checkpoints/{{segment}}/{{name}}"
-_Future, _Sampled = types.UntypedFuture, types.SampleFuture
+_Future, _Sampled = training_types.UntypedFuture, training_types.SampleFuture
 
 _TINKER: dict[tuple[str, str], Described] = {
     ("GET", "/healthz"): Described(
-        "Whether requests can be worked on.", None, types.Health, status={503: types.Health}, is_open=True
+        "Whether requests can be worked on.",
+        None,
+        service_types.Health,
+        status={503: service_types.Health},
+        is_open=True,
     ),
     ("GET", "/openapi.json"): Described("This document."),
     ("POST", "/client/config"): Described(
-        "Switches of the SDK.", types.ClientConfigRequest, types.ClientConfigResponse
+        "Switches of the SDK.", service_types.ClientConfigRequest, service_types.ClientConfigResponse
     ),
     ("POST", "/client/dynamic_config"): Described(
-        "Switches that may change.", types.ClientConfigRequest, types.ClientDynamicConfigResponse
+        "Switches that may change.", service_types.ClientConfigRequest, service_types.ClientDynamicConfigResponse
     ),
-    ("POST", "/auth/token"): Described("A token in exchange for the key.", None, types.AuthTokenResponse),
-    ("GET", "/auth/apikey/me"): Described("The key that was used.", None, types.KeyInfo),
+    ("POST", "/auth/token"): Described("A token in exchange for the key.", None, service_types.AuthTokenResponse),
+    ("GET", "/auth/apikey/me"): Described("The key that was used.", None, service_types.KeyInfo),
     ("DELETE", "/auth/apikey/me"): Described("Gives the key that was used back."),
-    ("GET", "/get_server_capabilities"): Described("The served models.", None, types.ServerCapabilities),
-    ("POST", "/telemetry"): Described("Taken and dropped.", types.TelemetryRequest, types.TelemetryResponse),
-    ("POST", "/create_session"): Described("A new session.", types.CreateSessionRequest, types.CreateSessionResponse),
-    ("POST", "/session_heartbeat"): Described(
-        "The client is there.", types.SessionHeartbeatRequest, types.SessionHeartbeatResponse
+    ("GET", "/get_server_capabilities"): Described("The served models.", None, service_types.ServerCapabilities),
+    ("POST", "/telemetry"): Described(
+        "Taken and dropped.", service_types.TelemetryRequest, service_types.TelemetryResponse
     ),
-    ("POST", "/sessions/{session_id}/finish"): Described("Ends a session.", types.FinishSessionRequest),
-    ("GET", "/sessions"): Described("Ids of sessions, newest first.", None, types.SessionList, query=_PAGE),
-    ("GET", "/sessions/{session_id}"): Described("A session's models and samplers.", None, types.SessionInfo),
+    ("POST", "/create_session"): Described(
+        "A new session.", service_types.CreateSessionRequest, service_types.CreateSessionResponse
+    ),
+    ("POST", "/session_heartbeat"): Described(
+        "The client is there.", service_types.SessionHeartbeatRequest, service_types.SessionHeartbeatResponse
+    ),
+    ("POST", "/sessions/{session_id}/finish"): Described("Ends a session.", service_types.FinishSessionRequest),
+    ("GET", "/sessions"): Described("Ids of sessions, newest first.", None, service_types.SessionList, query=_PAGE),
+    ("GET", "/sessions/{session_id}"): Described("A session's models and samplers.", None, service_types.SessionInfo),
     ("POST", "/sessions/search"): Described(
         "Sessions that fit, newest first.", accounts.SessionSearchRequest, accounts.SessionSearchResponse
     ),
     ("PUT", "/sessions/{session_id}/project"): Described("Moves a session.", accounts.ProjectRequest),
     ("GET", "/sessions/{session_id}/trace_export"): Described("Where its trace is.", None, accounts.TraceExport),
     ("GET", "/traces/{token}"): Described("A session's trace.", is_open=True),
-    ("POST", "/create_model"): Described("A new model.", types.CreateModelRequest, _Future),
-    ("POST", "/get_info"): Described("What a model is.", types.GetInfoRequest, types.GetInfoResponse),
+    ("POST", "/create_model"): Described("A new model.", training_types.CreateModelRequest, _Future),
+    ("POST", "/get_info"): Described("What a model is.", training_types.GetInfoRequest, training_types.GetInfoResponse),
     ("POST", "/create_custom_loss"): Described("Not supported: refused.", dict[str, Any]),
     ("POST", "/forward_backward"): Described(
         "Gradients of a batch: a ForwardBackwardRequest, compressed with zstd if Content-Encoding says so.",
@@ -82,54 +90,60 @@ _TINKER: dict[tuple[str, str], Described] = {
         _Future,
         media=PROTOBUF,
     ),
-    ("POST", "/optim_step"): Described("A step of the optimizer.", types.OptimStepRequest, _Future),
-    ("POST", "/save_weights"): Described("A checkpoint to train on from.", types.SaveWeightsRequest, _Future),
+    ("POST", "/optim_step"): Described("A step of the optimizer.", training_types.OptimStepRequest, _Future),
+    ("POST", "/save_weights"): Described("A checkpoint to train on from.", training_types.SaveWeightsRequest, _Future),
     ("POST", "/save_weights_for_sampler"): Described(
-        "Weights to sample from.", types.SaveWeightsForSamplerRequest, _Future
+        "Weights to sample from.", training_types.SaveWeightsForSamplerRequest, _Future
     ),
     ("POST", "/save_weights_external"): Described(
-        "An export for other software.", types.SaveWeightsExternalRequest, _Future
+        "An export for other software.", training_types.SaveWeightsExternalRequest, _Future
     ),
     ("POST", "/external_weights_upload_start"): Described(
-        "Where to put an adapter.", types.ExternalWeightsUploadStartRequest, types.ExternalWeightsUploadStarted
+        "Where to put an adapter.",
+        training_types.ExternalWeightsUploadStartRequest,
+        training_types.ExternalWeightsUploadStarted,
     ),
     ("POST", "/external_weights_upload_finish"): Described(
-        "Makes a checkpoint of it.", types.ExternalWeightsUploadFinishRequest, types.ExternalWeightsUploadFinished
+        "Makes a checkpoint of it.",
+        training_types.ExternalWeightsUploadFinishRequest,
+        training_types.ExternalWeightsUploadFinished,
     ),
-    ("POST", "/load_weights"): Described("Weights of a checkpoint.", types.LoadWeightsRequest, _Future),
-    ("POST", "/weights_info"): Described("What a checkpoint holds.", types.WeightsInfoRequest, types.WeightsInfo),
+    ("POST", "/load_weights"): Described("Weights of a checkpoint.", training_types.LoadWeightsRequest, _Future),
+    ("POST", "/weights_info"): Described(
+        "What a checkpoint holds.", training_types.WeightsInfoRequest, training_types.WeightsInfo
+    ),
     ("POST", "/copy_weights"): Described(
         "A checkpoint of one's own.", accounts.CopyWeightsRequest, accounts.CopyWeightsResponse
     ),
     ("POST", "/create_sampling_session"): Described(
-        "A sampler.", types.CreateSamplingSessionRequest, types.CreateSamplingSessionResponse
+        "A sampler.", sampling_types.CreateSamplingSessionRequest, sampling_types.CreateSamplingSessionResponse
     ),
-    ("POST", "/asample"): Described("Samples.", types.SampleRequest, _Sampled),
-    ("GET", "/samplers/{sampler_id}"): Described("What a sampler samples from.", None, types.SamplerInfo),
+    ("POST", "/asample"): Described("Samples.", sampling_types.SampleRequest, _Sampled),
+    ("GET", "/samplers/{sampler_id}"): Described("What a sampler samples from.", None, sampling_types.SamplerInfo),
     ("POST", "/join_sampling_session"): Described(
         "A further client of a sampler.", accounts.JoinSamplingSessionRequest, accounts.JoinSamplingSessionResponse
     ),
     ("POST", "/retrieve_future"): Described(
         "A result, once there is one: tensors as protobuf, everything else as JSON.",
-        types.RetrieveFutureRequest,
+        service_types.RetrieveFutureRequest,
         None,
         answered_as=(JSON, PROTOBUF),
-        status={408: types.TryAgain},
+        status={408: service_types.TryAgain},
     ),
     ("POST", "/retrieve_futures"): Described(
         "Which results are there.", accounts.RetrieveFuturesRequest, accounts.RetrieveFuturesResponse
     ),
-    ("POST", "/cancel_future"): Described("Nobody waits for a sample any more.", types.CancelFutureRequest),
-    ("GET", "/training_runs"): Described("Models, newest first.", None, types.TrainingRunList, query=_PAGE),
-    ("GET", _RUN): Described("A model.", None, types.TrainingRun),
-    ("GET", f"{_RUN}/checkpoints"): Described("A model's checkpoints.", None, types.CheckpointList),
-    ("GET", "/checkpoints"): Described("Checkpoints, newest first.", None, types.CheckpointList, query=_PAGE),
+    ("POST", "/cancel_future"): Described("Nobody waits for a sample any more.", service_types.CancelFutureRequest),
+    ("GET", "/training_runs"): Described("Models, newest first.", None, training_types.TrainingRunList, query=_PAGE),
+    ("GET", _RUN): Described("A model.", None, training_types.TrainingRun),
+    ("GET", f"{_RUN}/checkpoints"): Described("A model's checkpoints.", None, training_types.CheckpointList),
+    ("GET", "/checkpoints"): Described("Checkpoints, newest first.", None, training_types.CheckpointList, query=_PAGE),
     ("DELETE", _CHECKPOINT): Described("Deletes a checkpoint."),
     ("POST", f"{_CHECKPOINT}/publish"): Described("Everybody here may use it."),
     ("DELETE", f"{_CHECKPOINT}/publish"): Described("Only its owner may use it."),
-    ("PUT", f"{_CHECKPOINT}/ttl"): Described("When it ends.", types.TtlRequest),
+    ("PUT", f"{_CHECKPOINT}/ttl"): Described("When it ends.", training_types.TtlRequest),
     ("GET", f"{_RUN}/checkpoints/external_weights/{{name}}/external_weights_urls"): Described(
-        "Addresses of an export's files.", None, types.ExternalWeightsUrls
+        "Addresses of an export's files.", None, training_types.ExternalWeightsUrls
     ),
     ("GET", "/files/{token}/{name}"): Described(
         "A file of an export.", None, bytes, answered_as=(BYTES,), is_open=True

@@ -16,7 +16,7 @@ from tinsmith.api.signing import read_token, sign
 from tinsmith.errors import GoneError, NotFoundError
 from tinsmith.manifests import MANIFEST, DamagedCheckpointError, verify_folder
 from tinsmith.store import records
-from tinsmith.wire import types
+from tinsmith.wire import training_types
 
 FILES = "/files"
 LIFETIME_SECONDS = 3600.0
@@ -36,7 +36,7 @@ async def external_weights_urls(call: Call) -> Response:
     names = await run_in_threadpool(_files, Path(checkpoint.folder))
     base = str(call.request.url).partition("/training_runs/")[0]
     urls = {name: f"{base}{FILES}/{token}/{quote(name)}" for name in names}
-    return answer(types.ExternalWeightsUrls(urls, datetime.fromtimestamp(expires, UTC).isoformat()))
+    return answer(training_types.ExternalWeightsUrls(urls, datetime.fromtimestamp(expires, UTC).isoformat()))
 
 
 def _require_export(conn: sa.Connection, path: str, owner: str) -> records.Checkpoint:

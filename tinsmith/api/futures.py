@@ -18,7 +18,7 @@ from tinsmith.wire.codec import encode_train_output
 from tinsmith.wire.jobs import Future
 from tinsmith.wire.packing import SampleOutput, TrainOutput
 from tinsmith.wire.sample_codec import encode_sample_output
-from tinsmith.wire.types import RequestFailed, RetrieveFutureRequest, TryAgain
+from tinsmith.wire.service_types import RequestFailed, RetrieveFutureRequest, TryAgain
 
 PROTOBUF = "application/x-protobuf"
 

@@ -7,7 +7,7 @@ from tinsmith.api.calls import Call, answer
 from tinsmith.api.tokens import ORGANIZATION
 from tinsmith.errors import UserError
 from tinsmith.store import keys
-from tinsmith.wire import types
+from tinsmith.wire import service_types
 
 
 async def issue_token(call: Call) -> Response:
@@ -15,17 +15,22 @@ async def issue_token(call: Call) -> Response:
     tokens, caller = call.services.access.tokens, call.caller
     if not tokens.lifetime:
         raise UserError("this server issues no tokens (token_minutes is 0); send the API key itself")
-    return answer(types.AuthTokenResponse(await tokens.issue(caller.owner, caller.digest, caller.name, caller.until)))
+    return answer(
+        service_types.AuthTokenResponse(await tokens.issue(caller.owner, caller.digest, caller.name, caller.until))
+    )
 
 
 async def describe_key(call: Call) -> Response:
     """GET /auth/apikey/me: the key that was sent."""
     caller = call.caller
     number = int(caller.digest[:12] or "0", 16)
-    organization, user = types.NamedOrganization(ORGANIZATION), types.KeyUser(f"{caller.owner}@localhost")
+    organization, user = (
+        service_types.NamedOrganization(ORGANIZATION),
+        service_types.KeyUser(f"{caller.owner}@localhost"),
+    )
     role = "admin" if caller.is_admin else "user"
     name = caller.name or "any"
-    return answer(types.KeyInfo(number, name, role, types.KeyDetails(organization, user)))
+    return answer(service_types.KeyInfo(number, name, role, service_types.KeyDetails(organization, user)))
 
 
 async def revoke_own_key(call: Call) -> Response:

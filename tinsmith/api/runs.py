@@ -15,7 +15,7 @@ from tinsmith.api.sessions import labels
 from tinsmith.errors import NotFoundError
 from tinsmith.protocols import ModelSpec
 from tinsmith.store import audit, records
-from tinsmith.wire import types
+from tinsmith.wire import training_types
 
 _RECENT = 100  # checkpoints of a run among which its last ones are looked for
 _ALL = 100_000  # checkpoints of one run in its unpaged list
@@ -25,10 +25,10 @@ async def list_runs(call: Call) -> Response:
     """GET /training_runs: newest first."""
     limit, offset = call.page()
     runs, total = await call.services.database.read_async(_runs, call.viewer, limit, offset)
-    return answer(types.TrainingRunList(runs, types.Cursor(offset, limit, total)))
+    return answer(training_types.TrainingRunList(runs, training_types.Cursor(offset, limit, total)))
 
 
-def _runs(conn: sa.Connection, owner: str, limit: int, offset: int) -> tuple[list[types.TrainingRun], int]:
+def _runs(conn: sa.Connection, owner: str, limit: int, offset: int) -> tuple[list[training_types.TrainingRun], int]:
     models, total = records.list_models(conn, owner, limit, offset)
     return [_run(conn, model) for model in models], total
 
@@ -38,15 +38,15 @@ async def get_run(call: Call) -> Response:
     return answer(await call.services.database.read_async(_require_run, call.path("run_id"), call.viewer))
 
 
-def _require_run(conn: sa.Connection, run_id: str, owner: str) -> types.TrainingRun:
+def _require_run(conn: sa.Connection, run_id: str, owner: str) -> training_types.TrainingRun:
     return _run(conn, records.require_model(conn, run_id, owner))
 
 
-def _run(conn: sa.Connection, model: records.Model) -> types.TrainingRun:
+def _run(conn: sa.Connection, model: records.Model) -> training_types.TrainingRun:
     recent, _ = records.list_checkpoints(conn, model.owner, _RECENT, 0, model.id)
     last = {checkpoint.kind: _checkpoint(checkpoint) for checkpoint in reversed(recent)}
     spec = ModelSpec(**model.spec)
-    return types.TrainingRun(
+    return training_types.TrainingRun(
         training_run_id=model.id,
         base_model=model.base_name,
         model_owner=model.owner,
@@ -65,17 +65,21 @@ async def list_run_checkpoints(call: Call) -> Response:
     return answer(await call.services.database.read_async(_run_checkpoints, call.path("run_id"), call.viewer))
 
 
-def _run_checkpoints(conn: sa.Connection, run_id: str, owner: str) -> types.CheckpointList:
+def _run_checkpoints(conn: sa.Connection, run_id: str, owner: str) -> training_types.CheckpointList:
     records.require_model(conn, run_id, owner)
     checkpoints, total = records.list_checkpoints(conn, owner, _ALL, 0, run_id)
-    return types.CheckpointList([_checkpoint(each) for each in checkpoints], types.Cursor(0, _ALL, total))
+    return training_types.CheckpointList(
+        [_checkpoint(each) for each in checkpoints], training_types.Cursor(0, _ALL, total)
+    )
 
 
 async def list_checkpoints(call: Call) -> Response:
     """GET /checkpoints: of all runs, newest first."""
     limit, offset = call.page(default=100)
     page, total = await call.services.database.read_async(records.list_checkpoints, call.viewer, limit, offset)
-    return answer(types.CheckpointList([_checkpoint(each) for each in page], types.Cursor(offset, limit, total)))
+    return answer(
+        training_types.CheckpointList([_checkpoint(each) for each in page], training_types.Cursor(offset, limit, total))
+    )
 
 
 async def delete_checkpoint(call: Call) -> Response:
@@ -104,7 +108,7 @@ async def unpublish(call: Call) -> Response:
 
 async def set_ttl(call: Call) -> Response:
     """PUT …/ttl: seconds from now, or null for ever."""
-    body = await call.json(types.TtlRequest)
+    body = await call.json(training_types.TtlRequest)
     expires_at = None if body.ttl_seconds is None else time.time() + body.ttl_seconds
     await call.services.database.write_async(_change, _path(call), call.owner, "set_ttl", expires_at=expires_at)
     return answer({})
@@ -129,8 +133,8 @@ def _path(call: Call) -> str:
     return str(CheckpointPath(call.path("run_id"), KINDS[segment], call.path("name")))
 
 
-def _checkpoint(checkpoint: records.Checkpoint) -> types.CheckpointInfo:
-    return types.CheckpointInfo(
+def _checkpoint(checkpoint: records.Checkpoint) -> training_types.CheckpointInfo:
+    return training_types.CheckpointInfo(
         checkpoint_id=CheckpointPath(checkpoint.model_id, checkpoint.kind, checkpoint.name).checkpoint_id,
         checkpoint_type=checkpoint.kind,
         time=_timestamp(checkpoint.created_at),

@@ -15,16 +15,16 @@ from tinsmith.api.weights import check_base
 from tinsmith.errors import GoneError, NotFoundError, UserError
 from tinsmith.protocols import BASE_SNAPSHOT
 from tinsmith.store import queue, records
-from tinsmith.wire import types
+from tinsmith.wire import sampling_types, service_types, training_types
 from tinsmith.wire.codec import Limits
 from tinsmith.wire.jobs import GONE_SNAPSHOT, Job
 from tinsmith.wire.sample_codec import sample_call, sample_cost
-from tinsmith.wire.types import SampleRequest
+from tinsmith.wire.sampling_types import SampleRequest
 
 
 async def create_sampling_session(call: Call) -> Response:
     """POST /create_sampling_session: a sampler of the base model, or of a checkpoint."""
-    body = await call.json(types.CreateSamplingSessionRequest)
+    body = await call.json(sampling_types.CreateSamplingSessionRequest)
     catalog = call.services.catalog
     snapshot, model_id = BASE_SNAPSHOT, None
     if body.model_path is not None:
@@ -46,7 +46,7 @@ async def create_sampling_session(call: Call) -> Response:
         created_at=time.time(),
     )
     await call.services.database.write_async(_create_sampler, sampler)
-    return answer(types.CreateSamplingSessionResponse(sampler.id))
+    return answer(sampling_types.CreateSamplingSessionResponse(sampler.id))
 
 
 async def _require_weights(call: Call, text: str, base_model: str | None) -> records.Checkpoint:
@@ -78,7 +78,7 @@ async def asample(call: Call) -> Response:
     services.doorbell.ring("jobs")
     call.accepted(request_id)
     sequence_ids = [f"{request_id}-{index}" for index in range(request.num_samples)]
-    return answer(types.SampleFuture(request_id, sequence_ids))
+    return answer(training_types.SampleFuture(request_id, sequence_ids))
 
 
 def _job(request: SampleRequest, limits: Limits, call: Call) -> Job:
@@ -103,7 +103,7 @@ def _submit(conn: sa.Connection, catalog: Catalog, job: Job) -> str:
 
 async def cancel_future(call: Call) -> Response:
     """POST /cancel_future: the client no longer waits for a sample. One that has ended keeps its result."""
-    body = await call.json(types.CancelFutureRequest)
+    body = await call.json(service_types.CancelFutureRequest)
     services = call.services
     given_up = await services.database.write_async(_give_up, body.request_id, call.owner)
     if given_up:
@@ -126,4 +126,4 @@ async def get_sampler(call: Call) -> Response:
     """GET /samplers/{sampler_id}."""
     sampler = await call.services.database.read_async(records.require_sampler, call.path("sampler_id"), call.viewer)
     path = sampler.snapshot if sampler.snapshot.startswith(SCHEME) else None
-    return answer(types.SamplerInfo(sampler.id, sampler.base_name, path))
+    return answer(sampling_types.SamplerInfo(sampler.id, sampler.base_name, path))

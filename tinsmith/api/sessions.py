@@ -10,12 +10,12 @@ from starlette.responses import Response
 
 from tinsmith.api.calls import Call, answer
 from tinsmith.store import queue, quotas, records
-from tinsmith.wire import types
+from tinsmith.wire import service_types, types
 
 
 async def create_session(call: Call) -> Response:
     """POST /create_session."""
-    body = await call.json(types.CreateSessionRequest)
+    body = await call.json(service_types.CreateSessionRequest)
     now = time.time()
     session = records.Session(
         id=secrets.token_hex(8),
@@ -31,19 +31,19 @@ async def create_session(call: Call) -> Response:
         seen_at=now,
     )
     await call.services.database.write_async(quotas.create_session, session)
-    return answer(types.CreateSessionResponse(session.id))
+    return answer(service_types.CreateSessionResponse(session.id))
 
 
 async def session_heartbeat(call: Call) -> Response:
     """POST /session_heartbeat."""
-    body = await call.json(types.SessionHeartbeatRequest)
+    body = await call.json(service_types.SessionHeartbeatRequest)
     await call.services.presence.beat(body.session_id, call.owner)
-    return answer(types.SessionHeartbeatResponse())
+    return answer(service_types.SessionHeartbeatResponse())
 
 
 async def finish_session(call: Call) -> Response:
     """POST /sessions/{session_id}/finish: the first reason stands. Samples under way are given up."""
-    body = await call.json(types.FinishSessionRequest)
+    body = await call.json(service_types.FinishSessionRequest)
     reason = body.reason.type if body.detail is None else f"{body.reason.type}: {body.detail}"
     services = call.services
     session_id = call.path("session_id")
@@ -64,7 +64,7 @@ async def list_sessions(call: Call) -> Response:
     """GET /sessions: ids, newest first."""
     limit, offset = call.page()
     sessions, _ = await call.services.database.read_async(records.list_sessions, call.viewer, limit, offset)
-    return answer(types.SessionList([session.id for session in sessions]))
+    return answer(service_types.SessionList([session.id for session in sessions]))
 
 
 async def get_session(call: Call) -> Response:
@@ -72,9 +72,9 @@ async def get_session(call: Call) -> Response:
     return answer(await call.services.database.read_async(_info, call.path("session_id"), call.viewer))
 
 
-def _info(conn: sa.Connection, session_id: str, owner: str) -> types.SessionInfo:
+def _info(conn: sa.Connection, session_id: str, owner: str) -> service_types.SessionInfo:
     session = records.require_session(conn, session_id, owner)
-    return types.SessionInfo(
+    return service_types.SessionInfo(
         training_run_ids=[model.id for model in records.models_of_session(conn, session_id)],
         sampler_ids=[sampler.id for sampler in records.samplers_of_session(conn, session_id)],
         user_metadata=labels(session.user_metadata),

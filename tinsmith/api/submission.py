@@ -20,7 +20,7 @@ from tinsmith.errors import GoneError, UserError
 from tinsmith.store import queue, records
 from tinsmith.wire.codec import Address
 from tinsmith.wire.jobs import Job
-from tinsmith.wire.types import Addressed, TrainingRequest, UntypedFuture
+from tinsmith.wire.training_types import Addressed, TrainingRequest, UntypedFuture
 
 Body = TypeVar("Body", bound=TrainingRequest)
 

@@ -18,7 +18,7 @@ from tinsmith.protocols import Capabilities, ModelSpec
 from tinsmith.store import queue, records, retention
 from tinsmith.store.custom_losses import require_custom_loss
 from tinsmith.wire import messages_pb2 as pb
-from tinsmith.wire import types
+from tinsmith.wire import training_types, types
 from tinsmith.wire.codec import (
     Address,
     Limits,
@@ -36,7 +36,7 @@ _ADDRESS_BYTES = 1024  # of the beginning, which hold model and seq
 
 async def create_model(call: Call) -> Response:
     """POST /create_model: a record and, as its seq 0, the job that makes it."""
-    body = await call.json(types.CreateModelRequest)
+    body = await call.json(training_types.CreateModelRequest)
     services = call.services
     base = services.catalog.require(body.base_model).base
     check_optimizer(body.optimizer_config)
@@ -48,7 +48,7 @@ async def create_model(call: Call) -> Response:
     request_id = await services.database.write_async(create_with_job, model, draft, most, call.trace)
     services.doorbell.ring("jobs")
     call.accepted(request_id)
-    return answer(types.UntypedFuture(request_id, model.id))
+    return answer(training_types.UntypedFuture(request_id, model.id))
 
 
 def new_model(
@@ -104,12 +104,12 @@ def _check_number(models: Sequence[records.Model], most: int) -> None:
         )
 
 
-def check_optimizer(config: types.OptimizerConfig | None) -> None:
+def check_optimizer(config: training_types.OptimizerConfig | None) -> None:
     if config is not None and config.type != OPTIMIZER:
         raise UserError(f"optimizer {config.type!r} is not supported; this server trains with {OPTIMIZER!r}")
 
 
-def _spec(lora: types.LoraConfig | None, capabilities: Capabilities) -> ModelSpec:
+def _spec(lora: training_types.LoraConfig | None, capabilities: Capabilities) -> ModelSpec:
     """What the request asks for; without a LoRA configuration, or at rank 0, a full-parameter model."""
     if lora is None:
         return ModelSpec(rank=0, seed=secrets.randbits(63))
@@ -126,22 +126,22 @@ def _spec(lora: types.LoraConfig | None, capabilities: Capabilities) -> ModelSpe
 
 async def get_info(call: Call) -> Response:
     """POST /get_info."""
-    body = await call.json(types.GetInfoRequest)
+    body = await call.json(training_types.GetInfoRequest)
     services = call.services
     model = await services.database.read_async(records.require_model, body.model_id, call.viewer)
     spec = ModelSpec(**model.spec)
     catalog = services.catalog
     catalog.find_base(model.base, f"model {model.id!r}")
     architecture, tokenizer = catalog.capabilities(model.base).architecture, catalog.tokenizer(model.base)
-    data = types.ModelData(architecture, model.base_name, tokenizer)
+    data = training_types.ModelData(architecture, model.base_name, tokenizer)
     return answer(
-        types.GetInfoResponse(
+        training_types.GetInfoResponse(
             model_id=model.id,
             model_data=data,
             is_lora=spec.is_lora,
             lora_rank=spec.rank if spec.is_lora else None,
             model_name=model.base_name,
-            optimizer_config=types.OptimizerConfig(spec.optimizer),
+            optimizer_config=training_types.OptimizerConfig(spec.optimizer),
         )
     )
 
@@ -192,10 +192,10 @@ def _draft(message: pb.ForwardBackwardRequest, limits: Limits, program: dict[str
 
 async def optim_step(call: Call) -> Response:
     """POST /optim_step."""
-    return await submit_json(call, "optim_step", types.OptimStepRequest, _prepare_step)
+    return await submit_json(call, "optim_step", training_types.OptimStepRequest, _prepare_step)
 
 
-def _prepare_step(body: types.OptimStepRequest, conn: sa.Connection, model: records.Model) -> Draft:
+def _prepare_step(body: training_types.OptimStepRequest, conn: sa.Connection, model: records.Model) -> Draft:
     check_optimizer(body.optimizer_params)
     if body.adam_params is None:
         raise UserError("optim_step needs adam_params")

@@ -37,7 +37,7 @@ from tinsmith.errors import (
 )
 from tinsmith.protocols import ModelSpec
 from tinsmith.store import keys, queue, records
-from tinsmith.wire import types
+from tinsmith.wire import training_types
 
 FILES = "/uploads"
 LIFETIME_SECONDS = 3600.0
@@ -63,7 +63,7 @@ class Upload(msgspec.Struct, frozen=True):
     owner: str
     base: str
     base_name: str
-    lora: types.LoraConfig
+    lora: training_types.LoraConfig
     project_id: str | None
     most_bytes: int
     expires: float
@@ -79,7 +79,7 @@ class Upload(msgspec.Struct, frozen=True):
 
 async def start(call: Call) -> Response:
     """POST /external_weights_upload_start: an address for each file of an adapter."""
-    body = await call.json(types.ExternalWeightsUploadStartRequest)
+    body = await call.json(training_types.ExternalWeightsUploadStartRequest)
     services = call.services
     base = services.catalog.require(body.base_model).base
     capabilities = services.catalog.capabilities(base)
@@ -103,7 +103,7 @@ async def start(call: Call) -> Response:
     prefix = str(call.request.url).removesuffix("/external_weights_upload_start")
     urls = {name: f"{prefix}{FILES}/{_token(services, upload, name)}/{name}" for name in (_CONFIG, _WEIGHTS)}
     expires = datetime.fromtimestamp(upload.expires, UTC).isoformat()
-    return answer(types.ExternalWeightsUploadStarted(upload.id, urls, expires))
+    return answer(training_types.ExternalWeightsUploadStarted(upload.id, urls, expires))
 
 
 def _token(services: Services, upload: Upload, name: str) -> str:
@@ -209,7 +209,7 @@ async def finish(call: Call) -> Response:
 
     The same upload again gives the same checkpoint.
     """
-    body = await call.json(types.ExternalWeightsUploadFinishRequest)
+    body = await call.json(training_types.ExternalWeightsUploadFinishRequest)
     services = call.services
     if not body.upload_id.isalnum():
         raise NotFoundError(f"there is no upload {body.upload_id!r}")
@@ -227,7 +227,7 @@ async def finish(call: Call) -> Response:
     if future.state != "done":
         raise UserError(f"the upload was not taken: {future.error or future.state}")
     path = msgspec.json.decode(future.body or b"{}")["path"]
-    return answer(types.ExternalWeightsUploadFinished(path))
+    return answer(training_types.ExternalWeightsUploadFinished(path))
 
 
 def _require_whole(call: Call, upload_id: str) -> Upload:

@@ -15,16 +15,16 @@ from tinsmith.api.training import check_optimizer, create_with_job, new_model
 from tinsmith.errors import UserError
 from tinsmith.protocols import ModelSpec
 from tinsmith.store import queue, records
-from tinsmith.wire import types
+from tinsmith.wire import training_types
 from tinsmith.wire.codec import Address
 
 
 async def save_weights(call: Call) -> Response:
     """POST /save_weights: weights and optimizer state, to go on training from."""
-    return await submit_json(call, "save_weights", types.SaveWeightsRequest, _prepare_save)
+    return await submit_json(call, "save_weights", training_types.SaveWeightsRequest, _prepare_save)
 
 
-def _prepare_save(body: types.SaveWeightsRequest, conn: sa.Connection, model: records.Model) -> Draft:
+def _prepare_save(body: training_types.SaveWeightsRequest, conn: sa.Connection, model: records.Model) -> Draft:
     path = _new_path(conn, model, "training", body.path or f"{body.seq_id:06d}", overwrite=body.overwrite)
     return json_draft(
         "save_weights",
@@ -49,10 +49,14 @@ def _new_path(
 
 async def save_weights_for_sampler(call: Call) -> Response:
     """POST /save_weights_for_sampler: a named checkpoint, or an unnamed snapshot with a sampler of its own."""
-    return await submit_json(call, "save_weights_for_sampler", types.SaveWeightsForSamplerRequest, _prepare_snapshot)
+    return await submit_json(
+        call, "save_weights_for_sampler", training_types.SaveWeightsForSamplerRequest, _prepare_snapshot
+    )
 
 
-def _prepare_snapshot(body: types.SaveWeightsForSamplerRequest, conn: sa.Connection, model: records.Model) -> Draft:
+def _prepare_snapshot(
+    body: training_types.SaveWeightsForSamplerRequest, conn: sa.Connection, model: records.Model
+) -> Draft:
     number = body.sampling_session_seq_id
     if number is not None and body.path is not None:
         raise UserError(f"path {body.path!r} and sampling_session_seq_id {number} exclude each other; give one of them")
@@ -95,10 +99,12 @@ def _new_sampler(conn: sa.Connection, model: records.Model, number: int, seq: in
 
 async def save_weights_external(call: Call) -> Response:
     """POST /save_weights_external: weights in the form that other software reads."""
-    return await submit_json(call, "save_weights_external", types.SaveWeightsExternalRequest, _prepare_export)
+    return await submit_json(call, "save_weights_external", training_types.SaveWeightsExternalRequest, _prepare_export)
 
 
-def _prepare_export(body: types.SaveWeightsExternalRequest, conn: sa.Connection, model: records.Model) -> Draft:
+def _prepare_export(
+    body: training_types.SaveWeightsExternalRequest, conn: sa.Connection, model: records.Model
+) -> Draft:
     read_recipients(body.age_encryption_recipients or [])
     path = _new_path(conn, model, "external", body.path)
     return json_draft(
@@ -114,7 +120,7 @@ async def load_weights(call: Call) -> Response:
     """POST /load_weights: into an existing model, or as the beginning of a new one."""
     content = await call.content(SMALL_BODY)
     try:
-        body = decode_json(content, types.LoadWeightsRequest)
+        body = decode_json(content, training_types.LoadWeightsRequest)
         _check_load(body)
         if body.session_id is not None and body.model_seq_id is not None:
             return await _load_into_new(call, body, body.session_id, body.model_seq_id)
@@ -126,7 +132,7 @@ async def load_weights(call: Call) -> Response:
         return await refuse(call, "load_weights", json_address(content), refusal)
 
 
-def _check_load(body: types.LoadWeightsRequest) -> None:
+def _check_load(body: training_types.LoadWeightsRequest) -> None:
     path = parse_path(body.path)
     if body.model_id is not None and body.session_id is not None:
         raise UserError(f"model_id {body.model_id!r} and session_id {body.session_id!r} exclude each other; give one")
@@ -135,7 +141,9 @@ def _check_load(body: types.LoadWeightsRequest) -> None:
     check_optimizer(body.optimizer_config)
 
 
-def _prepare_load(body: types.LoadWeightsRequest, reader: str, conn: sa.Connection, model: records.Model) -> Draft:
+def _prepare_load(
+    body: training_types.LoadWeightsRequest, reader: str, conn: sa.Connection, model: records.Model
+) -> Draft:
     # A checkpoint of the model itself may still be on its way: its save can be queued in front of this request.
     if parse_path(body.path).model_id != model.id:
         checkpoint = records.require_checkpoint(conn, body.path, reader)
@@ -147,7 +155,7 @@ def _prepare_load(body: types.LoadWeightsRequest, reader: str, conn: sa.Connecti
     return json_draft("load_weights", path=body.path, optimizer=body.optimizer, create=False)
 
 
-async def _load_into_new(call: Call, body: types.LoadWeightsRequest, session_id: str, number: int) -> Response:
+async def _load_into_new(call: Call, body: training_types.LoadWeightsRequest, session_id: str, number: int) -> Response:
     services = call.services
     reader = await call.reader(body.weights_access_token)
     checkpoint = await services.database.read_async(records.require_checkpoint, body.path, reader)
@@ -165,7 +173,7 @@ async def _load_into_new(call: Call, body: types.LoadWeightsRequest, session_id:
     request_id = await services.database.write_async(create_with_job, model, draft, most, call.trace)
     services.doorbell.ring("jobs")
     call.accepted(request_id)
-    return answer(types.UntypedFuture(request_id, model.id))
+    return answer(training_types.UntypedFuture(request_id, model.id))
 
 
 def check_base(call: Call, checkpoint: records.Checkpoint, base_model: str | None) -> None:
@@ -179,18 +187,18 @@ def check_base(call: Call, checkpoint: records.Checkpoint, base_model: str | Non
 
 async def weights_info(call: Call) -> Response:
     """POST /weights_info: what a checkpoint, one's own or a published one, holds."""
-    body = await call.json(types.WeightsInfoRequest)
+    body = await call.json(training_types.WeightsInfoRequest)
     path = str(parse_path(body.tinker_path))
     checkpoint = await call.services.database.read_async(records.require_checkpoint, path, call.viewer)
     spec = ModelSpec(**checkpoint.spec)
     return answer(
-        types.WeightsInfo(
+        training_types.WeightsInfo(
             base_model=checkpoint.base_name,
             is_lora=spec.is_lora,
             lora_rank=spec.rank if spec.is_lora else None,
             train_unembed=spec.train_unembed,
             train_mlp=spec.train_mlp,
             train_attn=spec.train_attn,
-            optimizer_config=types.OptimizerConfig(spec.optimizer),
+            optimizer_config=training_types.OptimizerConfig(spec.optimizer),
         )
     )

@@ -15,8 +15,8 @@ from tinsmith.errors import TooLargeError, UserError
 from tinsmith.wire import messages_pb2 as pb
 from tinsmith.wire.codec import Limits
 from tinsmith.wire.packing import Int32, Int64, SampleCall, SampleOutput
+from tinsmith.wire.sampling_types import EncodedText, SampleRequest, SamplingParams, TensorData
 from tinsmith.wire.tensors import FLOAT32, INT32, INT64, dense_tensor, densify
-from tinsmith.wire.types import EncodedText, SampleRequest, SamplingParams, TensorData
 
 MAX_STOPS = 256
 MAX_STOP_LENGTH = 1000

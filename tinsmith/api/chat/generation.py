@@ -18,7 +18,7 @@ from tinsmith.api.chat.streams import Inbox, TokenStreams
 from tinsmith.api.chat.targets import Target
 from tinsmith.errors import GoneError, TinsmithError, UserError
 from tinsmith.store import queue
-from tinsmith.wire import types
+from tinsmith.wire import sampling_types, types
 from tinsmith.wire.jobs import Future, Job
 from tinsmith.wire.packing import SampleOutput
 from tinsmith.wire.progress import Progress
@@ -45,10 +45,10 @@ class Ask:
     stops: tuple[str, ...] = ()
     top_logprobs: int = 0
 
-    def to_request(self, sampler_id: str, seq: int) -> types.SampleRequest:
-        return types.SampleRequest(
-            prompt=types.ModelInput([types.EncodedText(self.prompt)]),
-            sampling_params=types.SamplingParams(
+    def to_request(self, sampler_id: str, seq: int) -> sampling_types.SampleRequest:
+        return sampling_types.SampleRequest(
+            prompt=sampling_types.ModelInput([sampling_types.EncodedText(self.prompt)]),
+            sampling_params=sampling_types.SamplingParams(
                 max_tokens=self.max_tokens,
                 seed=self.seed,
                 stop=list(self.stops) or None,
