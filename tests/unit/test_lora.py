@@ -17,6 +17,7 @@ from tinsmith.models.lora import (
 from tinsmith.protocols import ModelSpec
 
 INPUTS, OUTPUTS, LINEAR = 6, 10, 2
+CPU = torch.device("cpu")
 
 
 def layout_of(rank: int, linears: tuple[int, ...] = (0, LINEAR)) -> AdapterLayout:
@@ -132,16 +133,23 @@ def test_a_copy_keeps_its_weights_when_the_original_changes() -> None:
     assert copied.grad is None
 
 
-def test_initial_weights_come_from_one_stream_of_the_seed_in_layout_order() -> None:
+def test_initial_weights_are_kaiming_uniform_in_a_and_zero_in_b() -> None:
     layout = layout_of(4)
-    flat = initial_weights(layout, seed=3)
-    generator = torch.Generator().manual_seed(3)
+    flat = initial_weights(layout, 3, CPU)
     for name, view in layout.named_views(flat).items():
         if name.endswith("A"):
-            expected_a = torch.empty(4, INPUTS).uniform_(-(INPUTS**-0.5), INPUTS**-0.5, generator=generator)
-            torch.testing.assert_close(view, expected_a)
+            assert view.abs().max() <= INPUTS**-0.5
+            assert view.std() == pytest.approx((3 * INPUTS) ** -0.5, rel=0.25)
         else:
             assert not view.any()
+
+
+def test_every_a_of_every_seed_begins_with_other_weights_and_with_the_same_ones_again() -> None:
+    layout = layout_of(4)
+    drawn = [initial_weights(layout, seed, CPU) for seed in (3, 4)]
+    matrices = [layout.views(flat)[position] for flat in drawn for position in layout.a_positions]
+    assert len({tuple(matrix.flatten().tolist()) for matrix in matrices}) == 2 * len(layout.a_positions)
+    assert torch.equal(drawn[0], initial_weights(layout, 3, CPU))
 
 
 def test_layers_with_the_same_input_are_one_product_and_equal_separate_ones() -> None:

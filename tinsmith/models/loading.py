@@ -171,7 +171,7 @@ class BaseModel:
     def new_adapter(self, spec: ModelSpec) -> Adapter:
         """A fresh adapter: A drawn from `spec.seed`, B zero."""
         layout = self.layout(spec)
-        return Adapter(spec, layout, initial_weights(layout, spec.seed).to(self.device), self.dtype)
+        return Adapter(spec, layout, initial_weights(layout, spec.seed, self.device), self.dtype)
 
     def full_copy(self, *, trainable: bool) -> nn.Module:
         """A plain Hugging Face module with its own copy of every weight."""

@@ -9,9 +9,11 @@ Shapes: `T` rows of the batch, `N` rows of one segment, `I` inputs, `O` outputs 
 """
 
 from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -121,16 +123,22 @@ class Adapter(FlatWeights):
         return Adapter(self.spec, self.layout, self.weights.clone(), self.compute.dtype)
 
 
-def initial_weights(layout: AdapterLayout, seed: int) -> Tensor:
-    """Flat fp32 weights on the CPU: A kaiming-uniform as in PEFT, B zero.
+def initial_weights(layout: AdapterLayout, seed: int, device: torch.device) -> Tensor:
+    """Flat fp32 weights: A kaiming-uniform as in PEFT, B zero. Equal on every device.
 
-    One generator, seeded by `seed`, draws the A matrices one after the other, in the layout's order.
+    Each A has a random stream of its own, of `seed` and its position in the layout, so that threads draw them at once.
     """
-    flat = torch.zeros(layout.total)
-    generator = torch.Generator().manual_seed(seed)
+    flat = torch.zeros(layout.total, device=device)
     views = layout.views(flat)
-    for position in layout.a_positions:
-        nn.init.kaiming_uniform_(views[position], a=KAIMING_SLOPE, generator=generator)
+
+    def draw(position: int) -> Tensor:
+        stream = np.random.SeedSequence([seed, position]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(stream[0]))
+        return nn.init.kaiming_uniform_(torch.empty(layout.shapes[position]), KAIMING_SLOPE, generator=generator)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        for position, a_RI in zip(layout.a_positions, threads.map(draw, layout.a_positions), strict=True):
+            views[position].copy_(a_RI)
     return flat
 
 
