@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from tests.contract.api_fixtures import Api, running_api
-from tinsmith.store import queue, records
+from tinsmith.store import queue, quotas, records
 from tinsmith.wire import messages_pb2 as pb
 from tinsmith.wire.jobs import Future
 from tinsmith.wire.packing import SampleCall
@@ -338,6 +338,27 @@ def test_a_key_may_come_as_a_bearer_token(keyed: Api) -> None:
     with keyed.client(None) as client:
         answer = client.get("/sessions", headers={"Authorization": f"Bearer {KEYS[0]}"})
     assert answer.status_code == 200
+
+
+def test_only_keys_have_a_days_worth_of_sessions_and_samplers(
+    api: Api, keyed: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quotas, "SESSIONS_A_DAY", 1)
+    monkeypatch.setattr(quotas, "SAMPLERS_A_DAY", 1)
+    everybodys = [api.session() for _ in range(2)]
+    assert all(api.sampler(session) for session in everybodys)
+    with keyed.client(KEYS[1]) as blue:
+        asked = {"tags": [], "sdk_version": "0.38.0"}
+        session = blue.post("/create_session", json=asked).json()["session_id"]
+        refused = [blue.post("/create_session", json=asked)]
+        sampler = {"session_id": session, "base_model": "tiny"}
+        for number, status in ((0, 200), (0, 200), (1, 403)):
+            answer = blue.post("/create_sampling_session", json=sampler | {"sampling_session_seq_id": number})
+            assert answer.status_code == status
+        refused.append(answer)
+    for answer, things in zip(refused, ("sessions", "samplers"), strict=True):
+        assert answer.status_code == 403
+        assert f"1 {things} within a day" in answer.json()["detail"]
 
 
 def test_keys_are_not_stored(keyed: Api) -> None:

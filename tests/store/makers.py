@@ -1,8 +1,13 @@
 """Jobs and records with everything filled in that a test does not care about."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
 import sqlalchemy as sa
 
-from tinsmith.store import pruning, queue, records, tables
+from tinsmith.store import forgetting, pruning, queue, records, tables
 from tinsmith.wire.jobs import Job, Outcome
 
 
@@ -43,3 +48,52 @@ def prune(conn: sa.Connection, finished_before: float) -> None:
     while more or found or place.jobs:
         found, place, more = pruning.find(conn, finished_before, place)
         pruning.delete(conn, found)
+
+
+def forget(conn: sa.Connection, now: float, silent_since: float) -> None:
+    """Forgets all that can be forgotten in one page."""
+    found, place = forgetting.find(conn, forgetting.Place(), now, silent_since)
+    assert place == forgetting.Place()
+    forgetting.delete(conn, found, now, silent_since)
+
+
+@dataclass
+class Plan:
+    """How a database carries out statements."""
+
+    conn: sa.Connection
+    statements: list[tuple[str, Any]] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """On Postgres as if reading whole tables cost a fortune: where it plans to do so, there is no other way."""
+        if self.conn.dialect.name == "postgresql":
+            self.conn.exec_driver_sql("SET LOCAL enable_seqscan = off")
+            self.conn.exec_driver_sql("SET LOCAL enable_bitmapscan = off")
+        explain = "EXPLAIN " if self.conn.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN "
+        rows = [self.conn.exec_driver_sql(explain + text, values) for text, values in list(self.statements)]
+        return [str(row[-1]) for found in rows for row in found]
+
+    def scans(self) -> list[str]:
+        """The lines of the plans that read a whole table, or a whole index of one."""
+        names = set(tables.metadata.tables)
+        found = []
+        for line in self.lines():
+            words = line.split()
+            if "Seq Scan on" in line or (words[0] == "SCAN" and words[1] in names):
+                found.append(line)
+        return found
+
+
+@contextmanager
+def planned(conn: sa.Connection) -> Iterator[Plan]:
+    """The plans of all statements that SQLAlchemy executes meanwhile."""
+    plan = Plan(conn)
+
+    def note(*arguments: Any) -> None:
+        plan.statements.append((arguments[2], arguments[3]))
+
+    sa.event.listen(conn, "before_cursor_execute", note)
+    try:
+        yield plan
+    finally:
+        sa.event.remove(conn, "before_cursor_execute", note)

@@ -21,8 +21,9 @@ def conn(database: Database) -> Iterator[sa.Connection]:
         yield conn
 
 
-def sampler(conn: sa.Connection, name: str, at: float, snapshot: str | None = None) -> None:
-    record = records.SamplerRecord(name, "s", "alice", "tiny", "Tiny", snapshot or name, "m", at)
+def sampler(conn: sa.Connection, name: str, at: float, snapshot: str | None = None, *, written: bool = True) -> None:
+    written_at = at if written else None
+    record = records.SamplerRecord(name, "s", "alice", "tiny", "Tiny", snapshot or name, "m", at, written_at)
     records.create_sampler(conn, record)
 
 
@@ -44,3 +45,21 @@ def test_only_unused_unnamed_and_superseded_snapshots_of_living_models_are_relea
     assert snapshots.release_superseded(conn, "tiny", NOW + 100) == [("recent", "m")]  # the newest stays
     records.update_model(conn, "m", state="closed")
     assert snapshots.released(conn, "tiny") == snapshots.release_superseded(conn, "tiny", 2e9) == []
+
+
+def test_only_a_snapshot_that_was_written_supersedes(conn: sa.Connection) -> None:
+    sampler(conn, "good", OLD)
+    sampler(conn, "failed", NOW, written=False)
+    assert snapshots.release_superseded(conn, "tiny", NOW + 100) == []
+    sampler(conn, "better", NOW + 1)
+    assert snapshots.release_superseded(conn, "tiny", NOW + 100) == [("good", "m"), ("failed", "m")]
+
+
+def test_engines_find_models_snapshots_and_given_up_samples_by_indexes(conn: sa.Connection) -> None:
+    with makers.planned(conn) as plan:
+        queue.give_up_silent(conn, "tiny", NOW)
+        queue.give_up_session(conn, "s")
+        snapshots.release_superseded(conn, "tiny", NOW)
+        records.silent_models(conn, "tiny", NOW)
+        records.closing_models(conn, "tiny", NOW)
+    assert len(plan.statements) == 8 and plan.scans() == []

@@ -10,6 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from tests.unit.test_engine import BASE, SESSION, Bench, datums, lesson
+from tinsmith.errors import UserError
 from tinsmith.store import queue, records, tables
 from tinsmith.store.tables import jobs, sessions
 from tinsmith.wire.jobs import Job
@@ -180,7 +181,7 @@ def test_a_sample_given_up_by_a_ring_that_was_lost_is_found_by_house_keeping(ben
     sampler = bench.sampler("base", "base", None)
     ask(bench, sampler, 0)
     bench.engine.turn()
-    bench.database.write(queue.give_up, sampler)
+    bench.database.write(queue.give_up, sampler, 0)
     bench.engine.drop_abandoned_samples()
     assert bench.engine._sampling._sampler.load == 0
 
@@ -349,6 +350,28 @@ def test_what_all_inflight_samplers_of_a_model_share_is_never_superseded(bench: 
     grow_old(bench, inflight)
     look_again(bench)
     assert bench.greedy(inflight) == said
+
+
+def test_a_snapshot_that_could_not_be_written_supersedes_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    samplers, said = series(bench, "a")
+    model = f"{SESSION}:train:a"
+    failed = bench.sampler("b", f"{SESSION}:sample:b", model)
+    with monkeypatch.context() as broken:
+        broken.setattr(bench.engine._trainer, "snapshot", no_room)
+        request = {"name": None, "path": None, "sampler_id": failed, "kind": "snapshot"}
+        assert "no room" in bench.error(bench.submit(model, "save_weights_for_sampler", request))
+    grow_old(bench, samplers["a"])
+    look_again(bench)
+    assert bench.greedy(samplers["a"]) == said["a"]
+    assert "could not be saved" in bench.error(asked(bench, failed, 77))
+    publish(bench, model, "c")
+    grow_old(bench, samplers["a"])
+    look_again(bench)
+    assert "superseded" in bench.error(asked(bench, samplers["a"], 78))
+
+
+def no_room(model_id: str) -> None:
+    raise UserError("no room")
 
 
 def test_nothing_is_superseded_by_another_models_snapshot(bench: Bench) -> None:

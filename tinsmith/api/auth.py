@@ -35,6 +35,11 @@ class Caller:
     name: str = ""  # of the key
     until: float | None = None  # when the token ends that was shown instead of the key
 
+    @property
+    def has_key(self) -> bool:
+        """Whether this is the holder of a key, and not everybody."""
+        return bool(self.digest)
+
 
 _LOCAL = Caller(LOCAL_OWNER)
 

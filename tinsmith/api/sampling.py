@@ -14,7 +14,7 @@ from tinsmith.api.submission import require_open_session
 from tinsmith.api.weights import check_base
 from tinsmith.errors import GoneError, NotFoundError, UserError
 from tinsmith.protocols import BASE_SNAPSHOT
-from tinsmith.store import queue, records
+from tinsmith.store import queue, quotas, records
 from tinsmith.wire import sampling_types, service_types, training_types
 from tinsmith.wire.codec import Limits
 from tinsmith.wire.jobs import GONE_SNAPSHOT, Job
@@ -45,7 +45,7 @@ async def create_sampling_session(call: Call) -> Response:
         model_id=model_id,
         created_at=time.time(),
     )
-    await call.services.database.write_async(_create_sampler, sampler)
+    await call.services.database.write_async(_create_sampler, sampler, call.caller.has_key)
     return answer(sampling_types.CreateSamplingSessionResponse(sampler.id))
 
 
@@ -57,9 +57,9 @@ async def _require_weights(call: Call, text: str, base_model: str | None) -> rec
     return checkpoint
 
 
-def _create_sampler(conn: sa.Connection, sampler: records.SamplerRecord) -> None:
+def _create_sampler(conn: sa.Connection, sampler: records.SamplerRecord, is_keys: bool) -> None:
     require_open_session(conn, sampler.session_id, sampler.owner)
-    existing = records.create_sampler(conn, sampler)
+    existing = quotas.create_sampler(conn, sampler, is_keys=is_keys)
     if existing.snapshot != sampler.snapshot:
         raise UserError(
             f"sampler {sampler.id!r} exists already, with other weights; use the next sampling_session_seq_id"

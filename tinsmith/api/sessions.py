@@ -30,7 +30,8 @@ async def create_session(call: Call) -> Response:
         created_at=now,
         seen_at=now,
     )
-    await call.services.database.write_async(quotas.create_session, session)
+    is_keys = call.caller.has_key
+    await call.services.database.write_async(quotas.create_session, session, is_keys=is_keys)
     return answer(service_types.CreateSessionResponse(session.id))
 
 
@@ -56,8 +57,7 @@ async def finish_session(call: Call) -> Response:
 
 def _finish(conn: sa.Connection, session_id: str, owner: str, reason: str) -> list[str]:
     records.finish_session(conn, session_id, owner, reason)
-    samplers = records.samplers_of_session(conn, session_id)
-    return [request_id for sampler in samplers for request_id in queue.give_up(conn, sampler.id)]
+    return queue.give_up_session(conn, session_id)
 
 
 async def list_sessions(call: Call) -> Response:

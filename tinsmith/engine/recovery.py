@@ -150,9 +150,9 @@ class Recovery:
                     publish(snapshot_of(record.id, request), self._trainer.snapshot(record.id), record.id)
 
     def _is_gone(self, sampler_id: str) -> bool:
-        """Whether the sampler's snapshot was deleted since it was made."""
+        """Whether the sampler's snapshot was deleted since it was made, and the sampler forgotten, perhaps."""
         sampler = self._ledger.find_sampler(sampler_id)
-        return sampler is not None and sampler.snapshot == GONE_SNAPSHOT
+        return sampler is None or sampler.snapshot == GONE_SNAPSHOT
 
 
 _REPLAYED = frozenset({"forward_backward", "optim_step", "load_weights", "save_weights_for_sampler"})

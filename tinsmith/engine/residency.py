@@ -203,7 +203,7 @@ class Residency:
             else:
                 self.require_model(model_id)
         if snapshot_id not in self._snapshots:
-            raise NotFoundError(f"snapshot {snapshot_id} is gone: its session is over")
+            raise NotFoundError(f"there is no snapshot {snapshot_id}: it could not be saved, or its session is over")
 
     def _hold(self, snapshot_id: str, weights: Weights | Path, model_id: str | None) -> None:
         """Hands a snapshot to the sampler, and pages out the idlest others if there are too many now."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from tinsmith.store import keys, pruning, queue, quotas, records, retention, snapshots, usage
+from tinsmith.store import forgetting, keys, pruning, queue, records, retention, snapshots, usage
 from tinsmith.store.database import Database
 from tinsmith.store.doorbell import Bell, Doorbell
 from tinsmith.wire.jobs import Header, Job, Outcome, Past
@@ -42,6 +42,7 @@ class Ledger:
         self._database = database
         self._doorbell = doorbell
         self._place = pruning.Place()
+        self._forgotten_to = forgetting.Place()
 
     def listen(self) -> Bell:
         """Rings when work was submitted."""
@@ -188,9 +189,11 @@ class Ledger:
         return self._database.read(snapshots.released, self.base)
 
     def forget(self, now: float, silent_since: float) -> None:
-        """Deletes some records that nobody can ask for any more: custom losses of sessions that are over, and sessions
-        that never had anything in them."""
-        self._database.write(quotas.forget, now, silent_since)
+        """Deletes some records that nobody can ask for any more: custom losses of sessions that are over, samplers
+        whose weights are gone, and sessions that have nothing in them."""
+        found, self._forgotten_to = self._database.read(forgetting.find, self._forgotten_to, now, silent_since)
+        if found:
+            self._database.write(forgetting.delete, found, now, silent_since)
 
     def announce(
         self,
@@ -225,7 +228,7 @@ def _complete_with(
     if model:
         records.update_model(conn, model_id, **model)
     if sampler:
-        records.update_sampler(conn, sampler[0], snapshot=sampler[1])
+        records.update_sampler(conn, sampler[0], snapshot=sampler[1], written_at=time.time())
     if checkpoint:
         _record_checkpoint(conn, model_id, checkpoint)
     return queue.complete(conn, [outcome])

@@ -200,23 +200,25 @@ def complete(conn: sa.Connection, outcomes: Sequence[Outcome]) -> list[str]:
     return [f"{subject}:{seq}" for _, subject, seq in ended]
 
 
-def give_up(conn: sa.Connection, subject: str, seq: int | None = None) -> list[str]:
-    """Ends a subject's queued and running jobs (or only that of `seq`) without a result, as if it had expired.
+def give_up(conn: sa.Connection, subject: str, seq: int) -> list[str]:
+    """Ends a queued or running job without a result, as if it had expired.
 
     For samplers only: a model's seqs belong to its history. Returns the request ids, for whoever runs them.
     """
-    which = jobs.c.subject == subject if seq is None else (jobs.c.subject == subject) & (jobs.c.seq == seq)
-    return _expire(conn, which)
+    return _expire(conn, (jobs.c.subject == subject) & (jobs.c.seq == seq))
+
+
+def give_up_session(conn: sa.Connection, session_id: str) -> list[str]:
+    """`give_up` for the jobs of all samplers of a session."""
+    return _expire(conn, jobs.c.subject.in_(sa.select(samplers.c.id).where(samplers.c.session_id == session_id)))
 
 
 def give_up_silent(conn: sa.Connection, base: str, since: float) -> list[str]:
     """`give_up` for the jobs, older than that time, of all samplers whose clients have been silent since."""
-    silent = (
-        sa.select(samplers.c.id)
-        .join(sessions, sessions.c.id == samplers.c.session_id)
-        .where(samplers.c.base == base, sessions.c.seen_at < since)
+    is_silent = sa.exists().where(
+        samplers.c.id == jobs.c.subject, sessions.c.id == samplers.c.session_id, sessions.c.seen_at < since
     )
-    return _expire(conn, (jobs.c.base == base) & (jobs.c.created_at < since) & jobs.c.subject.in_(silent))
+    return _expire(conn, (jobs.c.base == base) & (jobs.c.created_at < since) & is_silent)
 
 
 def _expire(conn: sa.Connection, which: sa.ColumnElement[bool]) -> list[str]:

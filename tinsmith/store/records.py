@@ -20,6 +20,9 @@ from tinsmith.store.tables import checkpoints, engines, insert, models, samplers
 EVERYBODY = "*"
 """In place of an owner, to find and list what belongs to anybody. Nothing is ever owned by it."""
 
+LIVING = sa.text("models.state != 'closed'")
+"""A condition on models; spelt out, so that the databases use the partial index."""
+
 Record = TypeVar("Record", bound="_Row")
 
 
@@ -70,6 +73,7 @@ class SamplerRecord:
     snapshot: str
     model_id: str | None
     created_at: float
+    written_at: float | None = None  # its unnamed snapshot, if it is to have one and that was saved
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +189,7 @@ def base_of(conn: sa.Connection, subject: str, owner: str) -> str:
 
 def bases_of_models(conn: sa.Connection) -> dict[str, str]:
     """The base of every model that is not closed."""
-    found = conn.execute(sa.select(models.c.id, models.c.base).where(models.c.state != "closed"))
+    found = conn.execute(sa.select(models.c.id, models.c.base).where(LIVING))
     return {row.id: row.base for row in found}
 
 
@@ -209,7 +213,7 @@ def _living_models(conn: sa.Connection, base: str, which: sa.ColumnElement[bool]
     statement = (
         sa.select(models.c.id)
         .join(sessions, sessions.c.id == models.c.session_id)
-        .where(models.c.base == base, models.c.state != "closed", which)
+        .where(models.c.base == base, LIVING, which)
     )
     return list(conn.scalars(statement))
 

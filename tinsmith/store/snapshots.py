@@ -8,6 +8,7 @@ connection; the files are the caller's to remove, also those of snapshots that w
 import sqlalchemy as sa
 
 from tinsmith.store.queue import OPEN
+from tinsmith.store.records import LIVING
 from tinsmith.store.tables import jobs, models, samplers
 from tinsmith.wire.jobs import GONE_SNAPSHOT
 
@@ -16,18 +17,28 @@ _AT_ONCE = 50  # released in one transaction
 Released = list[tuple[str, str]]
 """(Sampler, which its snapshot was called after; the model that it came from)."""
 
-_LIVING = sa.select(models.c.id).where(models.c.base == sa.bindparam("of_base"), models.c.state != "closed")
+_MODELS = sa.select(models.c.id).where(models.c.base == sa.bindparam("of_base"), LIVING)
+_IS_THERE = sa.text("samplers.snapshot != 'gone'")  # spelt out: only then do the databases use the partial index
 
 
 def release_superseded(conn: sa.Connection, base: str, unused_since: float) -> Released:
     """Marks those as gone, some at a time, that were superseded, and neither made nor asked for since that time.
 
-    What is shared by all inflight samplers of a model is never superseded, only replaced.
+    By one that was written: a save that waits still, or has failed, leaves the older ones as they are. What is shared
+    by all inflight samplers of a model is never superseded, only replaced.
     """
+    superseded = _superseded(unused_since)
+    released = [(sampler_id, model_id) for sampler_id, model_id in conn.execute(superseded, {"of_base": base})]
+    are_released = samplers.c.id.in_([sampler_id for sampler_id, _ in released])
+    conn.execute(sa.update(samplers).where(are_released).values(snapshot=GONE_SNAPSHOT))
+    return released
+
+
+def _superseded(unused_since: float) -> sa.Select[str, str]:
     is_unnamed = (samplers.c.snapshot == samplers.c.id) | samplers.c.snapshot.endswith(":inflight", autoescape=True)
     newest = (
         sa.select(samplers.c.model_id, sa.func.max(samplers.c.created_at).label("at"))
-        .where(samplers.c.model_id.in_(_LIVING), is_unnamed)
+        .where(samplers.c.model_id.in_(_MODELS), _IS_THERE, is_unnamed, samplers.c.written_at.is_not(None))
         .group_by(samplers.c.model_id)
         .subquery()
     )
@@ -36,23 +47,19 @@ def release_superseded(conn: sa.Connection, base: str, unused_since: float) -> R
         .where(jobs.c.subject == samplers.c.id)
         .where(OPEN | (jobs.c.created_at >= unused_since) | (jobs.c.finished_at >= unused_since))
     )
-    superseded = (
+    return (
         sa.select(samplers.c.id, samplers.c.model_id)
         .join(newest, newest.c.model_id == samplers.c.model_id)
-        .where(samplers.c.snapshot == samplers.c.id, samplers.c.created_at < newest.c.at)
+        .where(_IS_THERE, samplers.c.snapshot == samplers.c.id, samplers.c.created_at < newest.c.at)
         .where(samplers.c.created_at < unused_since, ~is_used)
         .order_by(samplers.c.created_at)
         .limit(_AT_ONCE)
     )
-    released = [(sampler_id, model_id) for sampler_id, model_id in conn.execute(superseded, {"of_base": base})]
-    are_released = samplers.c.id.in_([sampler_id for sampler_id, _ in released])
-    conn.execute(sa.update(samplers).where(are_released).values(snapshot=GONE_SNAPSHOT))
-    return released
 
 
 def released(conn: sa.Connection, base: str) -> Released:
     """All that are gone, of models that are not: files of theirs may still be there."""
     gone = sa.select(samplers.c.id, samplers.c.model_id).where(
-        samplers.c.snapshot == GONE_SNAPSHOT, samplers.c.model_id.in_(_LIVING)
+        samplers.c.snapshot == GONE_SNAPSHOT, samplers.c.model_id.in_(_MODELS)
     )
     return [(sampler_id, model_id) for sampler_id, model_id in conn.execute(gone, {"of_base": base})]

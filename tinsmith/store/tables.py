@@ -98,6 +98,7 @@ models = sa.Table(
     sa.Column("used_at", sa.Float, nullable=False),
     sa.Index(None, "session_id"),
     sa.Index(None, "owner", "created_at"),
+    _partial_index("ix_models_living", "state != 'closed'", "base"),
 )
 
 samplers = sa.Table(
@@ -111,7 +112,10 @@ samplers = sa.Table(
     sa.Column("snapshot", sa.Text, nullable=False),  # "base", a tinker:// path, or an ephemeral snapshot's id
     sa.Column("model_id", sa.Text),  # the model it was saved from, if any
     sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("written_at", sa.Float),  # its ephemeral snapshot; NULL if it has none, or the save has not ended well
     sa.Index(None, "session_id"),
+    sa.Index(None, "owner", "created_at"),
+    _partial_index("ix_samplers_there", "snapshot != 'gone'", "model_id", "created_at"),
 )
 
 checkpoints = sa.Table(
@@ -249,4 +253,6 @@ custom_losses = sa.Table(
     sa.Column("owner", sa.Text, nullable=False),
     sa.Column("program", sa.JSON, nullable=False),  # wire.custom_loss, already checked
     sa.Column("created_at", sa.Float, nullable=False),
+    sa.Index(None, "session_id"),
+    sa.Index(None, "owner"),
 )
