@@ -139,11 +139,12 @@ def _look_up(settings: Settings) -> tuple[tuple[Served, ...], int | None]:
     """What is to be served, and how many keys clients may use (None if any will do). Raises ConfigError."""
     from tinsmith.store.database import Database
     from tinsmith.store.keys import list_keys
+    from tinsmith.store.occupancy import migrate_alone
     from tinsmith.store.registry import list_registered
 
     database = Database(settings.effective_database_url, patience=DATABASE_PATIENCE)
     try:
-        database.migrate()
+        migrate_alone(database, settings.effective_database_url)
         keys, models = database.read(list_keys), database.read(list_registered)
     finally:
         database.close()

@@ -2,12 +2,40 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psycopg
 import pytest
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
 
+from tinsmith.errors import ConfigError
+from tinsmith.store import migrations
+from tinsmith.store.database import Database
 from tinsmith.store.notifications import connect
-from tinsmith.store.occupancy import Occupancy, OccupiedError
+from tinsmith.store.occupancy import Occupancy, OccupiedError, migrate_alone
+
+
+def become_old(url: str) -> None:
+    """Leaves a database with the tables of an older version."""
+
+    def upgrade(conn: sa.Connection) -> None:
+        config = Config(attributes={"connection": conn})
+        config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+        command.upgrade(config, "0002")
+
+    with opened(url) as database:
+        database.write(upgrade)
+
+
+@contextmanager
+def opened(url: str) -> Iterator[Database]:
+    database = Database(url)
+    try:
+        yield database
+    finally:
+        database.close()
 
 
 @contextmanager
@@ -45,6 +73,62 @@ def test_a_model_is_free_when_its_server_has_ended(database_url: str) -> None:
     for _ in range(2):
         with serving(database_url, "tiny"):
             pass
+
+
+def test_tables_are_not_changed_under_a_server_that_works_with_them(database_url: str) -> None:
+    become_old(database_url)
+    with opened(database_url) as database:
+        with serving(database_url, "tiny"):
+            with pytest.raises(OccupiedError, match=r"older version's.*--database-url"):
+                migrate_alone(database, database_url, wait_seconds=0.0)
+            assert database.read(migrations.level) == migrations.OLDER
+        migrate_alone(database, database_url, wait_seconds=0.0)
+        assert database.read(migrations.level) == migrations.CURRENT
+        with serving(database_url, "tiny"):
+            migrate_alone(database, database_url, wait_seconds=0.0)  # nothing is to be changed
+
+
+def test_a_server_does_not_begin_while_tables_are_being_changed(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def migrate(database: Database) -> None:
+        with pytest.raises(OccupiedError, match="being brought up to date"), serving(database_url, "tiny"):
+            pass
+        refused.append(database)
+
+    refused: list[Database] = []
+    monkeypatch.setattr(Database, "migrate", migrate)
+    with opened(database_url) as database:
+        migrate_alone(database, database_url)
+        assert refused == [database]
+    with serving(database_url, "tiny"):
+        pass
+
+
+def test_tables_of_a_newer_version_are_refused_with_that(database_url: str) -> None:
+    def become_new(conn: sa.Connection) -> None:
+        conn.exec_driver_sql("UPDATE alembic_version SET version_num = 'future'")
+
+    with opened(database_url) as database:
+        database.migrate()
+        database.write(become_new)
+        with serving(database_url, "tiny"), pytest.raises(ConfigError, match="newer version"):
+            migrate_alone(database, database_url)
+
+
+def test_servers_that_start_together_wait_for_the_one_that_makes_the_tables(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tried(which: object, *, alone: bool) -> bool:
+        """Another server was faster, and works with the new tables already."""
+        database.migrate()
+        return False
+
+    monkeypatch.setattr("tinsmith.store.occupancy._FileLocks.enter", tried)
+    monkeypatch.setattr("tinsmith.store.occupancy._PostgresLocks.enter", tried)
+    with opened(database_url) as database:
+        migrate_alone(database, database_url, wait_seconds=30.0)
+        assert database.read(migrations.level) == migrations.CURRENT
 
 
 def test_a_model_in_another_database_is_another_one(database_url: str, sqlite_url: str) -> None:

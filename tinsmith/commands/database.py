@@ -24,6 +24,7 @@ def server_database(
 ) -> Iterator[tuple["Database", str]]:
     """The database that a server with these settings uses, and how to call it. Raises ConfigError if there is none."""
     from tinsmith.store.database import Database
+    from tinsmith.store.occupancy import migrate_alone
 
     given = {name: value for name, value in (("data_dir", data_dir), ("database_url", database_url)) if value}
     settings = load_settings(config, read_environment(), given)
@@ -34,7 +35,7 @@ def server_database(
             raise ConfigError(f"there is no {where}; name the server's with --data-dir, --database-url or --config")
     database = Database(settings.effective_database_url)
     try:
-        database.migrate()
+        migrate_alone(database, settings.effective_database_url)
         yield database, where
     finally:
         database.close()

@@ -1,4 +1,4 @@
-"""Records that nobody can ask for any more: old empty sessions, samplers whose weights are gone, losses of what is over.
+"""Records nobody can ask for any more: old empty sessions, samplers whose weights are gone, losses of what is over.
 
 In small steps: `find` looks at a page of each kind, in the order of their ids, and so holds nobody up, however many
 there are; `delete` is a transaction of its own, and looks again. Functions take a connection.

@@ -2,7 +2,8 @@
 
 A lock says so that ends with the process: of a file beside an SQLite database, or of Postgres, by a connection that is
 kept for nothing else. A connection can be lost; then the lock is taken again, unless another server was faster.
-Postgres may learn of the loss much later than we do: a server ends what is left of its own connection.
+Postgres may learn of the loss much later than we do: a server ends what is left of its own connection. Another lock,
+which all servers of a database share, keeps its tables from being changed under them.
 Knows names of base models, nothing of jobs.
 """
 
@@ -11,8 +12,9 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -20,12 +22,15 @@ import psycopg
 import sqlalchemy as sa
 
 from tinsmith.errors import ConfigError, UnavailableError
+from tinsmith.store import migrations
+from tinsmith.store.database import Database
 from tinsmith.store.notifications import Connection, connect
 
 WAIT_SECONDS = 10.0  # for a server that has just been killed to be gone
 CHECK_SECONDS = 5.0  # between two looks whether the lock is still held
 _RETRY_SECONDS = 0.2
 _TRY = "SELECT pg_try_advisory_lock(hashtextextended('tinsmith serves ' || %s, 0))"
+_ENTER = "SELECT pg_try_advisory_lock{}(hashtextextended('tinsmith works here', 0))"
 _WHO = "SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()"
 _END = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = %s AND backend_start = %s"
 
@@ -33,16 +38,43 @@ log = logging.getLogger(__name__)
 
 
 class OccupiedError(ConfigError):
-    """Another server works on a base model in the same database."""
+    """Another server works in the same database: on one of the models, or with tables that would have to be changed."""
 
-    def __init__(self, base: str) -> None:
-        super().__init__(
-            f"another server works on the requests for {base!r} in this database, and two would take each other's; "
-            "stop that one, serve another model here, or give this one a database of its own (--database-url)"
-        )
+
+_OF_THE_MODEL = (
+    "another server works on the requests for {!r} in this database, and two would take each other's; "
+    "stop that one, serve another model here, or give this one a database of its own (--database-url)"
+)
+_WITH_OLD_TABLES = (
+    "the tables of this database are an older version's, and a server works with them; stop it, and they will be "
+    "brought up to date, or use a database of its own for this version (--database-url)"
+)
+_BEING_CHANGED = "the tables of this database are being brought up to date by another version; try again"
+
+
+def migrate_alone(database: Database, database_url: str, wait_seconds: float = WAIT_SECONDS) -> None:
+    """Brings a database's tables up to date, if they are not, while no server works with them.
+
+    Raises OccupiedError if one does, after some seconds; ConfigError for a newer version's; UnavailableError.
+    """
+
+    def is_decided() -> bool:
+        """Servers that start together all wait here, for one of them."""
+        return database.read(migrations.level) in (migrations.CURRENT, migrations.NEWER)
+
+    if is_decided():
+        database.migrate()
+        return
+    with _locks_of(database_url) as locks:
+        _wait_for(lambda: is_decided() or locks.enter(alone=True), wait_seconds, _WITH_OLD_TABLES)
+        database.migrate()
+        locks.release()
 
 
 class _Locks(Protocol):
+    def enter(self, *, alone: bool) -> bool:
+        """Whether we are one of the servers in the database now, or (`alone`) all others are kept out."""
+
     def take(self, base: str) -> bool:
         """Whether it is ours now, or was already."""
 
@@ -59,15 +91,8 @@ class Occupancy:
         """Raises OccupiedError if another server holds one of them, after some seconds; UnavailableError."""
         self._bases = bases
         self._wait_seconds = wait_seconds
-        is_local = database_url.startswith("sqlite")
-        self._locks: _Locks = _FileLocks(database_url) if is_local else _PostgresLocks(database_url)
-        try:
+        with _locks_of(database_url) as self._locks:
             self._take()
-        except BaseException as error:
-            self._locks.release()
-            if isinstance(error, psycopg.Error):
-                raise UnavailableError(f"the database is away ({error}): try again") from error
-            raise
 
     def keep(self, stop: threading.Event, lost: Callable[[OccupiedError], None]) -> None:
         """Until `stop`: takes again what a lost connection has let go; `lost` is told if another server was faster."""
@@ -88,12 +113,30 @@ class Occupancy:
         self._locks.release()
 
     def _take(self) -> None:
-        deadline = time.monotonic() + self._wait_seconds
+        _wait_for(lambda: self._locks.enter(alone=False), self._wait_seconds, _BEING_CHANGED)
         for base in self._bases:
-            while not self._locks.take(base):
-                if time.monotonic() >= deadline:
-                    raise OccupiedError(base)
-                time.sleep(_RETRY_SECONDS)
+            _wait_for(partial(self._locks.take, base), self._wait_seconds, _OF_THE_MODEL.format(base))
+
+
+@contextmanager
+def _locks_of(database_url: str) -> Iterator[_Locks]:
+    """A database's locks, which are let go of if the block raises. Raises UnavailableError for what Postgres raises."""
+    locks: _Locks = _FileLocks(database_url) if database_url.startswith("sqlite") else _PostgresLocks(database_url)
+    try:
+        yield locks
+    except BaseException as error:
+        locks.release()
+        if isinstance(error, psycopg.Error):
+            raise UnavailableError(f"the database is away ({error}): try again") from error
+        raise
+
+
+def _wait_for(lock: Callable[[], bool], seconds: float, otherwise: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not lock():
+        if time.monotonic() >= deadline:
+            raise OccupiedError(otherwise)
+        time.sleep(_RETRY_SECONDS)
 
 
 class _FileLocks:
@@ -101,17 +144,22 @@ class _FileLocks:
         self._database = Path(str(sa.make_url(database_url).database)).resolve()
         self._files: dict[str, IO[str]] = {}
 
+    def enter(self, *, alone: bool) -> bool:
+        return self._lock("servers", fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+
     def take(self, base: str) -> bool:
-        if base in self._files:
+        return self._lock(hashlib.sha256(base.encode()).hexdigest()[:8], fcntl.LOCK_EX)
+
+    def _lock(self, name: str, how: int) -> bool:
+        if name in self._files:
             return True
-        name = f"{self._database.name}-{hashlib.sha256(base.encode()).hexdigest()[:8]}.lock"
-        file = self._database.with_name(name).open("w")
+        file = self._database.with_name(f"{self._database.name}-{name}.lock").open("w")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, how | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
             return False
-        self._files[base] = file
+        self._files[name] = file
         return True
 
     def are_held(self) -> bool:
@@ -129,10 +177,16 @@ class _PostgresLocks:
         self._conn: Connection | None = None
         self._who: tuple[Any, ...] | None = None  # this server's connection, as Postgres knows it
 
+    def enter(self, *, alone: bool) -> bool:
+        return self._try(_ENTER.format("" if alone else "_shared"))
+
     def take(self, base: str) -> bool:
+        return self._try(_TRY, base)
+
+    def _try(self, lock: str, *values: str) -> bool:
         if self._conn is None:
             self._conn = self._connect()
-        row = self._conn.execute(_TRY, [base]).fetchone()
+        row = self._conn.execute(lock, values).fetchone()
         return bool(row and row[0])
 
     def are_held(self) -> bool:
