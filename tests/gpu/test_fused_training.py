@@ -34,8 +34,8 @@ SPECS = (
 class PlainAttention:
     """Stands in for the device's kernels where there are none: each sequence by torch's reference, and autograd."""
 
-    def __init__(self, lengths: Sequence[int]) -> None:
-        self._attention = PackedAttention(torch.tensor([0, *lengths]).cumsum(0).tolist())
+    def __init__(self, attention: PackedAttention) -> None:
+        self._attention = attention
 
     def _attend(self, inputs: Sequence[Tensor], scale: float) -> Tensor:
         query, key, value = (each.transpose(0, 1) for each in inputs)
@@ -53,8 +53,8 @@ class PlainAttention:
 
 
 class PlainChoice(AttentionChoice):
-    def of(self, lengths: Sequence[int], device: torch.device) -> FusedAttention:
-        return PlainAttention(lengths)
+    def of(self, attention: PackedAttention, device: torch.device) -> FusedAttention:
+        return PlainAttention(attention)
 
 
 def adapters(base: BaseModel) -> list[Adapter]:

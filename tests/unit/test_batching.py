@@ -44,9 +44,7 @@ def test_every_datum_is_in_one_micro_batch_within_the_budget(
     seen = [(piece.call, datum) for piece in cuts for datum in range(piece.first, piece.last)]
     assert seen == [(index, datum) for index, call in enumerate(calls) for datum in range(call.num_datums)]
     for batch in batches:
-        assert sum(piece.tokens for piece in batch) <= budget or (
-            len(batch) == 1 and batch[0].last - batch[0].first == 1
-        )
+        assert sum(piece.rows for piece in batch) <= budget or (len(batch) == 1 and batch[0].last - batch[0].first == 1)
     for index, call in enumerate(calls):
         assert [piece for piece in cuts if piece.call == index] == cut(index, call, budget), (
             "cut by its own tokens only"
@@ -87,10 +85,10 @@ def test_a_packed_batch_holds_the_calls_rows_and_targets(shapes: list[list[Shape
     expected_rows = np.repeat(
         np.arange(rows), [max(w, 1) for each in shapes for length, w in each for _ in range(length)]
     )
-    actual_rows = np.arange(len(batch.tokens_T)) if batch.rows_M is None else batch.rows_M
+    actual_rows = np.arange(len(batch.tokens_T)) if batch.rows_U is None else batch.rows_U
     entries = batch.entry_bounds[-1]
     assert actual_rows[:entries].tolist() == expected_rows.tolist()
-    assert np.array_equal(batch.targets_M[:entries], np.concatenate([call.targets_M for call in calls]))
+    assert np.array_equal(batch.targets_U[:entries], np.concatenate([call.targets_M for call in calls]))
     for (start, end), call in zip(itertools.pairwise(batch.entry_bounds), calls, strict=True):
         datums = batch.datum_M[start:end] - batch.datum_M[start]
         assert np.bincount(datums).tolist() == np.diff(call.target_offsets).tolist()
@@ -102,6 +100,6 @@ def test_a_cut_takes_its_own_part_of_the_call() -> None:
     assert [(piece.first, piece.last, piece.opens) for piece in pieces] == [(0, 1, True), (1, 3, False)]
     batch = pack([call], pieces[1:])
     assert batch.tokens_T.tolist() == list(range(5, 28))
-    assert batch.targets_M.tolist() == list(range(5, 48))
-    assert batch.rows_M is not None
-    assert batch.rows_M[[0, 1, 2, 39, 40, 42]].tolist() == [0, 0, 1, 19, 20, 22]
+    assert batch.targets_U.tolist() == list(range(5, 48))
+    assert batch.rows_U is not None
+    assert batch.rows_U[[0, 1, 2, 39, 40, 42]].tolist() == [0, 0, 1, 19, 20, 22]

@@ -56,27 +56,37 @@ class Attention(Protocol):
 
 
 class PackedAttention:
-    """Causal attention within each of the packed sequences whose row boundaries are `cu_seqlens` ([0, …, T])."""
+    """Causal attention within each of the packed sequences whose row boundaries are `cu_seqlens` ([0, …, T]).
 
-    def __init__(self, cu_seqlens: Sequence[int]) -> None:
+    Rows of sequence s also see all of an earlier sequence, `prefixes[s]`, which it continues, unless that is -1. That
+    one continues none.
+    """
+
+    def __init__(self, cu_seqlens: Sequence[int], prefixes: Sequence[int] | None = None) -> None:
         self._cu_seqlens = cu_seqlens
         self._recurrence: Recurrence | None = None
         self.lengths = [end - start for start, end in itertools.pairwise(cu_seqlens)]
+        self.prefixes = prefixes
 
     @property
     def recurrence(self) -> Recurrence:
         """Every sequence from its beginning."""
+        if self.prefixes is not None:
+            raise ValueError("a recurrent state cannot be continued by several sequences")
         if self._recurrence is None:
             self._recurrence = Recurrence([Run(range(*bounds)) for bounds in itertools.pairwise(self._cu_seqlens)])
         return self._recurrence
 
     def __call__(self, layer: int, heads: Heads) -> Tensor:
-        outputs, window = [], heads.window
         # Split, not sliced: a slice's gradient is as long as the whole, so that n slices would cost n² in backward.
         wholes = (heads.query_HTd[None], heads.key_GTd[None], heads.value_GTe[None])
-        for query, key, value in zip(*(whole.split(self.lengths, dim=2) for whole in wholes), strict=True):
-            length = query.shape[2]
-            mask = None if window is None or length <= window else _band(length, window, query.device)
+        queries, keys, values = (whole.split(self.lengths, dim=2) for whole in wholes)
+        outputs = []
+        for number, query in enumerate(queries):
+            key, value = keys[number], values[number]
+            if self.prefixes is not None and (prefix := self.prefixes[number]) >= 0:
+                key, value = torch.cat([keys[prefix], key], 2), torch.cat([values[prefix], value], 2)
+            mask = _band(query.shape[2], key.shape[2], heads.window, query.device)
             attended = attend(query, key, value, heads.scaling, mask, heads.sinks_H)
             outputs.append(attended.squeeze(0).transpose(0, 1))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
@@ -121,10 +131,13 @@ def _with_sinks(
     return F.pad(query, (0, 0, 1, 0)), key, value, None, 1
 
 
-def _band(length: int, window: int, device: torch.device) -> Tensor:
-    """Boolean [L, L]: True where a query row may see a key row."""
-    ones = torch.ones(length, length, dtype=torch.bool, device=device)
-    return ones.tril().triu(1 - window)
+def _band(rows: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Boolean [rows, keys]: True where one of the last rows may see a key row. None: it's just causal."""
+    earlier = keys - rows
+    if not earlier and (window is None or rows <= window):
+        return None
+    seen = torch.ones(rows, keys, dtype=torch.bool, device=device).tril(earlier)
+    return seen if window is None else seen.triu(earlier + 1 - window)
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,7 @@ class FusedLayers:
         cos_1Td, sin_1Td = self._rotary(hidden_TD[None], positions_T[None])
         hidden_TD.requires_grad_(torch.is_grad_enabled())
         table = AdapterTable(segments, self._places, device)
-        kernels = self._attention.of(attention.lengths, device)
+        kernels = self._attention.of(attention, device)
         this = Pass(table, Sequences(kernels, cos_1Td[0], sin_1Td[0]), self.recomputes)
         for layer in self._layers:
             hidden_TD = _LayerFunction.apply(hidden_TD, layer, this)

@@ -4,16 +4,20 @@ Autograd would keep queries and keys that a layer can compute again. Sequences o
 cuDNN's kernels are the fastest; it plans for every shape anew, which takes long, and so gets only shapes that come
 back. All else runs through flash attention's kernels for ragged sequences. Knows no layers.
 
-Shapes: `T` rows of all sequences, `N` sequences, `L` rows of one, `H` query heads, `G` key/value heads, `d` head
-dimension.
+Shapes: `T` rows of all sequences, `N` sequences, `L` rows of one, `S` rows of sequences that continue another, `H`
+query heads, `G` key/value heads, `d` head dimension.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from tinsmith.models.attention import PackedAttention
+from tinsmith.models.attention_kernels import merge_attention
 
 _LEAST_LENGTH = 128  # shorter sequences have nothing to gain
 
@@ -40,19 +44,22 @@ class FusedAttention(Protocol):
 
 
 class RaggedAttention:
-    """Of sequences of any lengths."""
+    """Of sequences of any lengths, causal; or of each sequence's queries to all of as many other sequences' keys."""
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        self._bounds = bounds.pin_memory().to(device, non_blocking=True)
-        self._longest = max(lengths)
+    def __init__(self, lengths: Sequence[int], device: torch.device, key_lengths: Sequence[int] | None = None) -> None:
+        """With `key_lengths`, the keys and values are other rows than the queries."""
+        self._queries = _Bounds(lengths, device)
+        self._keys = self._queries if key_lengths is None else _Bounds(key_lengths, device)
+        self._is_causal = key_lengths is None
 
     def forward(
         self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor, scale: float
     ) -> tuple[Tensor, list[Tensor]]:
-        longest = self._longest
+        """What is saved begins with the fp32 logsumexps of the scores [H, T]."""
+        queries, keys = self._queries, self._keys
         out_THd, *saved = torch.ops.aten._flash_attention_forward(
-            *(query_THd, key_TGd, value_TGd, self._bounds, self._bounds, longest, longest, 0.0, True, False),
+            *(query_THd, key_TGd, value_TGd, queries.rows_N, keys.rows_N, queries.longest, keys.longest),
+            *(0.0, self._is_causal, False),
             scale=scale,
         )
         return out_THd, saved[:3]
@@ -66,13 +73,79 @@ class RaggedAttention:
         scale: float,
     ) -> Gradients:
         logsumexp, state, unused = saved
-        longest = self._longest
+        queries, keys = self._queries, self._keys
         gradients: Gradients = torch.ops.aten._flash_attention_backward(
-            *(dout_THd, *inputs, out_THd, logsumexp, self._bounds, self._bounds, longest, longest, 0.0, True),
-            *(state, unused),
+            *(dout_THd, *inputs, out_THd, logsumexp, queries.rows_N, keys.rows_N, queries.longest, keys.longest),
+            *(0.0, self._is_causal, state, unused),
             scale=scale,
         )
         return gradients
+
+
+class _Bounds:
+    """Where sequences of these lengths begin and end, on the device."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.rows_N = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        self.rows_N = self.rows_N.pin_memory().to(device, non_blocking=True)
+        self.longest = max(lengths)
+
+
+class SharedPrefixAttention:
+    """Of sequences of which some continue others: their rows attend within their own, then to what they continue.
+
+    The two results are merged by their logsumexps. With what is merged, backward of each part gives that part of the
+    whole's gradient.
+    """
+
+    def __init__(self, attention: PackedAttention, device: torch.device) -> None:
+        lengths = attention.lengths
+        starts = [0, *itertools.accumulate(lengths)]
+        continued: dict[int, list[int]] = defaultdict(list)
+        for number, prefix in enumerate(attention.prefixes or ()):
+            if prefix >= 0:
+                continued[prefix].append(number)
+
+        def rows_of(sequences: Iterable[int]) -> Tensor:
+            rows_S = torch.cat([torch.arange(starts[number], starts[number + 1]) for number in sequences])
+            return rows_S.pin_memory().to(device, non_blocking=True)
+
+        self._rows_S = rows_of(itertools.chain.from_iterable(continued.values()))
+        self._prefix_rows = rows_of(continued)
+        self._own = RaggedAttention(lengths, device)
+        query_lengths = [sum(lengths[number] for number in numbers) for numbers in continued.values()]
+        self._across = RaggedAttention(query_lengths, device, [lengths[prefix] for prefix in continued])
+
+    def forward(
+        self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor, scale: float
+    ) -> tuple[Tensor, list[Tensor]]:
+        out_THd, own = self._own.forward(query_THd, key_TGd, value_TGd, scale)
+        more_SHd, across = self._across.forward(*self._crossing((query_THd, key_TGd, value_TGd)), scale)
+        merge_attention(out_THd, own[0], more_SHd, across[0], self._rows_S)
+        return out_THd, [*own, *across[1:]]
+
+    def backward(
+        self,
+        dout_THd: Tensor,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        out_THd: Tensor,
+        saved: Sequence[Tensor],
+        scale: float,
+    ) -> Gradients:
+        own, across = saved[:3], [saved[0].index_select(1, self._rows_S), *saved[3:]]
+        gradients = self._own.backward(dout_THd, inputs, out_THd, own, scale)
+        dout_SHd, out_SHd = (each.index_select(0, self._rows_S) for each in (dout_THd, out_THd))
+        more = self._across.backward(dout_SHd, self._crossing(inputs), out_SHd, across, scale)
+        rows = (self._rows_S, self._prefix_rows, self._prefix_rows)
+        for gradient, part, where in zip(gradients, more, rows, strict=True):
+            gradient.index_add_(0, where, part)
+        return gradients
+
+    def _crossing(self, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The queries of sequences that continue others, and those others' keys and values."""
+        query_THd, key_TGd, value_TGd = inputs
+        key, value = (rows.index_select(0, self._prefix_rows) for rows in (key_TGd, value_TGd))
+        return query_THd.index_select(0, self._rows_S), key, value
 
 
 class BatchedAttention:
@@ -128,8 +201,11 @@ class AttentionChoice:
     def __init__(self) -> None:
         self._seen: set[tuple[int, int]] = set()
 
-    def of(self, lengths: Sequence[int], device: torch.device) -> FusedAttention:
+    def of(self, attention: PackedAttention, device: torch.device) -> FusedAttention:
         """Deterministic passes always get the same kernels."""
+        if attention.prefixes is not None:
+            return SharedPrefixAttention(attention, device)
+        lengths = attention.lengths
         length, shape = lengths[0], (len(lengths), lengths[0])
         if length < _LEAST_LENGTH or any(other != length for other in lengths):
             return RaggedAttention(lengths, device)

@@ -82,7 +82,7 @@ class FullLayers:
         """[T, D] after the final norm; with gradients if autograd is on."""
         hidden_TD = F.embedding(tokens_T, self._embedding.values)
         cos_1Td, sin_1Td = self._rotary(hidden_TD[None], positions_T[None])
-        sequences = Sequences(self._attention.of(attention.lengths, tokens_T.device), cos_1Td[0], sin_1Td[0])
+        sequences = Sequences(self._attention.of(attention, tokens_T.device), cos_1Td[0], sin_1Td[0])
         if torch.is_grad_enabled():
             hidden_TD.requires_grad_(True)
             embedded = self._embedding.gradient

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinsmith.models.lora import Adapter, Segment, add_product
+from tinsmith.models.lora import Adapter, Segment, SegmentPart, add_product
 
 if TYPE_CHECKING:
     from tinsmith.models.exact import ExactLayers
@@ -392,6 +392,31 @@ def target_logprobs(
     if head.is_frozen and hidden_TD.requires_grad and torch.is_grad_enabled():
         return _EarlyGradient.apply(hidden_TD, head, targets)
     return _LateGradient.apply(hidden_TD, head.weight, head, targets)
+
+
+class _Picked(torch.autograd.Function):
+    """Rows of hidden states, some of them several times, whose gradients are then added up in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, rows_U: Tensor) -> Tensor:
+        ctx.rows_U, ctx.rows = rows_U, len(hidden_TD)
+        return hidden_TD.index_select(0, rows_U)
+
+    @staticmethod
+    def backward(ctx: Any, dpicked_UD: Tensor) -> tuple[Tensor | None, ...]:
+        sums_TD = dpicked_UD.new_zeros(ctx.rows, dpicked_UD.shape[1], dtype=torch.float32)
+        return sums_TD.index_add_(0, ctx.rows_U, dpicked_UD.float()).to(dpicked_UD.dtype), None
+
+
+def pick_rows(hidden_TD: Tensor, segments: Sequence[Segment], rows_U: Tensor) -> tuple[Tensor, list[Segment]]:
+    """The hidden states of some rows [U, D], differentiable, and the segments as they lie in them.
+
+    `rows_U` (int64, ascending) may name a row several times or not at all.
+    """
+    ends = torch.tensor([segment.end for segment in segments], device=rows_U.device)
+    bounds = [0, *torch.searchsorted(rows_U, ends).tolist()]
+    parts = [SegmentPart(whole, *part) for whole, part in zip(segments, itertools.pairwise(bounds), strict=True)]
+    return _Picked.apply(hidden_TD, rows_U), list(parts)
 
 
 def logits(model: HasHead, hidden_RD: Tensor, segments: Sequence[Segment], module: nn.Module | None = None) -> Tensor:

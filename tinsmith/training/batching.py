@@ -1,68 +1,93 @@
 """Turns training calls into packed micro-batches: pure functions of numpy arrays; knows no models.
 
 A call is cut by its own tokens only, and every piece keeps rows of its own, so what a call computes does not depend on
-which calls it runs with.
+which calls it runs with. What datums of a piece begin with alike can be rows that they share.
 
-Shapes: `T` rows (tokens) of the micro-batch, `M` target entries, `N` datums of a call.
+Shapes: `T` rows (tokens) of the micro-batch, `U` logprobs to be computed, `M` target entries, `N` datums of a call, `S`
+sequences.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tinsmith.models.invariant import LEAST_ROWS
+from tinsmith.training.shared_prefixes import Group, common_starts
 from tinsmith.wire.packing import Int32, Int64, TrainCall
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Datums `first` to `last` of the call with this index."""
+    """Datums `first` to `last` of the call with this index, in groups that share rows."""
 
     call: int
-    first: int
-    last: int
-    tokens: int
+    groups: tuple[Group, ...]
     opens: bool  # the first of several cuts of its call
+
+    @property
+    def first(self) -> int:
+        return self.groups[0].first
+
+    @property
+    def last(self) -> int:
+        return self.groups[-1].last
+
+    @property
+    def rows(self) -> int:
+        return sum(group.tokens - group.saved for group in self.groups)
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """The packed rows of some cuts. Rows behind the last cut's are padding, a sequence that nobody asked for.
 
-    `rows_M` is None if row i has exactly one target, entry i. `row_bounds` and `entry_bounds` delimit the cuts;
-    `datum_M` numbers the datums.
+    Sequence s continues sequence `prefixes_S[s]`, unless that is -1; None if no sequence does. Logprob u is that of
+    `targets_U[u]` in row `rows_U[u]`; without `rows_U`, of row u. Entry m is logprob `picks_M[m]`; without `picks_M`,
+    logprob m. `row_bounds` and `entry_bounds` delimit the cuts; `datum_M` numbers the datums.
     """
 
     cuts: tuple[Cut, ...]
     tokens_T: Int64
     positions_T: Int64
     cu_seqlens: list[int]
-    rows_M: Int64 | None
-    targets_M: Int64
+    prefixes_S: list[int] | None
+    rows_U: Int64 | None
+    targets_U: Int64
+    picks_M: Int64 | None
     datum_M: Int64
     row_bounds: list[int]
     entry_bounds: list[int]
 
 
-def cut(index: int, call: TrainCall, budget: int, most: int = 0) -> list[Cut]:
-    """Consecutive datums of at most `budget` tokens, and (unless 0) `most` in number; a longer datum goes alone."""
-    offsets = call.token_offsets
-    bounds = [0]
-    while bounds[-1] < call.num_datums:
-        first = bounds[-1]
-        last = int(np.searchsorted(offsets, offsets[first] + budget, side="right")) - 1
-        bounds.append(min(max(last, first + 1), call.num_datums, first + (most or call.num_datums)))
-    several = len(bounds) > 2
-    return [
-        Cut(index, first, last, int(offsets[last] - offsets[first]), several and first == 0)
-        for first, last in itertools.pairwise(bounds)
-    ]
+def cut(index: int, call: TrainCall, budget: int, most: int = 0, *, share: bool = False) -> list[Cut]:
+    """Consecutive datums of at most `budget` rows, and (unless 0) `most` in number; a longer datum goes alone.
+
+    With `share`, datums that begin alike share rows.
+    """
+    commons = common_starts(call.tokens_T, call.token_offsets) if share else [0] * call.num_datums
+    cuts: list[list[Group]] = []
+    rows = 0
+    for datum, (length, common) in enumerate(zip(np.diff(call.token_offsets).tolist(), commons, strict=True)):
+        alone = Group(datum, datum + 1, length)
+        bigger = cuts[-1][-1].joined(length, common) if cuts else None
+        more = length if bigger is None else length - (bigger.saved - cuts[-1][-1].saved)
+        if not cuts or rows + more > budget or (most and datum - cuts[-1][0].first == most):
+            cuts.append([alone])
+            rows = length
+            continue
+        rows += more
+        if bigger:
+            cuts[-1][-1] = bigger
+        else:
+            cuts[-1].append(alone)
+    return [Cut(index, tuple(groups), len(cuts) > 1 and number == 0) for number, groups in enumerate(cuts)]
 
 
-def plan(calls: Sequence[TrainCall], model_ids: Sequence[str], budget: int, most: int = 0) -> list[list[Cut]]:
-    """Cuts of all calls, in order, as micro-batches of at most `budget` tokens and (unless 0) `most` datums.
+def plan(
+    calls: Sequence[TrainCall], model_ids: Sequence[str], budget: int, most: int = 0, *, share: bool = False
+) -> list[list[Cut]]:
+    """Cuts of all calls, in order, as micro-batches of at most `budget` rows and (unless 0) `most` datums.
 
     A call of several cuts begins a new micro-batch if the current one already has rows of its model: what the model
     had accumulated before the call is then known exactly, should the call fail later.
@@ -70,14 +95,14 @@ def plan(calls: Sequence[TrainCall], model_ids: Sequence[str], budget: int, most
     batches: list[list[Cut]] = []
     room = seats = 0
     for index, call in enumerate(calls):
-        for piece in cut(index, call, budget, most):
+        for piece in cut(index, call, budget, most, share=share):
             shared = piece.opens and any(model_ids[other.call] == model_ids[index] for other in (batches or [[]])[-1])
             datums = piece.last - piece.first
-            if not batches or piece.tokens > room or (most and datums > seats) or shared:
+            if not batches or piece.rows > room or (most and datums > seats) or shared:
                 batches.append([])
                 room, seats = budget, most
             batches[-1].append(piece)
-            room -= piece.tokens
+            room -= piece.rows
             seats -= datums
     return batches
 
@@ -92,39 +117,97 @@ def pack(calls: Sequence[TrainCall], cuts: Sequence[Cut]) -> MicroBatch:
         widths.append(call.widths_N[first:last])
         tokens.append(call.tokens_T[call.token_offsets[first] : call.token_offsets[last]])
         targets.append(call.targets_M[call.target_offsets[first] : call.target_offsets[last]])
-        row_bounds.append(row_bounds[-1] + len(tokens[-1]))
+        row_bounds.append(row_bounds[-1] + piece.rows)
         entry_bounds.append(entry_bounds[-1] + len(targets[-1]))
+    groups = [group for piece in cuts for group in piece.groups]
     if (padding := LEAST_ROWS - row_bounds[-1]) > 0:
         filler = np.zeros(padding, np.int32)
         tokens.append(filler)
         targets.append(filler)
         lengths.append(np.array([padding]))
         widths.append(np.zeros(1, np.int32))
-    tokens_T = np.concatenate(tokens, dtype=np.int64)
-    cu_seqlens, datum_T = _sequences(np.concatenate(lengths))
-    rows_M = _target_rows(np.concatenate(widths), datum_T)
+        groups.append(Group(0, 1, padding))
+    sequences = _sequences(np.concatenate(lengths, dtype=np.int64), groups)
+    entries_M = _entries(np.concatenate(widths), sequences.datum_K)
+    rows_U, targets_U, picks_M = _logprobs(sequences, entries_M, np.concatenate(targets, dtype=np.int64))
     return MicroBatch(
         cuts=tuple(cuts),
-        tokens_T=tokens_T,
-        positions_T=np.arange(len(tokens_T)) - cu_seqlens[datum_T],
-        cu_seqlens=cu_seqlens.tolist(),
-        rows_M=rows_M,
-        targets_M=np.concatenate(targets, dtype=np.int64),
-        datum_M=datum_T if rows_M is None else datum_T[rows_M],
+        tokens_T=np.concatenate(tokens, dtype=np.int64)[sequences.token_T],
+        positions_T=sequences.position_T,
+        cu_seqlens=sequences.bounds.tolist(),
+        prefixes_S=sequences.prefix_S.tolist() if sequences.shares else None,
+        rows_U=rows_U,
+        targets_U=targets_U,
+        picks_M=picks_M,
+        datum_M=sequences.datum_K if entries_M is None else sequences.datum_K[entries_M],
         row_bounds=row_bounds,
         entry_bounds=entry_bounds,
     )
 
 
-def _sequences(lengths: Int64) -> tuple[Int64, Int64]:
-    """Row boundaries of sequences of these lengths, and the sequence number of every row."""
-    cu_seqlens = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=cu_seqlens[1:])
-    return cu_seqlens, np.repeat(np.arange(len(lengths)), lengths)
+@dataclass(frozen=True, slots=True)
+class _Sequences:
+    """Where tokens become rows, for the `K` tokens of all datums, one datum behind the other.
+
+    Row t holds token `token_T[t]` at `position_T[t]` of its datum; token k is row `row_K[k]`, and of datum
+    `datum_K[k]`.
+    """
+
+    bounds: Int64
+    prefix_S: Int64
+    token_T: Int64
+    position_T: Int64
+    row_K: Int64
+    datum_K: Int64
+
+    @property
+    def shares(self) -> bool:
+        return len(self.row_K) > len(self.token_T)
 
 
-def _target_rows(widths: Int32, datum_T: Int64) -> Int64 | None:
-    """The row of every target entry; None if they are one to one."""
-    if not widths.any():
+def _sequences(lengths_N: Int64, groups: Sequence[Group]) -> _Sequences:
+    """Each group as a sequence of what its datums share, if they do, and one of what each has of its own."""
+    sizes = [group.last - group.first for group in groups]
+    shared_N = np.repeat([group.shared for group in groups], sizes)
+    leader_N = np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
+    leads_N = leader_N == np.arange(len(lengths_N))
+    starts_N = np.cumsum(lengths_N) - lengths_N
+    # two sequences for each datum: what its group shares, which only the leader of a group that shares has, and its own
+    size_N2 = np.stack([np.where(leads_N, shared_N, 0), lengths_N - shared_N], 1)
+    first_N2 = np.stack([np.zeros_like(shared_N), shared_N], 1)
+    exists = size_N2.ravel() > 0
+    number_N2 = (np.cumsum(exists) - 1).reshape(-1, 2)
+    size_S, first_S = size_N2.ravel()[exists], first_N2.ravel()[exists]
+    bounds = np.concatenate([[0], np.cumsum(size_S)])
+    prefix_N2 = np.stack([np.full(len(lengths_N), -1), np.where(shared_N > 0, number_N2[leader_N, 0], -1)], 1)
+    position_T = np.arange(bounds[-1]) + np.repeat(first_S - bounds[:-1], size_S)
+    datum_K = np.repeat(np.arange(len(lengths_N)), lengths_N)
+    place_K = np.arange(len(datum_K)) - starts_N[datum_K]
+    own_K, shared_K = bounds[number_N2[:, 1]][datum_K], bounds[number_N2[leader_N, 0]][datum_K]
+    return _Sequences(
+        bounds=bounds,
+        prefix_S=prefix_N2.ravel()[exists],
+        token_T=position_T + np.repeat(np.repeat(starts_N, 2)[exists], size_S),
+        position_T=position_T,
+        row_K=np.where(place_K < shared_N[datum_K], shared_K + place_K, own_K + place_K - shared_N[datum_K]),
+        datum_K=datum_K,
+    )
+
+
+def _entries(widths_N: Int32, datum_K: Int64) -> Int64 | None:
+    """The token of every target entry; None if they are one to one."""
+    if not widths_N.any():
         return None
-    return np.repeat(np.arange(len(datum_T)), np.maximum(widths, 1)[datum_T])
+    return np.repeat(np.arange(len(datum_K)), np.maximum(widths_N, 1)[datum_K])
+
+
+def _logprobs(
+    sequences: _Sequences, entries_M: Int64 | None, targets_M: Int64
+) -> tuple[Int64 | None, Int64, Int64 | None]:
+    """`rows_U`, `targets_U` and `picks_M` of a micro-batch: datums that share a row and its target share a logprob."""
+    if not sequences.shares:
+        return entries_M, targets_M, None
+    rows_M = sequences.row_K if entries_M is None else sequences.row_K[entries_M]
+    # sorted by row, then by target
+    keys_U, picks_M = np.unique((rows_M << 32) | targets_M, return_inverse=True)
+    return keys_U >> 32, keys_U & 0xFFFFFFFF, picks_M

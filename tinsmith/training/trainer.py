@@ -4,7 +4,7 @@ Implements `protocols.Trainer`. Knows models and losses; neither requests' origi
 
 A pass that breaks (out of memory, say) is undone, and its calls run again one by one, so that only the culprit fails.
 
-Shapes: `T` rows of a packed micro-batch, `M` target entries, `D` hidden size.
+Shapes: `T` rows of a packed micro-batch, `U` logprobs, `M` target entries that these belong to, `D` hidden size.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from tinsmith.errors import NotFoundError, TinsmithError, UserError
 from tinsmith.lost_device import raise_if_lost
 from tinsmith.models.attention import PackedAttention
 from tinsmith.models.full import FullModel
-from tinsmith.models.head import target_logprobs
+from tinsmith.models.head import pick_rows, target_logprobs
 from tinsmith.models.hosted_experts import adopt_hosted
 from tinsmith.models.invariant import RowInvariance
 from tinsmith.models.loading import BaseModel
@@ -224,7 +224,8 @@ class TorchTrainer:
         calls = [run.call for run in group]
         backups: list[GradientBackup] = []
         budget = int(self._budget * self._share(group))
-        for cuts in plan(calls, [run.model_id for run in group], budget, self._datums):
+        share = not self._deterministic and not self._model.is_recurrent
+        for cuts in plan(calls, [run.model_id for run in group], budget, self._datums, share=share):
             try:
                 backups = backups or _back_up(group)
                 with _deterministic(self._model.device) if self._deterministic else nullcontext():
@@ -278,17 +279,36 @@ class TorchTrainer:
             self._model.checkpoint_gradients(enabled, None if full is None else full.module)
 
     def _logprobs(self, batch: MicroBatch, segments: Sequence[Segment], full: FullModel | None) -> Tensor:
-        tokens_T, positions_T, targets_M = map(self._tensor, (batch.tokens_T, batch.positions_T, batch.targets_M))
-        rows_M = None if batch.rows_M is None else self._tensor(batch.rows_M)
-        attention = PackedAttention(batch.cu_seqlens)
-        module = None if full is None else full.module
+        """[M]: of each entry."""
+        hidden_TD = self._hidden(batch, segments, full)
+        targets_U = self._tensor(batch.targets_U)
+        rows_U = None if batch.rows_U is None else self._tensor(batch.rows_U)
+        if batch.picks_M is None or rows_U is None:
+            return self._target_logprobs(hidden_TD, segments, rows_U, targets_U, full)
+        hidden_UD, parts = pick_rows(hidden_TD, segments, rows_U)
+        return self._target_logprobs(hidden_UD, parts, None, targets_U, full)[self._tensor(batch.picks_M)]
+
+    def _hidden(self, batch: MicroBatch, segments: Sequence[Segment], full: FullModel | None) -> Tensor:
+        tokens_T, positions_T = map(self._tensor, (batch.tokens_T, batch.positions_T))
+        attention = PackedAttention(batch.cu_seqlens, batch.prefixes_S)
         if full is not None and full.layers is not None:
-            hidden_TD = full.layers.hidden(tokens_T, positions_T, attention)
-            if rows_M is None:
-                return full.layers.logprobs(hidden_TD, targets_M)
-        else:
-            hidden_TD = self._model.hidden(tokens_T, positions_T, segments, attention, module)
-        return target_logprobs(self._model, hidden_TD, segments, rows_M, targets_M, module)
+            return full.layers.hidden(tokens_T, positions_T, attention)
+        module = None if full is None else full.module
+        return self._model.hidden(tokens_T, positions_T, segments, attention, module)
+
+    def _target_logprobs(
+        self,
+        hidden_TD: Tensor,
+        segments: Sequence[Segment],
+        rows_U: Tensor | None,
+        targets_U: Tensor,
+        full: FullModel | None,
+    ) -> Tensor:
+        """fp32 [U]."""
+        if full is not None and full.layers is not None and rows_U is None:
+            return full.layers.logprobs(hidden_TD, targets_U)
+        module = None if full is None else full.module
+        return target_logprobs(self._model, hidden_TD, segments, rows_U, targets_U, module)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return on_device(array, self._model.device)

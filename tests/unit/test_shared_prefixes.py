@@ -1,0 +1,119 @@
+"""Datums of a call that begin alike: how they are grouped, cut and packed."""
+
+import itertools
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinsmith.models.invariant import LEAST_ROWS
+from tinsmith.training.batching import MicroBatch, cut, pack
+from tinsmith.training.shared_prefixes import LEAST_SHARED, common_starts, grouped
+from tinsmith.wire.packing import TrainCall
+
+LONG = LEAST_SHARED + 8
+
+
+def call_of(texts: list[list[int]], widths: list[int] | None = None) -> TrainCall:
+    """A call whose targets are the tokens behind, of which there are several different ones where a width says so."""
+    widths = widths or [0] * len(texts)
+    lengths = np.array([len(text) for text in texts])
+    targets = [
+        np.repeat([*text[1:], 7], max(width, 1)) + np.tile(np.arange(max(width, 1)), len(text))
+        for text, width in zip(texts, widths, strict=True)
+    ]
+    return TrainCall(
+        "cross_entropy",
+        {},
+        False,
+        np.concatenate([np.array(text, np.int32) for text in texts]),
+        np.cumsum([0, *lengths]),
+        np.concatenate(targets).astype(np.int32),
+        np.cumsum([0, *(len(each) for each in targets)]),
+        np.array(widths, np.int32),
+        {},
+    )
+
+
+def bounds_of(texts: list[list[int]]) -> np.ndarray:
+    return np.cumsum([0, *(len(text) for text in texts)])
+
+
+def tokens_of(texts: list[list[int]]) -> np.ndarray:
+    return np.concatenate([np.array(text, np.int32) for text in texts])
+
+
+def behind(batch: MicroBatch, row: int) -> list[int]:
+    """The tokens that a row of a batch sees, its own last."""
+    sequence = int(np.searchsorted(batch.cu_seqlens, row, side="right")) - 1
+    own = batch.tokens_T[batch.cu_seqlens[sequence] : row + 1].tolist()
+    prefix = -1 if batch.prefixes_S is None else batch.prefixes_S[sequence]
+    return own if prefix < 0 else [*behind(batch, batch.cu_seqlens[prefix + 1] - 1), *own]
+
+
+def test_samples_of_one_prompt_are_a_group_and_keep_a_token_of_their_own() -> None:
+    prompt = list(range(LONG))
+    texts = [[*prompt, 1, 2], [*prompt, 1, 3, 4], prompt, list(range(50, 90)), [5], [5]]
+    commons = common_starts(tokens_of(texts), bounds_of(texts))
+    assert commons == [0, LONG + 1, LONG - 1, 0, 0, 0]
+    groups = grouped([len(text) for text in texts], commons)
+    assert [(group.first, group.last, group.shared) for group in groups] == [
+        (0, 3, LONG - 1),
+        (3, 4, 0),
+        (4, 5, 0),
+        (5, 6, 0),
+    ]
+
+
+def test_a_short_start_or_one_that_saves_little_is_not_shared() -> None:
+    short, prompt = list(range(LEAST_SHARED - 1)), list(range(LEAST_SHARED))
+    for texts in ([[*short, 1], [*short, 2]], [[*prompt, *range(300)], [*prompt, 5, *range(300)]]):
+        assert not any(common_starts(tokens_of(texts), bounds_of(texts)))
+
+
+def test_a_datum_that_would_shorten_what_a_large_group_shares_begins_another() -> None:
+    prompt = list(range(3 * LEAST_SHARED))
+    texts = [*([*prompt, number, 1] for number in range(8)), [*prompt[: LEAST_SHARED + 1], 99, 98]]
+    groups = grouped([len(text) for text in texts], common_starts(tokens_of(texts), bounds_of(texts)))
+    assert [(group.last, group.shared) for group in groups] == [(8, len(prompt)), (9, 0)]
+
+
+TEXT = st.tuples(st.integers(0, 3), st.integers(0, LONG), st.lists(st.integers(0, 2), min_size=1, max_size=9))
+"""One of four prompts, how much of it, and what follows."""
+
+
+@given(st.lists(TEXT, min_size=1, max_size=9), st.integers(1, 150), st.booleans(), st.data())
+def test_every_token_has_a_row_that_sees_what_comes_before_it(
+    shapes: list[tuple[int, int, list[int]]], budget: int, wide: bool, data: st.DataObject
+) -> None:
+    texts = [[100 * prompt + place for place in range(length)] + rest for prompt, length, rest in shapes]
+    widths = data.draw(st.lists(st.integers(0, 3), min_size=len(texts), max_size=len(texts))) if wide else None
+    call = call_of(texts, widths)
+    cuts = cut(0, call, budget, share=True)
+    assert [datum for piece in cuts for datum in range(piece.first, piece.last)] == list(range(len(texts)))
+    for piece in cuts:
+        assert piece.rows <= budget or piece.last - piece.first == 1
+        batch = pack([call], [piece])
+        assert len(batch.tokens_T) == max(piece.rows, LEAST_ROWS) == batch.cu_seqlens[-1]
+        assert batch.positions_T.tolist() == [len(behind(batch, row)) - 1 for row in range(len(batch.tokens_T))]
+        picks = np.arange(len(batch.targets_U)) if batch.picks_M is None else batch.picks_M
+        rows = np.arange(len(batch.tokens_T)) if batch.rows_U is None else batch.rows_U
+        assert (np.diff(rows) >= 0).all()
+        entry = 0
+        for datum in range(piece.first, piece.last):
+            width = max(call.widths_N[datum], 1)
+            for place, number in itertools.product(range(len(texts[datum])), range(width)):
+                assert behind(batch, rows[picks[entry]]) == texts[datum][: place + 1]
+                assert batch.targets_U[picks[entry]] == call.targets_M[call.target_offsets[piece.first] + entry]
+                assert batch.datum_M[entry] == datum - piece.first, number
+                entry += 1
+
+
+def test_equal_datums_are_computed_nearly_once() -> None:
+    text = list(range(LONG))
+    call = call_of([text] * 10)
+    [piece] = cut(0, call, 10**6, share=True)
+    batch = pack([call], [piece])
+    assert piece.rows == LONG - 1 + 10
+    assert len(batch.targets_U) - (len(batch.tokens_T) - piece.rows) == LONG - 1 + 10
+    assert cut(0, call, 10**6)[0].rows == 10 * LONG
