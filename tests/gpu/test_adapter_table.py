@@ -1,6 +1,5 @@
 """The kernels for all tenants' adapters against one adapter after the other; on a GPU, or in Triton's interpreter."""
 
-import os
 from collections.abc import Sequence
 
 import pytest
@@ -8,18 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (torch.cuda.is_available() or INTERPRETED):
-    pytest.skip("neither a CUDA device nor Triton's interpreter", allow_module_level=True)
-
-from tinsmith.models.adapter_table import AdapterPlaces, AdapterTable  # noqa: E402
-from tinsmith.models.lora import Adapter, AdapterLayout, AdaptersInTurn, CurrentPass, LinearGroup, Segment  # noqa: E402
-from tinsmith.protocols import ModelSpec  # noqa: E402
+from tests.gpu.device import DEVICE, DTYPE, INTERPRETED
+from tinsmith.models.adapter_table import AdapterPlaces, AdapterTable
+from tinsmith.models.lora import Adapter, AdapterLayout, AdaptersInTurn, CurrentPass, LinearGroup, Segment
+from tinsmith.protocols import ModelSpec
 
 pytestmark = pytest.mark.gpu
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
 TOLERANCE = 1e-6 if INTERPRETED else 0.02  # in bfloat16 the sides round at different places
 INPUTS, WIDTH = 40, 80
 

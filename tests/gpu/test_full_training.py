@@ -1,6 +1,5 @@
 """All weights trained through fused layers against the module and autograd, and both against float32."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,22 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (torch.cuda.is_available() or INTERPRETED):
-    pytest.skip("neither a CUDA device nor Triton's interpreter", allow_module_level=True)
-
-from tests.gpu.test_fused_training import DEVICE, PlainChoice, distance, fused_layers  # noqa: E402
-from tests.parity.conftest import load  # noqa: E402
-from tinsmith.models import full_head  # noqa: E402
-from tinsmith.models.full import FullModel  # noqa: E402
-from tinsmith.models.loading import BaseModel  # noqa: E402
-from tinsmith.protocols import AdamParams, ModelCall, ModelSpec  # noqa: E402
-from tinsmith.training.trainer import TorchTrainer  # noqa: E402
-from tinsmith.wire.packing import TrainCall, TrainOutput  # noqa: E402
+from tests.gpu.device import DEVICE, DTYPE, INTERPRETED
+from tests.gpu.test_fused_training import PlainChoice, distance, fused_layers
+from tests.parity.conftest import load
+from tinsmith.models import full_head
+from tinsmith.models.full import FullModel
+from tinsmith.models.loading import BaseModel
+from tinsmith.protocols import AdamParams, ModelCall, ModelSpec
+from tinsmith.training.trainer import TorchTrainer
+from tinsmith.wire.packing import TrainCall, TrainOutput
 
 pytestmark = pytest.mark.gpu
-DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
 LENGTHS = (5, 9, 14, 3, 20, 40)
 FULL = ModelSpec(0, 0)
 

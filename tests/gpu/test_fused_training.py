@@ -1,6 +1,5 @@
 """The fused layers against the module's own, and both against float32: outputs and gradients of several tenants."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -8,21 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (torch.cuda.is_available() or INTERPRETED):
-    pytest.skip("neither a CUDA device nor Triton's interpreter", allow_module_level=True)
-
-from tests.parity.conftest import load  # noqa: E402
-from tinsmith.models.attention import Heads, PackedAttention  # noqa: E402
-from tinsmith.models.fused import FusedLayers  # noqa: E402
-from tinsmith.models.fused_attention import AttentionChoice, FusedAttention  # noqa: E402
-from tinsmith.models.loading import BaseModel  # noqa: E402
-from tinsmith.models.lora import Adapter, Segment  # noqa: E402
-from tinsmith.protocols import ModelSpec  # noqa: E402
+from tests.gpu.device import DEVICE, DTYPE, INTERPRETED
+from tests.parity.conftest import load
+from tinsmith.models.attention import Heads, PackedAttention
+from tinsmith.models.fused import FusedLayers
+from tinsmith.models.fused_attention import AttentionChoice, FusedAttention
+from tinsmith.models.loading import BaseModel
+from tinsmith.models.lora import Adapter, Segment
+from tinsmith.protocols import ModelSpec
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cpu" if INTERPRETED else "cuda"
 SPECS = (
     ModelSpec(8, 1),
     ModelSpec(16, 2, train_mlp=False, train_unembed=False),
@@ -105,7 +99,7 @@ def test_fused_layers_compute_what_the_module_does(
     """In bfloat16 they are as far from float32 as the layers one by one, times 1.3. The interpreter runs float32."""
     lengths = [5, 9, 14, 3, 20, 40]
     exact = run(load(folders(family), torch.float32, DEVICE), None, lengths)
-    base = load(folders(family), torch.float32 if INTERPRETED else torch.bfloat16, DEVICE)
+    base = load(folders(family), DTYPE, DEVICE)
     plain = run(base, None, lengths)
     fused = fused_layers(base)
     fused.recomputes = recomputes

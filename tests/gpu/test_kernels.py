@@ -1,20 +1,13 @@
 """Every kernel against plain torch in float64: on a CUDA device, or in Triton's interpreter (TRITON_INTERPRET=1)."""
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (torch.cuda.is_available() or INTERPRETED):
-    pytest.skip("neither a CUDA device nor Triton's interpreter", allow_module_level=True)
-
-from tinsmith.models import kernels  # noqa: E402
+from tests.gpu.device import DEVICE
+from tinsmith.models import kernels
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cpu" if INTERPRETED else "cuda"
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
 EPS = 1e-6
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -1,6 +1,5 @@
 """Attention of sequences that continue others on a CUDA device, and a whole training of samples that share a prompt."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,23 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (torch.cuda.is_available() or INTERPRETED):
-    pytest.skip("neither a CUDA device nor Triton's interpreter", allow_module_level=True)
-
-from tests.parity.conftest import load  # noqa: E402
-from tests.parity.reference import SPECS, as_call  # noqa: E402
-from tests.parity.test_shared_prefixes import samples  # noqa: E402
-from tests.parity.training_lab import FULL, add, gradient, outputs  # noqa: E402
-from tinsmith.models.attention import Heads, PackedAttention  # noqa: E402
-from tinsmith.models.attention_kernels import merge_attention  # noqa: E402
-from tinsmith.models.fused_attention import AttentionChoice, SharedPrefixAttention  # noqa: E402
-from tinsmith.protocols import ModelCall, ModelSpec  # noqa: E402
-from tinsmith.training.trainer import TorchTrainer  # noqa: E402
+from tests.gpu.device import DEVICE, INTERPRETED
+from tests.parity.conftest import load
+from tests.parity.reference import SPECS, as_call
+from tests.parity.test_shared_prefixes import samples
+from tests.parity.training_lab import FULL, add, gradient, outputs
+from tinsmith.models.attention import Heads, PackedAttention
+from tinsmith.models.attention_kernels import merge_attention
+from tinsmith.models.fused_attention import AttentionChoice, SharedPrefixAttention
+from tinsmith.protocols import ModelCall, ModelSpec
+from tinsmith.training.trainer import TorchTrainer
 
 pytestmark = pytest.mark.gpu
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 WIDTH, SCALE = 64, 0.125
 LENGTHS, PREFIXES = [200, 7, 130, 64, 33, 90, 1, 5], [-1, 0, 0, -1, -1, 4, 4, 4]
 needs_device = pytest.mark.skipif(INTERPRETED, reason="torch's attention kernels need a CUDA device")

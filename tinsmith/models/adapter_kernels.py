@@ -11,6 +11,8 @@ of A (the stack of all layers) and of each layer's B, 0 where an adapter has non
 import triton
 import triton.language as tl
 
+from tinsmith.models.kernels import gated_gradients
+
 ADDRESSES = tl.constexpr(4)  # of an adapter in a group: A, and B of up to three layers
 TILE = tl.constexpr(4)  # numbers in the table of tiles
 
@@ -28,12 +30,26 @@ def _tile(tiles_ptr, ROWS: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _at(address, like_ptr, ALIGNED: tl.constexpr):
-    """The address as a pointer to numbers such as `like_ptr`'s."""
-    ptr = address.to(tl.pointer_type(like_ptr.dtype.element_ty))
+def at(address, NUMBER: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address as a pointer to numbers of this dtype, with `ALIGNED` at a multiple of 16 bytes."""
+    ptr = address.to(tl.pointer_type(NUMBER))
     if ALIGNED:
         ptr = tl.multiple_of(ptr, 16)
     return ptr
+
+
+@triton.jit
+def _layer(part, width0, width1, width2):
+    """(width, first column) of one of the layers."""
+    width = width0
+    first = 0
+    if part == 1:
+        width = width1
+        first = width0
+    if part == 2:
+        width = width2
+        first = width0 + width1
+    return width, first
 
 
 @triton.jit
@@ -81,15 +97,8 @@ def shrink(
     ranks = rank * PARTS if OF_A else rank
     if (address == 0) | (tl.program_id(1) * RANKS >= ranks):
         return
-    width = width0
-    first = 0
-    if part == 1:
-        width = width1
-        first = width0
-    if part == 2:
-        width = width2
-        first = width0 + width1
-    matrix_ptr = _at(address, x_ptr, ALIGNED)
+    width, first = _layer(part, width0, width1, width2)
+    matrix_ptr = at(address, x_ptr.dtype.element_ty, ALIGNED)
     depth = tl.arange(0, DEPTH)
     x_ptrs = x_ptr + row[:, None] * x_stride + first + depth[None, :]
     if OF_A:
@@ -167,7 +176,7 @@ def expand(
         total = tl.load(base_ptrs, mask, other=0.0).to(tl.float32)
     address = tl.load(addresses_ptr + adapter * ADDRESSES + (0 if OF_A else 1 + part))
     if address != 0:
-        matrix_ptr = _at(address, z_ptr, ALIGNED)
+        matrix_ptr = at(address, z_ptr.dtype.element_ty, ALIGNED)
         if OF_A:
             for layer in tl.static_range(PARTS):
                 z = _inner(z_ptr, z_stride, row, inside, layer * rank, rank, RANKS)
@@ -176,6 +185,14 @@ def expand(
             z = _inner(z_ptr, z_stride, row, inside, part * rank, rank, RANKS)
             total = tl.dot(z, tl.trans(_rows_of_b(matrix_ptr, rank, column, width, RANKS)), total)
     tl.store(y_ptr + row[:, None] * y_stride + first + column[None, :], total, mask)
+
+
+@triton.jit
+def _add(matrix_ptr, values, row, rows, column, columns):
+    """Adds the values of some rows and columns to a matrix [rows, columns]."""
+    ptrs = matrix_ptr + row[:, None] * columns + column[None, :]
+    mask = (row[:, None] < rows) & (column[None, :] < columns)
+    tl.store(ptrs, tl.load(ptrs, mask, other=0.0) + values, mask)
 
 
 @triton.jit
@@ -225,18 +242,29 @@ def gradients(
             x_ptrs = x_ptr + row[:, None] * x_stride + first + column[None, :]
             x = tl.load(x_ptrs, (row[:, None] < end) & (column[None, :] < width), other=0.0)
             total = tl.dot(z, x, total)
-    gradient_ptr = address.to(tl.pointer_type(tl.float32))
-    if ALIGNED:
-        gradient_ptr = tl.multiple_of(gradient_ptr, 16)
-    mask = (wanted[:, None] < ranks) & (column[None, :] < width)
+    gradient_ptr = at(address, tl.float32, ALIGNED)
     if OF_A:
-        ptrs = gradient_ptr + wanted[:, None] * width + column[None, :]
-        tl.store(ptrs, tl.load(ptrs, mask, other=0.0) + total, mask)
+        _add(gradient_ptr, total, wanted, ranks, column, width)
     else:
-        ptrs = gradient_ptr + column[:, None] * rank + wanted[None, :]
-        turned = tl.trans(total)
-        mask = (wanted[None, :] < ranks) & (column[:, None] < width)
-        tl.store(ptrs, tl.load(ptrs, mask, other=0.0) + turned, mask)
+        _add(gradient_ptr, tl.trans(total), column, width, wanted, rank)
+
+
+@triton.jit
+def _gated_adapter(addresses_ptr, down_addresses_ptr, adapter, rank, NUMBER: tl.constexpr, ALIGNED: tl.constexpr):
+    """(B of gate, B of up, A of the layer behind, the ranks of both): ranks are 0 where there is none."""
+    gate_address = tl.load(addresses_ptr + adapter * ADDRESSES + 1)
+    up_address = tl.load(addresses_ptr + adapter * ADDRESSES + 2)
+    down_address = tl.load(down_addresses_ptr + adapter * ADDRESSES)
+    own = rank * (gate_address != 0).to(tl.int32)
+    down = rank * (down_address != 0).to(tl.int32)
+    gate_ptr, up_ptr = at(gate_address, NUMBER, ALIGNED), at(up_address, NUMBER, ALIGNED)
+    return gate_ptr, up_ptr, at(down_address, NUMBER, ALIGNED), own, down
+
+
+@triton.jit
+def _columns(ptr, row, stride, column, width, inside):
+    """[N, C] as they lie in memory."""
+    return tl.load(ptr + row[:, None] * stride + column[None, :], inside & (column[None, :] < width), other=0.0)
 
 
 @triton.jit
@@ -275,12 +303,9 @@ def adapted_swiglu(
     """
     row, inside, adapter, rank = _tile(tiles_ptr, ROWS, ALIGNED)
     split = tl.program_id(1)
-    gate_ptr = _at(tl.load(addresses_ptr + adapter * ADDRESSES + 1), gate_up_ptr, ALIGNED)
-    up_ptr = _at(tl.load(addresses_ptr + adapter * ADDRESSES + 2), gate_up_ptr, ALIGNED)
-    down_address = tl.load(down_addresses_ptr + adapter * ADDRESSES)
-    down_ptr = _at(down_address, gate_up_ptr, ALIGNED)
-    own = rank * (tl.load(addresses_ptr + adapter * ADDRESSES + 1) != 0).to(tl.int32)
-    down = rank * (down_address != 0).to(tl.int32)
+    gate_ptr, up_ptr, down_ptr, own, down = _gated_adapter(
+        addresses_ptr, down_addresses_ptr, adapter, rank, gate_up_ptr.dtype.element_ty, ALIGNED
+    )
     z_gate = _inner(z_ptr, z_stride, row, inside, 0, own, RANKS)
     z_up = _inner(z_ptr, z_stride, row, inside, rank, own, RANKS)
     total = tl.zeros((ROWS, RANKS), tl.float32)
@@ -335,12 +360,9 @@ def adapted_swiglu_backward(
     """
     row, inside, adapter, rank = _tile(tiles_ptr, ROWS, ALIGNED)
     split = tl.program_id(1)
-    gate_ptr = _at(tl.load(addresses_ptr + adapter * ADDRESSES + 1), gate_up_ptr, ALIGNED)
-    up_ptr = _at(tl.load(addresses_ptr + adapter * ADDRESSES + 2), gate_up_ptr, ALIGNED)
-    down_address = tl.load(down_addresses_ptr + adapter * ADDRESSES)
-    down_ptr = _at(down_address, gate_up_ptr, ALIGNED)
-    own = rank * (tl.load(addresses_ptr + adapter * ADDRESSES + 1) != 0).to(tl.int32)
-    down = rank * (down_address != 0).to(tl.int32)
+    gate_ptr, up_ptr, down_ptr, own, down = _gated_adapter(
+        addresses_ptr, down_addresses_ptr, adapter, rank, gate_up_ptr.dtype.element_ty, ALIGNED
+    )
     z_gate = _inner(z_ptr, z_stride, row, inside, 0, own, RANKS)
     z_up = _inner(z_ptr, z_stride, row, inside, rank, own, RANKS)
     down_dz = _inner(down_dz_ptr, down_dz_stride, row, inside, 0, down, RANKS)
@@ -349,16 +371,12 @@ def adapted_swiglu_backward(
     blocks = tl.cdiv(tl.cdiv(width, COLUMNS), splits)
     column = split * blocks * COLUMNS + tl.arange(0, COLUMNS)
     next_gate, next_up = _pair(gate_up_ptr, row, stride, column, width, inside)
-    next_dout = tl.load(
-        dout_ptr + row[:, None] * width + column[None, :], inside & (column[None, :] < width), other=0.0
-    )
+    next_dout = _columns(dout_ptr, row, width, column, width, inside)
     for _ in range(blocks):
         raw_gate, raw_up, raw_dout = next_gate, next_up, next_dout
         after = column + COLUMNS
         next_gate, next_up = _pair(gate_up_ptr, row, stride, after, width, inside)
-        next_dout = tl.load(
-            dout_ptr + row[:, None] * width + after[None, :], inside & (after[None, :] < width), other=0.0
-        )
+        next_dout = _columns(dout_ptr, row, width, after, width, inside)
         mask = inside & (column[None, :] < width)
         gate_b = _rows_of_b(gate_ptr, own, column, width, RANKS)
         up_b = _rows_of_b(up_ptr, own, column, width, RANKS)
@@ -366,12 +384,9 @@ def adapted_swiglu_backward(
         up = raw_up.to(tl.float32) + tl.dot(z_up, tl.trans(up_b))
         down_a = _columns_of_a(down_ptr, 0, down, column, width, RANKS)
         dout = raw_dout.to(tl.float32) + tl.dot(down_dz, down_a)
-        flat = row[:, None] * width + column[None, :]
-        sigmoid = tl.sigmoid(gate)
-        active = gate * sigmoid
-        tl.store(dout_ptr + flat, active * up, mask)
-        dgate = (dout * up * (sigmoid + active * (1 - sigmoid))).to(gate_up_ptr.dtype.element_ty)
-        dup = (dout * active).to(gate_up_ptr.dtype.element_ty)
+        out, dgate, dup = gated_gradients(gate, up, dout)
+        tl.store(dout_ptr + row[:, None] * width + column[None, :], out, mask)
+        dgate, dup = dgate.to(gate_up_ptr.dtype.element_ty), dup.to(gate_up_ptr.dtype.element_ty)
         ptrs = gate_up_ptr + row[:, None] * stride + column[None, :]
         tl.store(ptrs, dgate, mask)
         tl.store(ptrs + width, dup, mask)

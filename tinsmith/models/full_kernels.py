@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tinsmith.models.kernels import VOCABULARY_BLOCK, gated_gradients, logsumexp, warps_for
 from tinsmith.models.launch import Kernel, blocks, power_of_two
 
 _COLUMNS = 1024  # of the feed-forward network that one program computes
 _NORM_ROWS = 16  # that one program sums
-_VOCABULARY_BLOCK = 4096
 
 
 def swiglu_backward(gate_up_TP: Tensor, dout_TP: Tensor) -> Tensor:
@@ -41,8 +41,7 @@ def trained_norm_backward(
     parts_ND = gradient_D.new_empty(programs, width)
     tensors = (dy_TD, x_TD, weight_D, x_TD if residual_TD is None else residual_TD, dx_TD, normed_TD, parts_ND)
     constants = (residual_TD is not None, _NORM_ROWS, block)
-    warps = min(max(block // 256, 1), 16)
-    _TRAINED_NORM_BACKWARD((programs,), tensors, (width,), (rows, eps), constants, warps)
+    _TRAINED_NORM_BACKWARD((programs,), tensors, (width,), (rows, eps), constants, warps_for(block))
     gradient_D.add_(parts_ND.sum(0))
     return dx_TD, normed_TD
 
@@ -51,7 +50,7 @@ def row_logsumexp(logits_CV: Tensor) -> Tensor:
     """[C, 1], of fp32 logits."""
     rows, width = logits_CV.shape
     logsumexp_C1 = logits_CV.new_empty(rows, 1)
-    _ROW_LOGSUMEXP((rows,), (logits_CV, logsumexp_C1), (logits_CV.stride(0), width), (), (_VOCABULARY_BLOCK,))
+    _ROW_LOGSUMEXP((rows,), (logits_CV, logsumexp_C1), (logits_CV.stride(0), width), (), (VOCABULARY_BLOCK,))
     return logsumexp_C1
 
 
@@ -62,7 +61,7 @@ def logits_gradient(
     rows, width = logits_CV.shape
     tensors = (logits_CV, out_CV, logsumexp_C1, tokens_C, upstream_C)
     sizes = (logits_CV.stride(0), out_CV.stride(0), width)
-    _LOGITS_GRADIENT((rows, blocks(width, _VOCABULARY_BLOCK)), tensors, sizes, (), (_VOCABULARY_BLOCK,))
+    _LOGITS_GRADIENT((rows, blocks(width, VOCABULARY_BLOCK)), tensors, sizes, (), (VOCABULARY_BLOCK,))
 
 
 @triton.jit
@@ -74,11 +73,10 @@ def _swiglu_backward(gate_up_ptr, dout_ptr, out_ptr, stride, width, BLOCK: tl.co
     gate = tl.load(gate_ptrs, inside, other=0.0).to(tl.float32)
     up = tl.load(gate_ptrs + width, inside, other=0.0).to(tl.float32)
     dout = tl.load(dout_ptr + row * width + columns, inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    active = gate * sigmoid
-    tl.store(out_ptr + row * width + columns, active * up, inside)
-    tl.store(gate_ptrs, dout * up * (sigmoid + active * (1 - sigmoid)), inside)
-    tl.store(gate_ptrs + width, dout * active, inside)
+    out, dgate, dup = gated_gradients(gate, up, dout)
+    tl.store(out_ptr + row * width + columns, out, inside)
+    tl.store(gate_ptrs, dgate, inside)
+    tl.store(gate_ptrs + width, dup, inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -121,18 +119,7 @@ def _trained_norm_backward(
 @triton.jit
 def _row_logsumexp(logits_ptr, logsumexp_ptr, stride, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * stride
-    columns = tl.arange(0, BLOCK)
-    most = tl.full((BLOCK,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, width, BLOCK):
-        logits = tl.load(logits_ptr + start + columns, start + columns < width, other=-float("inf"))
-        larger = tl.maximum(most, logits)
-        base = tl.where(larger == -float("inf"), 0.0, larger)
-        total = total * tl.exp(most - base) + tl.exp(logits - base)
-        most = larger
-    peak = tl.max(most)
-    tl.store(logsumexp_ptr + row, peak + tl.log(tl.sum(total * tl.exp(most - peak))))
+    tl.store(logsumexp_ptr + row, logsumexp(logits_ptr + row * stride, width, BLOCK))
 
 
 @triton.jit

@@ -24,12 +24,12 @@ from tinsmith.models.fused_attention import AttentionChoice
 from tinsmith.models.fused_full import FullLayers
 from tinsmith.models.fused_heads import FusedHeads, Sequences
 from tinsmith.models.kernels import add_rms_norm, rms_norm_backward
+from tinsmith.models.layer_function import through
 from tinsmith.models.lora import Adapter, LinearGroup, Segment
 from tinsmith.models.norms import FrozenRMSNorm
 from tinsmith.models.plain_layers import FAMILIES, LayerParts, Probe, gates_are_silu, parts_of, weight_of
 
 _TOLERANCE = 0.05  # of the final hidden states, as a share of their norm, in bfloat16
-_FEW = 4  # of what backward needs: the adapters' inner products, which are kept even where all else is computed again
 _LEAST_CAPABILITY = (8, 0)  # of the device: what the kernels for attention and bfloat16 need
 
 
@@ -85,7 +85,7 @@ class FusedLayers:
         kernels = self._attention.of(attention, device)
         this = Pass(table, Sequences(kernels, cos_1Td[0], sin_1Td[0]), self.recomputes)
         for layer in self._layers:
-            hidden_TD = _LayerFunction.apply(hidden_TD, layer, this)
+            hidden_TD = through(layer, hidden_TD, this)
         normed: Tensor = self._norm(hidden_TD)
         return normed
 
@@ -114,27 +114,10 @@ def fused_layers(model: Any, on_progress: Callable[[str], None]) -> FusedLayers 
     return None
 
 
-class _LayerFunction(torch.autograd.Function):
-    """Hidden states through one layer; the adapters' gradients go to the adapters."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, layer: "_Layer", this: Pass) -> Tensor:
-        out_TD, saved = layer.forward(x_TD, this)
-        ctx.save_for_backward(x_TD, *(saved[:_FEW] if this.recomputes else saved))
-        ctx.layer, ctx.this = layer, this
-        return out_TD
-
-    @staticmethod
-    def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, *saved = ctx.saved_tensors
-        layer, this = ctx.layer, ctx.this
-        if this.recomputes:
-            saved = layer.again(x_TD, saved, this)
-        return layer.backward(dout_TD.contiguous(), x_TD, saved, this), None, None
-
-
 class _Layer:
     """One decoder layer: attention and a gated feed-forward network, each behind a norm and added to what came in."""
+
+    few = 4  # the adapters' inner products
 
     def __init__(self, parts: LayerParts) -> None:
         self.groups = parts.groups

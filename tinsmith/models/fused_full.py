@@ -23,6 +23,7 @@ from tinsmith.models.full_kernels import swiglu_backward, trained_norm_backward
 from tinsmith.models.fused_attention import AttentionChoice
 from tinsmith.models.fused_heads import FusedHeads, Sequences
 from tinsmith.models.kernels import add_rms_norm, swiglu
+from tinsmith.models.layer_function import through
 from tinsmith.models.plain_layers import LayerParts
 
 
@@ -55,6 +56,14 @@ class _Source:
         return _Linear(weights, self.weight(*biases) if has_biases else None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """What all layers of one pass share."""
+
+    sequences: Sequences
+    recomputes: bool  # whether a layer keeps its input only
+
+
 class FullLayers:
     """Stands in for a full-parameter model's module, from tokens to logprobs.
 
@@ -83,12 +92,13 @@ class FullLayers:
         hidden_TD = F.embedding(tokens_T, self._embedding.values)
         cos_1Td, sin_1Td = self._rotary(hidden_TD[None], positions_T[None])
         sequences = Sequences(self._attention.of(attention, tokens_T.device), cos_1Td[0], sin_1Td[0])
+        this = _Pass(sequences, self.recomputes)
         if torch.is_grad_enabled():
             hidden_TD.requires_grad_(True)
             embedded = self._embedding.gradient
             hidden_TD.register_hook(lambda dhidden_TD: _add_rows(embedded, tokens_T, dhidden_TD))
         for layer in self._layers:
-            hidden_TD = _LayerFunction.apply(hidden_TD, layer, sequences, self.recomputes)
+            hidden_TD = through(layer, hidden_TD, this)
         normed_TD: Tensor = _NormFunction.apply(hidden_TD, self._norm)
         return normed_TD
 
@@ -105,24 +115,6 @@ def _weights(layers: Sequence["_Layer"]) -> Iterator[Weight]:
 
 def _add_rows(total_VD: Tensor, tokens_T: Tensor, rows_TD: Tensor) -> None:
     total_VD.index_add_(0, tokens_T, rows_TD.to(total_VD.dtype))
-
-
-class _LayerFunction(torch.autograd.Function):
-    """Hidden states through one layer; the weights' gradients go to the weights."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, layer: "_Layer", sequences: Sequences, recomputes: bool) -> Tensor:
-        out_TD, saved = layer.forward(x_TD, sequences)
-        ctx.save_for_backward(x_TD, *(() if recomputes else saved))
-        ctx.layer, ctx.sequences = layer, sequences
-        return out_TD
-
-    @staticmethod
-    def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, *saved = ctx.saved_tensors
-        if not saved:
-            saved = ctx.layer.inside(x_TD, ctx.sequences)
-        return ctx.layer.backward(dout_TD.contiguous(), x_TD, saved, ctx.sequences), None, None, None
 
 
 class _NormFunction(torch.autograd.Function):
@@ -142,6 +134,8 @@ class _NormFunction(torch.autograd.Function):
 
 class _Layer:
     """One decoder layer: attention and a gated feed-forward network, each behind a norm and added to what came in."""
+
+    few = 0
 
     def __init__(self, source: _Source, number: int, parts: LayerParts) -> None:
         prefix = f"model.layers.{number}"
@@ -163,27 +157,27 @@ class _Layer:
         inner = [weight for linear in linears for weight in (linear.weight, linear.bias) if weight is not None]
         return [self._before.weight, self._between.weight, *self._head_norms, *inner]
 
-    def forward(self, x_TD: Tensor, sequences: Sequences) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x_TD: Tensor, this: _Pass) -> tuple[Tensor, list[Tensor]]:
         """(what comes out [T, D], what `backward` needs beside what came in)."""
-        saved = self.inside(x_TD, sequences)
+        saved = self.again(x_TD, (), this)
         _, _, middle_TD, gate_up_TO, *_ = saved
         return self._down(swiglu(gate_up_TO), middle_TD), saved
 
-    def inside(self, x_TD: Tensor, sequences: Sequences) -> list[Tensor]:
-        """What `backward` needs beside what came in."""
+    def again(self, x_TD: Tensor, few: Sequence[Tensor], this: _Pass) -> list[Tensor]:
+        """All that `backward` needs, from what came in; nothing else is kept."""
         heads_TO = self._projections(self._before(x_TD))
-        attended_TO, kept = self._heads.forward(heads_TO, sequences)
+        attended_TO, kept = self._heads.forward(heads_TO, this.sequences)
         middle_TD = self._out(attended_TO, x_TD)
         return [heads_TO, attended_TO, middle_TD, self._gate_up(self._between(middle_TD)), *kept]
 
-    def backward(self, dy_TD: Tensor, x_TD: Tensor, saved: Sequence[Tensor], sequences: Sequences) -> Tensor:
+    def backward(self, dy_TD: Tensor, x_TD: Tensor, saved: Sequence[Tensor], this: _Pass) -> Tensor:
         """The gradient in what came in; what was saved is overwritten."""
         heads_TO, attended_TO, middle_TD, gate_up_TO, *kept = saved
         dmiddle_TD = self._feed_forward_backward(dy_TD, middle_TD, gate_up_TO)
         dattended_TO = self._out.backward(dmiddle_TD)
         self._out.add_gradients(dmiddle_TD, attended_TO)
         gradients = (self._head_norms[0].gradient, self._head_norms[1].gradient) if self._head_norms else None
-        dheads_TO = self._heads.backward(dattended_TO, heads_TO, attended_TO, kept, sequences, gradients)
+        dheads_TO = self._heads.backward(dattended_TO, heads_TO, attended_TO, kept, this.sequences, gradients)
         dx_TD, normed_TD = self._before.backward(self._projections.backward(dheads_TO), x_TD, dmiddle_TD)
         self._projections.add_gradients(dheads_TO, normed_TD)
         return dx_TD

@@ -17,7 +17,8 @@ from tinsmith.models.launch import Kernel, blocks, power_of_two
 _TILE = 16  # heads that one program turns at once, of one or several rows
 _SUMMED_TILES = 8  # of which one program sums the gradients in the weights
 _COLUMNS = 1024  # of the feed-forward network that one program computes
-_VOCABULARY_BLOCK = 4096
+VOCABULARY_BLOCK = 4096
+"""Logits of a row that are read at once."""
 
 
 def add_rms_norm(
@@ -41,7 +42,7 @@ def add_rms_norm(
         (x_TD.stride(0), residual_TD.stride(0), share_TD.stride(0), width),
         (eps,),
         (added, shared, block),
-        _warps(block),
+        warps_for(block),
     )
     return normed_TD, sum_TD
 
@@ -97,7 +98,7 @@ def rms_norm_backward(
     dx_TD, normed_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
     block = power_of_two(width)
     tensors = (dy_TD, x_TD, weight_D, residual_TD, dx_TD, normed_TD)
-    _RMS_NORM_BACKWARD((rows,), tensors, (width,), (eps,), (block,), _warps(block))
+    _RMS_NORM_BACKWARD((rows,), tensors, (width,), (eps,), (block,), warps_for(block))
     return dx_TD, normed_TD
 
 
@@ -151,11 +152,12 @@ def softmax_less_one(
     less_CV = torch.empty_like(logits_CV, dtype=dtype) if out_CV is None else out_CV
     logsumexp_C1 = logits_CV.new_empty(rows, 1)
     tensors = (logits_CV, less_CV, logsumexp_C1, tokens_C)
-    _SOFTMAX_LESS_ONE((rows,), tensors, (logits_CV.stride(0), width), (), (_VOCABULARY_BLOCK,))
+    _SOFTMAX_LESS_ONE((rows,), tensors, (logits_CV.stride(0), width), (), (VOCABULARY_BLOCK,))
     return less_CV, logsumexp_C1
 
 
-def _warps(block: int) -> int:
+def warps_for(block: int) -> int:
+    """How many warps share so many numbers of a row."""
     return min(max(block // 256, 1), 16)
 
 
@@ -213,12 +215,39 @@ def _swiglu(gate_up_ptr, share_ptr, out_ptr, stride, share_stride, width, SHARE:
 
 
 @triton.jit
+def gated_gradients(gate, up, dout):
+    """(silu(gate) · up, the gradient in gate, that in up), from the gradient in the first; all fp32."""
+    sigmoid = tl.sigmoid(gate)
+    active = gate * sigmoid
+    return active * up, dout * up * (sigmoid + active * (1 - sigmoid)), dout * active
+
+
+@triton.jit
 def head_halves(ptr, first, HALF: tl.constexpr, BLOCK: tl.constexpr, inside):
     """fp32 [N, BLOCK] twice: both halves of the heads that begin at the offsets `first` [N, 1] from `ptr`."""
     columns = tl.arange(0, BLOCK)[None, :]
     mask = inside & (columns < HALF)
     low = tl.load(ptr + first + columns, mask, other=0.0).to(tl.float32)
     return low, tl.load(ptr + first + HALF + columns, mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _halves_of_kind(
+    is_query, query_ptr, key_ptr, query_first, key_first, HALF: tl.constexpr, BLOCK: tl.constexpr, inside
+):
+    """`head_halves` of queries or of keys, each from offsets of its own."""
+    if is_query:
+        low, high = head_halves(query_ptr, query_first, HALF, BLOCK, inside)
+    else:
+        low, high = head_halves(key_ptr, key_first, HALF, BLOCK, inside)
+    return low, high
+
+
+@triton.jit
+def _angles(cos_ptr, sin_ptr, row, cos_stride, sin_stride, columns, mask):
+    """fp32 cosines and sines [N, BLOCK] of these rows' positions."""
+    cos = tl.load(cos_ptr + row * cos_stride + columns, mask, other=0.0).to(tl.float32)
+    return cos, tl.load(sin_ptr + row * sin_stride + columns, mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -261,14 +290,13 @@ def _norm_rope(
     low, high = head_halves(in_ptr + row * in_stride, first, HALF, BLOCK, inside)
     columns = tl.arange(0, BLOCK)[None, :]
     mask = inside & (columns < HALF)
-    cos = tl.load(cos_ptr + row * cos_stride + columns, mask, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + row * sin_stride + columns, mask, other=0.0).to(tl.float32)
+    cos, sin = _angles(cos_ptr, sin_ptr, row, cos_stride, sin_stride, columns, mask)
     low_weight, high_weight = low, high
     if NORM:
-        if head < heads:
-            low_weight, high_weight = head_halves(q_weight_ptr, tl.zeros_like(first), HALF, BLOCK, inside)
-        else:
-            low_weight, high_weight = head_halves(k_weight_ptr, tl.zeros_like(first), HALF, BLOCK, inside)
+        zero = tl.zeros_like(first)
+        low_weight, high_weight = _halves_of_kind(
+            head < heads, q_weight_ptr, k_weight_ptr, zero, zero, HALF, BLOCK, inside
+        )
     low, high = rotated_head(low, high, cos, sin, low_weight, high_weight, eps, NORM, HALF)
     tl.store(out_ptr + row * out_stride + first + columns, low, mask)
     tl.store(out_ptr + row * out_stride + first + HALF + columns, high, mask)
@@ -303,6 +331,17 @@ def _norm_backward(dlow, dhigh, low, high, low_weight, high_weight, eps, HALF: t
     dhigh = dhigh * high_weight
     overlap = (tl.sum(dlow * low + dhigh * high, 1) / (2 * HALF))[:, None]
     return scale * (dlow - low * overlap), scale * (dhigh - high * overlap), low_part, high_part
+
+
+@triton.jit
+def _store_part(parts_ptr, low_total, high_total, is_normed, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """The program's part [d] of the gradient in a norm's weight, from what each of its heads adds."""
+    half = tl.arange(0, BLOCK)
+    block = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    ptrs = parts_ptr + block * (2 * HALF) + half
+    mask = (half < HALF) & is_normed
+    tl.store(ptrs, tl.sum(low_total, 0), mask)
+    tl.store(ptrs + HALF, tl.sum(high_total, 0), mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -356,23 +395,18 @@ def _norm_rope_backward(
             tl.store(low_out, dlow, mask)
             tl.store(low_out + HALF, dhigh, mask)
         else:
-            if head < heads:
-                first = row * dq_stride + (head + within) * dq_head_stride
-                dlow, dhigh = head_halves(dq_ptr, first, HALF, BLOCK, inside)
-            else:
-                first = row * dk_stride + (head - heads + within) * dk_head_stride
-                dlow, dhigh = head_halves(dk_ptr, first, HALF, BLOCK, inside)
-            cos = tl.load(cos_ptr + row * cos_stride + columns, mask, other=0.0).to(tl.float32)
-            sin = tl.load(sin_ptr + row * sin_stride + columns, mask, other=0.0).to(tl.float32)
+            query_first = row * dq_stride + (head + within) * dq_head_stride
+            key_first = row * dk_stride + (head - heads + within) * dk_head_stride
+            dlow, dhigh = _halves_of_kind(head < heads, dq_ptr, dk_ptr, query_first, key_first, HALF, BLOCK, inside)
+            cos, sin = _angles(cos_ptr, sin_ptr, row, cos_stride, sin_stride, columns, mask)
             back_low = dlow * cos + dhigh * sin
             back_high = dhigh * cos - dlow * sin
             if NORM:
                 first = row * in_stride + (head + within) * (2 * HALF)
                 low, high = head_halves(in_ptr, first, HALF, BLOCK, inside)
-                if head < heads:
-                    low_weight, high_weight = head_halves(q_weight_ptr, within * 0, HALF, BLOCK, inside)
-                else:
-                    low_weight, high_weight = head_halves(k_weight_ptr, within * 0, HALF, BLOCK, inside)
+                low_weight, high_weight = _halves_of_kind(
+                    head < heads, q_weight_ptr, k_weight_ptr, within * 0, within * 0, HALF, BLOCK, inside
+                )
                 back_low, back_high, low_part, high_part = _norm_backward(
                     back_low, back_high, low, high, low_weight, high_weight, eps, HALF
                 )
@@ -381,19 +415,12 @@ def _norm_rope_backward(
             tl.store(low_out, back_low, mask)
             tl.store(low_out + HALF, back_high, mask)
     if PARTS:
-        half = tl.arange(0, BLOCK)
-        block = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-        part_ptrs = parts_ptr + block * (2 * HALF) + half
-        is_normed = (half < HALF) & (head < heads + kv_heads)
-        tl.store(part_ptrs, tl.sum(low_total, 0), is_normed)
-        tl.store(part_ptrs + HALF, tl.sum(high_total, 0), is_normed)
+        _store_part(parts_ptr, low_total, high_total, head < heads + kv_heads, HALF, BLOCK)
 
 
 @triton.jit
-def _softmax_less_one(logits_ptr, less_ptr, logsumexp_ptr, tokens_ptr, stride, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * stride
-    less_ptr += row * width
+def logsumexp(logits_ptr, width, BLOCK: tl.constexpr):
+    """Of `width` fp32 logits."""
     columns = tl.arange(0, BLOCK)
     most = tl.full((BLOCK,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -404,13 +431,22 @@ def _softmax_less_one(logits_ptr, less_ptr, logsumexp_ptr, tokens_ptr, stride, w
         total = total * tl.exp(most - base) + tl.exp(logits - base)
         most = larger
     peak = tl.max(most)
-    logsumexp = peak + tl.log(tl.sum(total * tl.exp(most - peak)))
-    tl.store(logsumexp_ptr + row, logsumexp)
+    return peak + tl.log(tl.sum(total * tl.exp(most - peak)))
+
+
+@triton.jit
+def _softmax_less_one(logits_ptr, less_ptr, logsumexp_ptr, tokens_ptr, stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride
+    less_ptr += row * width
+    columns = tl.arange(0, BLOCK)
+    normalizer = logsumexp(logits_ptr, width, BLOCK)
+    tl.store(logsumexp_ptr + row, normalizer)
     token = tl.load(tokens_ptr + row)
     for start in range(0, width, BLOCK):
         inside = start + columns < width
         logits = tl.load(logits_ptr + start + columns, inside, other=0.0)
-        less = tl.exp(logits - logsumexp) - tl.where(start + columns == token, 1.0, 0.0)
+        less = tl.exp(logits - normalizer) - tl.where(start + columns == token, 1.0, 0.0)
         tl.store(less_ptr + start + columns, less, inside)
 
 
