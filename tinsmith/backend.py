@@ -222,14 +222,18 @@ def _budgets(settings: Settings, served: Served, model: "BaseModel") -> "Budgets
         hidden=model.config.hidden_size,
         max_context=model.max_context,
         item_bytes=model.dtype.itemsize,
+        vocabulary=model.vocab_size,
     )
     on_cpu = model.device.type == "cpu"
     free = left_bytes(served, model)
+    running = sizing.running_sequences(model.state_bytes, free, CPU_RUNNING if on_cpu else DEVICE_RUNNING)
+    captures = model.fused is not None or model.exact is not None
+    captured = sizing.step_bytes(sizes, free, running, settings.kv_cache_tokens) if captures else 0
+    free -= captured
     model.max_context = _context(settings, served, sizes, free)
     sizes = replace(sizes, max_context=model.max_context)
-    running = sizing.running_sequences(model.state_bytes, free, CPU_RUNNING if on_cpu else DEVICE_RUNNING)
     fixed = DETERMINISTIC_TRAIN_TOKENS[model.device.type] if settings.deterministic else 0
-    sizing.check_cache(sizes, settings.kv_cache_tokens, free)
+    sizing.check_cache(sizes, settings.kv_cache_tokens, free, captured)
     always = settings.gradient_checkpointing == "on"
     fitting = sizing.train_tokens(sizes, free, on_cpu=on_cpu, checkpointing=always)
     kv_tokens = settings.kv_cache_tokens or sizing.kv_cache_tokens(sizes, free, running, on_cpu=on_cpu)

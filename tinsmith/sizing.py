@@ -3,7 +3,7 @@
 Estimates from sizes, made before anything is allocated; knows no tensors of its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,10 @@ more than it saves (docs/log.md has the numbers)."""
 DEVICE_TRAIN_TOKENS = 65536
 FEW_SEQUENCES = 256  # may always be sampled at once
 SEQUENCE_TOKENS = 256  # of the cache, for each further one
+CAPTURED_STEPS = 96  # of so many kinds, about
+CAPTURED_STEP_BYTES = 8 * 2**20
+"""What the driver is taken to keep of a captured decoding step: hundreds of launches. An estimate, not measured."""
+LEAST_UNCAPTURED = 3 / 4  # of free memory; captured steps that find no room are not prepared
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 ENGINE_ROOM = 384 * 2**20
 """Bytes beside the weights that an engine needs at least: its libraries, some cache, activations and adapters."""
@@ -44,6 +48,7 @@ class ModelSizes:
     hidden: int
     max_context: int
     item_bytes: int
+    vocabulary: int
 
     @property
     def kv_bytes(self) -> int:
@@ -95,13 +100,37 @@ def kv_cache_tokens(sizes: ModelSizes, free_bytes: int, max_running: int, *, on_
     return max(sizes.max_context, min(fitting, useful))
 
 
-def check_cache(sizes: ModelSizes, tokens: int, free_bytes: int) -> None:
-    """Raises ConfigError if a cache of so many tokens was asked for, and memory cannot hold it."""
+def step_bytes(sizes: ModelSizes, free_bytes: int, max_running: int, kv_tokens: int = 0) -> int:
+    """What captured decoding steps of at most `max_running` sequences take: the largest's fp32 logits, and the driver.
+
+    As many sequences as are useful with a cache of `kv_tokens`; 0: with its share of memory.
+    """
+    rows = min(max_running, useful_sequences(kv_tokens or int(free_bytes * KV_SHARE) // sizes.kv_bytes))
+    wanted = rows * sizes.vocabulary * 4 + CAPTURED_STEPS * CAPTURED_STEP_BYTES
+    return min(wanted, free_bytes - int(free_bytes * LEAST_UNCAPTURED))
+
+
+def model_bytes(adapters: Sequence[int], full: Sequence[int], item_bytes: int) -> int:
+    """What models that train take: adapters and full-parameter models of so many parameters each.
+
+    Weights, gradient and both moments in fp32, and what passes read where that is another copy; and while calls run, a
+    copy of the gradients that they add to: all adapters', or one full-parameter model's.
+    """
+    own = (sum(adapters) + sum(full)) * (16 + (0 if item_bytes == 4 else item_bytes))
+    return own + 4 * max(sum(adapters), *full, 0)
+
+
+def check_cache(sizes: ModelSizes, tokens: int, free_bytes: int, taken_bytes: int = 0) -> None:
+    """Raises ConfigError if a cache of so many tokens was asked for, and memory cannot hold it.
+
+    Captured decoding steps have taken `taken_bytes` off what is free already.
+    """
     if tokens * sizes.kv_bytes > free_bytes:
+        taken = f" beside {_gigabytes(taken_bytes)} GB for captured decoding steps" if taken_bytes else ""
         raise ConfigError(
             f"kv_cache_tokens is {tokens}: {tokens} × {sizes.kv_bytes} bytes = {_gigabytes(tokens * sizes.kv_bytes)} "
-            f"GB, but {_gigabytes(free_bytes)} GB are free; at most {free_bytes // sizes.kv_bytes} tokens fit, and 0 "
-            "chooses"
+            f"GB, but {_gigabytes(free_bytes)} GB are free{taken}; at most {free_bytes // sizes.kv_bytes} tokens fit, "
+            "and 0 chooses"
         )
 
 

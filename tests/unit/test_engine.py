@@ -287,7 +287,7 @@ def test_models_beyond_the_limit_take_turns_on_the_device_without_a_trace(bound:
         bench = Bench(tmp_path / str(is_bounded), 1 if is_bounded and bound == "number" else 8)
         trainer: Any = bench.engine._trainer
         if is_bounded and bound == "bytes":
-            trainer._model_bytes = trainer._bytes_of(ModelSpec(4, 1)) + trainer._bytes_of(ModelSpec(8, 1))
+            trainer._model_bytes = trainer._bytes_of([ModelSpec(4, 1), ModelSpec(8, 1)])
         models = [bench.create(name, rank) for name, rank in (("a", 4), ("b", 8), ("c", 0))]
         most = 0
         for step in range(3):

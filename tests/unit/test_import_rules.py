@@ -35,7 +35,9 @@ ALLOWED: dict[str, set[str]] = {
     "api": {"errors", "age", "config", "manifests", "served", "observe", "protocols", "wire", "store", "demo"},
     "engine": {"errors", "age", "lost_device", "manifests", "observe", "protocols", "wire"},
     "models": {"errors", "protocols", "sizing"},
-    "training": {"errors", "lost_device", "protocols", "models", "wire.packing", "wire.losses", "wire.operators"},
+    "training": {
+        *("errors", "lost_device", "sizing", "protocols", "models", "wire.packing", "wire.losses", "wire.operators"),
+    },
     "sampling": {"errors", "lost_device", "protocols", "models", "wire.packing", "wire.losses", "wire.progress"},
     "demo": set(),
     "backend_config": {"errors"},

@@ -13,13 +13,17 @@ from tinsmith.sizing import (
     divide,
     free_host_memory,
     kv_cache_tokens,
+    model_bytes,
     running_sequences,
+    step_bytes,
     train_tokens,
     trainable_tokens,
     useful_sequences,
 )
 
-SIZES = ModelSizes(kv_numbers=512, activation_bytes=70000, layers=4, hidden=64, max_context=2048, item_bytes=4)
+SIZES = ModelSizes(
+    kv_numbers=512, activation_bytes=70000, layers=4, hidden=64, max_context=2048, item_bytes=4, vocabulary=150_000
+)
 GIB = 2**30
 
 
@@ -63,8 +67,27 @@ def test_models_that_do_not_fit_are_refused_with_the_arithmetic(shares: dict[str
 
 def test_a_cache_that_memory_cannot_hold_is_refused_with_the_arithmetic() -> None:
     check_cache(SIZES, 1000, 1000 * SIZES.kv_bytes)
-    with pytest.raises(ConfigError, match=r"1000 × 2048 bytes = 0\.00205 GB.*at most 999 tokens"):
+    with pytest.raises(ConfigError, match=r"1000 × 2048 bytes = 0\.00205 GB.*5 GB are free; at most 999 tokens"):
         check_cache(SIZES, 1000, 1000 * SIZES.kv_bytes - 1)
+    with pytest.raises(ConfigError, match=r"free beside 1\.42 GB for captured decoding steps; at most 999 tokens fit"):
+        check_cache(SIZES, 1000, 1000 * SIZES.kv_bytes - 1, 1_420_000_000)
+
+
+def test_captured_steps_take_the_logits_of_all_sequences_and_something_each() -> None:
+    driver = 96 * 8 * 2**20
+    assert step_bytes(SIZES, 100 * GIB, 1024) == 1024 * 150_000 * 4 + driver
+    assert step_bytes(SIZES, 100 * GIB, 300) == 300 * 150_000 * 4 + driver
+    few_tokens = step_bytes(SIZES, 100 * GIB, 1024, kv_tokens=512 * 256)
+    assert few_tokens == 512 * 150_000 * 4 + driver
+    assert step_bytes(SIZES, GIB, 1024) == GIB // 4  # no more: steps that find no room are not captured
+
+
+def test_models_that_train_count_a_copy_of_the_gradients_that_one_pass_adds_to() -> None:
+    assert model_bytes([], [], 2) == 0
+    assert model_bytes([100, 50], [], 4) == 150 * (4 * 4 + 4)
+    assert model_bytes([100, 50], [], 2) == 150 * (4 * 4 + 2 + 4)
+    assert model_bytes([], [1000, 800], 2) == 1800 * 18 + 1000 * 4  # full-parameter models run one by one
+    assert model_bytes([100, 50], [1000], 2) == 1150 * 18 + 1000 * 4
 
 
 def test_sequences_with_a_state_are_as_many_as_fit() -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinsmith import sizing
 from tinsmith.errors import NotFoundError, TinsmithError, UserError
 from tinsmith.lost_device import raise_if_lost
 from tinsmith.models.attention import PackedAttention
@@ -118,12 +119,12 @@ class TorchTrainer:
         if self._model_bytes is None:
             return 0
         specs = [model.weights.spec for model in self._models.values()] + ([spec] if spec else [])
-        return max(0, sum(map(self._bytes_of, specs)) - self._model_bytes)
+        return max(0, self._bytes_of(specs) - self._model_bytes)
 
-    def _bytes_of(self, spec: ModelSpec) -> int:
-        """Weights, gradient and both moments in fp32, and what passes read where that is another copy."""
-        numbers = self._model.layout(spec).total if spec.is_lora else self._model.parameters
-        return numbers * (16 + (0 if self._model.dtype == torch.float32 else self._model.dtype.itemsize))
+    def _bytes_of(self, specs: Sequence[ModelSpec]) -> int:
+        adapters = [self._model.layout(spec).total for spec in specs if spec.is_lora]
+        full = [self._model.parameters for spec in specs if not spec.is_lora]
+        return sizing.model_bytes(adapters, full, self._model.dtype.itemsize)
 
     def drop(self, model_id: str) -> None:
         """Forgets a model; an unknown one is forgotten already."""
