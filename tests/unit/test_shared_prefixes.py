@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tinsmith.models.invariant import LEAST_ROWS
 from tinsmith.training.batching import MicroBatch, cut, pack
-from tinsmith.training.shared_prefixes import LEAST_SHARED, common_starts, grouped
+from tinsmith.training.shared_prefixes import LEAST_SHARED, gathered, is_worth_sharing
 from tinsmith.wire.packing import TrainCall
 
 LONG = LEAST_SHARED + 8
@@ -35,12 +35,10 @@ def call_of(texts: list[list[int]], widths: list[int] | None = None) -> TrainCal
     )
 
 
-def bounds_of(texts: list[list[int]]) -> np.ndarray:
-    return np.cumsum([0, *(len(text) for text in texts)])
-
-
-def tokens_of(texts: list[list[int]]) -> np.ndarray:
-    return np.concatenate([np.array(text, np.int32) for text in texts])
+def groups_of(texts: list[list[int]]) -> list[tuple[tuple[int, ...], int]]:
+    """Datums and shared tokens of every group."""
+    groups = gathered(call_of(texts), range(len(texts))).groups
+    return [(group.datums, group.shared) for group in groups]
 
 
 def behind(batch: MicroBatch, row: int) -> list[int]:
@@ -51,31 +49,24 @@ def behind(batch: MicroBatch, row: int) -> list[int]:
     return own if prefix < 0 else [*behind(batch, batch.cu_seqlens[prefix + 1] - 1), *own]
 
 
-def test_samples_of_one_prompt_are_a_group_and_keep_a_token_of_their_own() -> None:
-    prompt = list(range(LONG))
-    texts = [[*prompt, 1, 2], [*prompt, 1, 3, 4], prompt, list(range(50, 90)), [5], [5]]
-    commons = common_starts(tokens_of(texts), bounds_of(texts))
-    assert commons == [0, LONG + 1, LONG - 1, 0, 0, 0]
-    groups = grouped([len(text) for text in texts], commons)
-    assert [(group.first, group.last, group.shared) for group in groups] == [
-        (0, 3, LONG - 1),
-        (3, 4, 0),
-        (4, 5, 0),
-        (5, 6, 0),
-    ]
+def test_samples_of_one_prompt_are_a_group_wherever_they_are_and_keep_a_token_of_their_own() -> None:
+    prompt, other = list(range(LONG)), list(range(50, 90))
+    texts = [[*prompt, 1, 2], [5], [*prompt, 1, 3, 4], other, prompt, [5]]
+    assert groups_of(texts) == [((0, 2, 4), LONG - 1), ((1,), 0), ((3,), 0), ((5,), 0)]
+    assert groups_of([[*other, 1], [*prompt, 1], [*other, 2], [*prompt, 2]]) == [((0, 2), 40), ((1, 3), LONG)]
 
 
 def test_a_short_start_or_one_that_saves_little_is_not_shared() -> None:
     short, prompt = list(range(LEAST_SHARED - 1)), list(range(LEAST_SHARED))
-    for texts in ([[*short, 1], [*short, 2]], [[*prompt, *range(300)], [*prompt, 5, *range(300)]]):
-        assert not any(common_starts(tokens_of(texts), bounds_of(texts)))
+    assert not is_worth_sharing(call_of([[*short, 1], [*short, 2]]))
+    assert not is_worth_sharing(call_of([[*prompt, *range(300)], [*prompt, 5, *range(300)]]))
+    assert is_worth_sharing(call_of([[*prompt, 1], [*prompt, 2]]))
 
 
 def test_a_datum_that_would_shorten_what_a_large_group_shares_begins_another() -> None:
     prompt = list(range(3 * LEAST_SHARED))
     texts = [*([*prompt, number, 1] for number in range(8)), [*prompt[: LEAST_SHARED + 1], 99, 98]]
-    groups = grouped([len(text) for text in texts], common_starts(tokens_of(texts), bounds_of(texts)))
-    assert [(group.last, group.shared) for group in groups] == [(8, len(prompt)), (9, 0)]
+    assert groups_of(texts) == [(tuple(range(8)), len(prompt)), ((8,), 0)]
 
 
 TEXT = st.tuples(st.integers(0, 3), st.integers(0, LONG), st.lists(st.integers(0, 2), min_size=1, max_size=9))

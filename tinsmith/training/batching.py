@@ -7,13 +7,14 @@ Shapes: `T` rows (tokens) of the micro-batch, `U` logprobs to be computed, `M` t
 sequences.
 """
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tinsmith.models.invariant import LEAST_ROWS
-from tinsmith.training.shared_prefixes import Group, common_starts
+from tinsmith.training.shared_prefixes import Gathering, Group, is_worth_sharing
 from tinsmith.wire.packing import Int32, Int64, TrainCall
 
 
@@ -22,20 +23,14 @@ class Cut:
     """Datums `first` to `last` of the call with this index, in groups that share rows."""
 
     call: int
+    first: int
+    last: int
     groups: tuple[Group, ...]
     opens: bool  # the first of several cuts of its call
 
     @property
-    def first(self) -> int:
-        return self.groups[0].first
-
-    @property
-    def last(self) -> int:
-        return self.groups[-1].last
-
-    @property
     def rows(self) -> int:
-        return sum(group.tokens - group.saved for group in self.groups)
+        return sum(group.rows for group in self.groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,25 +58,23 @@ class MicroBatch:
 def cut(index: int, call: TrainCall, budget: int, most: int = 0, *, share: bool = False) -> list[Cut]:
     """Consecutive datums of at most `budget` rows, and (unless 0) `most` in number; a longer datum goes alone.
 
-    With `share`, datums that begin alike share rows.
+    With `share`, datums that begin alike share rows, if that pays.
     """
-    commons = common_starts(call.tokens_T, call.token_offsets) if share else [0] * call.num_datums
-    cuts: list[list[Group]] = []
-    rows = 0
-    for datum, (length, common) in enumerate(zip(np.diff(call.token_offsets).tolist(), commons, strict=True)):
-        alone = Group(datum, datum + 1, length)
-        bigger = cuts[-1][-1].joined(length, common) if cuts else None
-        more = length if bigger is None else length - (bigger.saved - cuts[-1][-1].saved)
-        if not cuts or rows + more > budget or (most and datum - cuts[-1][0].first == most):
-            cuts.append([alone])
-            rows = length
-            continue
-        rows += more
-        if bigger:
-            cuts[-1][-1] = bigger
-        else:
-            cuts[-1].append(alone)
-    return [Cut(index, tuple(groups), len(cuts) > 1 and number == 0) for number, groups in enumerate(cuts)]
+    share = share and is_worth_sharing(call)
+    bounds, pieces = [0], [Gathering(call, share)]
+    for datum in range(call.num_datums):
+        found = pieces[-1].place(datum)
+        seated = datum - bounds[-1]
+        if seated and (pieces[-1].rows_with(*found) > budget or seated == most):
+            bounds.append(datum)
+            pieces.append(Gathering(call, share))
+            found = pieces[-1].place(datum)
+        pieces[-1].put(*found)
+    bounds.append(call.num_datums)
+    return [
+        Cut(index, first, last, tuple(piece.groups), len(pieces) > 1 and first == 0)
+        for piece, (first, last) in zip(pieces, itertools.pairwise(bounds), strict=True)
+    ]
 
 
 def plan(
@@ -119,14 +112,14 @@ def pack(calls: Sequence[TrainCall], cuts: Sequence[Cut]) -> MicroBatch:
         targets.append(call.targets_M[call.target_offsets[first] : call.target_offsets[last]])
         row_bounds.append(row_bounds[-1] + piece.rows)
         entry_bounds.append(entry_bounds[-1] + len(targets[-1]))
-    groups = [group for piece in cuts for group in piece.groups]
+    groups = _renumbered(cuts)
     if (padding := LEAST_ROWS - row_bounds[-1]) > 0:
         filler = np.zeros(padding, np.int32)
         tokens.append(filler)
         targets.append(filler)
+        groups.append(Group((sum(map(len, lengths)),), padding))
         lengths.append(np.array([padding]))
         widths.append(np.zeros(1, np.int32))
-        groups.append(Group(0, 1, padding))
     sequences = _sequences(np.concatenate(lengths, dtype=np.int64), groups)
     entries_M = _entries(np.concatenate(widths), sequences.datum_K)
     rows_U, targets_U, picks_M = _logprobs(sequences, entries_M, np.concatenate(targets, dtype=np.int64))
@@ -143,6 +136,17 @@ def pack(calls: Sequence[TrainCall], cuts: Sequence[Cut]) -> MicroBatch:
         row_bounds=row_bounds,
         entry_bounds=entry_bounds,
     )
+
+
+def _renumbered(cuts: Sequence[Cut]) -> list[Group]:
+    """The groups of all cuts, their datums numbered throughout."""
+    groups: list[Group] = []
+    seen = 0
+    for piece in cuts:
+        shift = seen - piece.first
+        groups += (replace(group, datums=tuple(datum + shift for datum in group.datums)) for group in piece.groups)
+        seen += piece.last - piece.first
+    return groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,29 +171,32 @@ class _Sequences:
 
 def _sequences(lengths_N: Int64, groups: Sequence[Group]) -> _Sequences:
     """Each group as a sequence of what its datums share, if they do, and one of what each has of its own."""
-    sizes = [group.last - group.first for group in groups]
+    sizes = [len(group.datums) for group in groups]
+    order_N = np.concatenate([group.datums for group in groups])  # from here on datums come as groups have them
+    length_N, start_N = lengths_N[order_N], (np.cumsum(lengths_N) - lengths_N)[order_N]
     shared_N = np.repeat([group.shared for group in groups], sizes)
     leader_N = np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
-    leads_N = leader_N == np.arange(len(lengths_N))
-    starts_N = np.cumsum(lengths_N) - lengths_N
     # two sequences for each datum: what its group shares, which only the leader of a group that shares has, and its own
-    size_N2 = np.stack([np.where(leads_N, shared_N, 0), lengths_N - shared_N], 1)
+    leads_N = leader_N == np.arange(len(order_N))
+    size_N2 = np.stack([np.where(leads_N, shared_N, 0), length_N - shared_N], 1)
     first_N2 = np.stack([np.zeros_like(shared_N), shared_N], 1)
     exists = size_N2.ravel() > 0
     number_N2 = (np.cumsum(exists) - 1).reshape(-1, 2)
-    size_S, first_S = size_N2.ravel()[exists], first_N2.ravel()[exists]
+    size_S = size_N2.ravel()[exists]
     bounds = np.concatenate([[0], np.cumsum(size_S)])
-    prefix_N2 = np.stack([np.full(len(lengths_N), -1), np.where(shared_N > 0, number_N2[leader_N, 0], -1)], 1)
-    position_T = np.arange(bounds[-1]) + np.repeat(first_S - bounds[:-1], size_S)
+    prefix_N2 = np.stack([np.full(len(order_N), -1), np.where(shared_N > 0, number_N2[leader_N, 0], -1)], 1)
+    position_T = np.arange(bounds[-1]) + np.repeat(first_N2.ravel()[exists] - bounds[:-1], size_S)
+    # a datum's token is the row of its own sequence, or of its leader's, at the same distance from the beginning
+    origin_N2 = np.stack([bounds[number_N2[leader_N, 0]], bounds[number_N2[:, 1]] - shared_N], 1)
     datum_K = np.repeat(np.arange(len(lengths_N)), lengths_N)
-    place_K = np.arange(len(datum_K)) - starts_N[datum_K]
-    own_K, shared_K = bounds[number_N2[:, 1]][datum_K], bounds[number_N2[leader_N, 0]][datum_K]
+    seat_K = np.argsort(order_N)[datum_K]
+    place_K = np.arange(len(datum_K)) - start_N[seat_K]
     return _Sequences(
         bounds=bounds,
         prefix_S=prefix_N2.ravel()[exists],
-        token_T=position_T + np.repeat(np.repeat(starts_N, 2)[exists], size_S),
+        token_T=position_T + np.repeat(np.repeat(start_N, 2)[exists], size_S),
         position_T=position_T,
-        row_K=np.where(place_K < shared_N[datum_K], shared_K + place_K, own_K + place_K - shared_N[datum_K]),
+        row_K=place_K + origin_N2[seat_K, (place_K >= shared_N[seat_K]).astype(np.int64)],
         datum_K=datum_K,
     )
 

@@ -1,18 +1,16 @@
 """Datums of a call that begin alike: pure functions of numpy arrays; knows no models.
 
-Rows with the same tokens before them have the same hidden states. So neighbouring datums, such as the samples of one
-prompt, can form a group, of which the tokens that all of them begin with are computed once; the rest of each datum
-continues these rows. A shared row's gradient is the sum over its datums.
+Rows with the same tokens before them have the same hidden states. So datums such as the samples of one prompt can form
+a group, of which the tokens that all of them begin with are computed once; the rest of each datum continues these rows.
+A shared row's gradient is the sum over its datums.
 
-Shapes: `N` datums of a call, `T` tokens of all of them.
+Shapes: `T` tokens of all datums of a call.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
-import numpy as np
-
-from tinsmith.wire.packing import Int32, Int64
+from tinsmith.wire.packing import TrainCall
 
 LEAST_SHARED = 32  # tokens; less is not worth a sequence of its own
 LEAST_SAVED = 1 / 8  # of a call's rows; less would not pay for the longer way through attention
@@ -20,50 +18,84 @@ LEAST_SAVED = 1 / 8  # of a call's rows; less would not pay for the longer way t
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Datums `first` to `last`: their first `shared` tokens are the same, and each has at least one more.
+    """Datums whose first `shared` tokens are the same, and each of which has at least one more.
 
     `tokens` are those of all datums. Nothing is shared in a group of one.
     """
 
-    first: int
-    last: int
+    datums: tuple[int, ...]
     tokens: int
     shared: int = 0
 
     @property
     def saved(self) -> int:
         """Rows that need not be computed."""
-        return (self.last - self.first - 1) * self.shared
+        return (len(self.datums) - 1) * self.shared
 
-    def joined(self, tokens: int, common: int) -> "Group | None":
-        """With the next datum, which has so many tokens in common with the last one; None if that saves nothing."""
-        shared = min(self.shared or common, common)
-        bigger = Group(self.first, self.last + 1, self.tokens + tokens, shared)
-        return bigger if shared >= LEAST_SHARED and bigger.saved > self.saved else None
+    @property
+    def rows(self) -> int:
+        return self.tokens - self.saved
 
 
-def common_starts(tokens_T: Int32, offsets: Int64) -> list[int]:
-    """For each datum the number of tokens that it begins with like the one before, less than either's length.
+@dataclass(slots=True)
+class Gathering:
+    """Groups that grow datum by datum; with `share` off, of one datum each."""
 
-    All are zero where sharing them would not save enough.
-    """
-    commons = [0]
-    for start, middle, end in zip(offsets[:-2], offsets[1:-1], offsets[2:], strict=True):
-        most = int(min(middle - start, end - middle)) - 1
-        differ = tokens_T[start : start + most] != tokens_T[middle : middle + most]
-        first = int(differ.argmax()) if most > 0 else 0
-        commons.append(first if most > 0 and differ[first] else max(most, 0))
-    lengths = np.diff(offsets).tolist()
-    saved = sum(group.saved for group in grouped(lengths, commons))
-    return commons if saved >= LEAST_SAVED * sum(lengths) else [0] * len(commons)
+    call: TrainCall
+    share: bool
+    groups: list[Group] = field(default_factory=list)
+    rows: int = 0
+    _latest: dict[bytes, int] = field(default_factory=dict)  # by how its datums begin, the newest group's place
+
+    def place(self, datum: int) -> tuple[int, Group]:
+        """Where a datum belongs: the place of a group, perhaps a new one, and that group with the datum."""
+        length = self._end(datum) - self._start(datum)
+        place = self._latest.get(self._beginning(datum)) if self.share and length > LEAST_SHARED else None
+        if place is not None:
+            group = self.groups[place]
+            common = self._common(group.datums[0], datum)
+            bigger = Group((*group.datums, datum), group.tokens + length, min(group.shared or common, common))
+            if bigger.shared >= LEAST_SHARED and bigger.saved > group.saved:
+                return place, bigger
+        return len(self.groups), Group((datum,), length)
+
+    def rows_with(self, place: int, group: Group) -> int:
+        """Rows of all groups once this one is at its place."""
+        return self.rows + group.rows - (self.groups[place].rows if place < len(self.groups) else 0)
+
+    def put(self, place: int, group: Group) -> None:
+        self.rows = self.rows_with(place, group)
+        self.groups[place : place + 1] = [group]
+        self._latest[self._beginning(group.datums[0])] = place
+
+    def _start(self, datum: int) -> int:
+        return int(self.call.token_offsets[datum])
+
+    def _end(self, datum: int) -> int:
+        return int(self.call.token_offsets[datum + 1])
+
+    def _beginning(self, datum: int) -> bytes:
+        start = self._start(datum)
+        return self.call.tokens_T[start : min(start + LEAST_SHARED, self._end(datum))].tobytes()
+
+    def _common(self, one: int, other: int) -> int:
+        """How many tokens two datums begin with alike, less than either's length."""
+        starts = self._start(one), self._start(other)
+        most = min(self._end(one) - starts[0], self._end(other) - starts[1]) - 1
+        tokens_T = self.call.tokens_T
+        differs = tokens_T[starts[0] : starts[0] + most] != tokens_T[starts[1] : starts[1] + most]
+        first = int(differs.argmax()) if most else 0
+        return first if most and differs[first] else most
 
 
-def grouped(lengths: Sequence[int], commons: Sequence[int]) -> list[Group]:
-    """All datums, in order."""
-    groups: list[Group] = []
-    for datum, (length, common) in enumerate(zip(lengths, commons, strict=True)):
-        if groups and (bigger := groups[-1].joined(length, common)):
-            groups[-1] = bigger
-        else:
-            groups.append(Group(datum, datum + 1, length))
-    return groups
+def gathered(call: TrainCall, datums: Iterable[int]) -> Gathering:
+    """All of these datums, in groups that share what they can."""
+    gathering = Gathering(call, share=True)
+    for datum in datums:
+        gathering.put(*gathering.place(datum))
+    return gathering
+
+
+def is_worth_sharing(call: TrainCall) -> bool:
+    """Whether the datums of a call begin alike to such an extent that sharing rows pays."""
+    return call.num_tokens - gathered(call, range(call.num_datums)).rows >= LEAST_SAVED * call.num_tokens
