@@ -40,6 +40,9 @@ from tinsmith.wire.packing import TrainOutput
 log = logging.getLogger(__name__)
 
 _USUAL_RANK = 32
+_MOST_PICKED = 1.25
+"""Rows of the head for each row before it, where datums with other targets share rows: of more, each row has several
+targets, since every row of the head takes memory and time for the whole vocabulary."""
 _FEW_ROWS, _MANY_ROWS = 256, 16_384  # for which kernels are compiled in their own ways
 
 
@@ -286,8 +289,12 @@ class TorchTrainer:
         rows_U = None if batch.rows_U is None else self._tensor(batch.rows_U)
         if batch.picks_M is None or rows_U is None:
             return self._target_logprobs(hidden_TD, segments, rows_U, targets_U, full)
-        hidden_UD, parts = pick_rows(hidden_TD, segments, rows_U)
-        return self._target_logprobs(hidden_UD, parts, None, targets_U, full)[self._tensor(batch.picks_M)]
+        if len(targets_U) > _MOST_PICKED * len(hidden_TD):
+            logprobs_U = self._target_logprobs(hidden_TD, segments, rows_U, targets_U, full)
+        else:
+            hidden_UD, parts = pick_rows(hidden_TD, segments, rows_U)
+            logprobs_U = self._target_logprobs(hidden_UD, parts, None, targets_U, full)
+        return logprobs_U[self._tensor(batch.picks_M)]
 
     def _hidden(self, batch: MicroBatch, segments: Sequence[Segment], full: FullModel | None) -> Tensor:
         tokens_T, positions_T = map(self._tensor, (batch.tokens_T, batch.positions_T))
