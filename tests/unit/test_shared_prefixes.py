@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinsmith.models.invariant import LEAST_ROWS
-from tinsmith.training.batching import MicroBatch, cut, pack
+from tinsmith.training.batching import MOST_SHARING, MicroBatch, cut, pack
 from tinsmith.training.shared_prefixes import LEAST_SHARED, gathered, is_worth_sharing
 from tinsmith.wire.packing import TrainCall
 
@@ -108,3 +108,11 @@ def test_equal_datums_are_computed_nearly_once() -> None:
     assert piece.rows == LONG - 1 + 10
     assert len(batch.targets_U) - (len(batch.tokens_T) - piece.rows) == LONG - 1 + 10
     assert cut(0, call, 10**6)[0].rows == 10 * LONG
+
+
+def test_what_datums_share_is_bounded_by_a_multiple_of_the_budget() -> None:
+    """Short answers to one long prompt: each takes a row of a pass, and a copy of the prompt's keys and values."""
+    texts = [[*range(100), 200 + number] for number in range(300)]
+    cuts = cut(0, call_of(texts), 200, share=True)
+    assert max(piece.last - piece.first for piece in cuts) == MOST_SHARING * 200 // 101
+    assert sum(piece.rows for piece in cuts) == 300 + 100 * len(cuts)

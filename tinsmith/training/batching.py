@@ -18,6 +18,10 @@ from tinsmith.training.shared_prefixes import Gathering, Group, is_worth_sharing
 from tinsmith.wire.packing import Int32, Int64, TrainCall
 
 
+MOST_SHARING = 8
+"""Tokens of a cut for each row of the budget: keys and values that datums share may be copied for each of them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Cut:
     """Datums `first` to `last` of the call with this index, in groups that share rows."""
@@ -61,11 +65,11 @@ def cut(index: int, call: TrainCall, budget: int, most: int = 0, *, share: bool 
     With `share`, datums that begin alike share rows, if that pays.
     """
     share = share and is_worth_sharing(call)
-    bounds, pieces = [0], [Gathering(call, share)]
+    offsets, bounds, pieces = call.token_offsets, [0], [Gathering(call, share)]
     for datum in range(call.num_datums):
-        found = pieces[-1].place(datum)
-        seated = datum - bounds[-1]
-        if seated and (pieces[-1].rows_with(*found) > budget or seated == most):
+        found, seated = pieces[-1].place(datum), datum - bounds[-1]
+        is_full = seated == most or offsets[datum + 1] - offsets[bounds[-1]] > MOST_SHARING * budget
+        if seated and (is_full or pieces[-1].rows_with(*found) > budget):
             bounds.append(datum)
             pieces.append(Gathering(call, share))
             found = pieces[-1].place(datum)
