@@ -17,7 +17,6 @@ from tinsmith.models.invariant import LEAST_ROWS
 from tinsmith.training.shared_prefixes import Gathering, Group, is_worth_sharing
 from tinsmith.wire.packing import Int32, Int64, TrainCall
 
-
 MOST_SHARING = 8
 """Tokens of a cut for each row of the budget: keys and values that datums share may be copied for each of them."""
 
