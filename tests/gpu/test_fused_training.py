@@ -11,6 +11,7 @@ from tests.gpu.device import DEVICE, DTYPE, INTERPRETED
 from tests.parity.conftest import load
 from tinsmith.models.attention import Heads, PackedAttention
 from tinsmith.models.fused import FusedLayers
+from tinsmith.models.fused import fused_layers as layers_if_they_fit
 from tinsmith.models.fused_attention import AttentionChoice, FusedAttention
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import Adapter, Segment
@@ -118,3 +119,25 @@ def test_who_cannot_use_fused_layers_has_shorter_passes(folders: Callable[[str],
     assert base.rows_share([None]) == base.activation_bytes / (base.activation_bytes + 2 * base.vocab_size)
     assert base.rows_share([usual, large]) == base.activation_bytes / plain_bytes
     assert not base.fused.fits([large])
+
+
+def test_heads_that_no_attention_takes_are_told_and_trained_through_the_module(
+    folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in Llama models of 3,200 numbers with 32 heads, which could not even be loaded."""
+    base = load(folders("llama"), torch.bfloat16, DEVICE)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(base.module.model.layers[0].self_attn, "head_dim", 100)
+    told: list[str] = []
+    assert layers_if_they_fit(base, told.append) is None
+    assert told == ["training uses the slower layers: no kernels for attention take heads 100 wide"]
+
+
+def test_few_shapes_of_batches_get_plans_and_only_when_they_come_back() -> None:
+    choice = AttentionChoice()
+    assert [choice.is_planned((4, 512)) for _ in range(3)] == [False, True, True]
+    shapes = [(1, length) for length in range(1000, 11_000)]
+    assert not any(map(choice.is_planned, shapes))
+    assert not choice.is_planned(shapes[0])  # that was too long ago
+    assert [sum([choice.is_planned((2, length)) for length in range(200)]) for _ in range(2)] == [0, 63]
+    assert choice.is_planned((4, 512))

@@ -20,7 +20,7 @@ from torch import Tensor
 from tinsmith.models.adapter_table import MOST_RANKS, AdapterPlaces, AdapterTable
 from tinsmith.models.attention import PackedAttention
 from tinsmith.models.full import FullModel
-from tinsmith.models.fused_attention import AttentionChoice
+from tinsmith.models.fused_attention import AttentionChoice, can_attend
 from tinsmith.models.fused_full import FullLayers
 from tinsmith.models.fused_heads import FusedHeads, Sequences
 from tinsmith.models.kernels import add_rms_norm, rms_norm_backward
@@ -100,6 +100,10 @@ def fused_layers(model: Any, on_progress: Callable[[str], None]) -> FusedLayers 
         return None
     if not gates_are_silu(model):
         on_progress("training uses the slower layers: the gates of its networks are not SiLU")
+        return None
+    width = model.module.model.layers[0].self_attn.head_dim
+    if not can_attend(width):
+        on_progress(f"training uses the slower layers: no kernels for attention take heads {width} wide")
         return None
     probe = Probe(model)
     scalings, windows = zip(*(probe.calls[layer] for layer in range(model.num_layers)), strict=True)

@@ -20,6 +20,9 @@ from tinsmith.models.attention import PackedAttention
 from tinsmith.models.attention_kernels import merge_attention
 
 _LEAST_LENGTH = 128  # shorter sequences have nothing to gain
+_MOST_PLANNED = 64  # shapes: the library never forgets a plan
+_MOST_SEEN = 4096  # shapes that are remembered, of which most never come back
+_WIDTH_STEP, _MOST_WIDTH = 8, 128  # of heads: what both libraries have kernels for, forward and backward
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -195,21 +198,38 @@ class BatchedAttention:
         return dquery, dkey, dvalue
 
 
+def can_attend(width: int) -> bool:
+    """Whether there are kernels for heads of this width."""
+    return width % _WIDTH_STEP == 0 and width <= _MOST_WIDTH
+
+
 class AttentionChoice:
     """Chooses the kernels for each pass; knows which shapes have been there before."""
 
     def __init__(self) -> None:
         self._seen: set[tuple[int, int]] = set()
+        self._planned: set[tuple[int, int]] = set()
 
     def of(self, attention: PackedAttention, device: torch.device) -> FusedAttention:
         """Deterministic passes always get the same kernels."""
         if attention.prefixes is not None:
             return SharedPrefixAttention(attention, device)
         lengths = attention.lengths
-        length, shape = lengths[0], (len(lengths), lengths[0])
+        length = lengths[0]
         if length < _LEAST_LENGTH or any(other != length for other in lengths):
             return RaggedAttention(lengths, device)
-        if torch.are_deterministic_algorithms_enabled() or shape not in self._seen:
-            self._seen.add(shape)
+        if torch.are_deterministic_algorithms_enabled() or not self.is_planned((len(lengths), length)):
             return RaggedAttention(lengths, device)
         return BatchedAttention(length)
+
+    def is_planned(self, shape: tuple[int, int]) -> bool:
+        """Whether sequences [number, length] run as a batch: from the second time on, the first few such shapes."""
+        if shape in self._seen and len(self._planned) < _MOST_PLANNED:
+            self._seen.discard(shape)
+            self._planned.add(shape)
+        if shape in self._planned:
+            return True
+        if len(self._seen) >= _MOST_SEEN:
+            self._seen.clear()
+        self._seen.add(shape)
+        return False
