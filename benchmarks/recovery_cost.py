@@ -176,14 +176,15 @@ def restart(folder: Path, model: str, rounds: int) -> Iterator[Row]:
         os.environ.update(server.client_environment())
         with tinker.ServiceClient() as service:
             client = service.create_lora_training_client(model, rank=32).result()
+            data = [datum(LENGTH, first) for first in range(DATUMS)]
             for _ in range(rounds):
-                client.forward_backward([datum(LENGTH)] * DATUMS, "cross_entropy").result()
+                client.forward_backward(data, "cross_entropy").result()
                 client.optim_step(types.AdamParams(learning_rate=1e-4)).result()
                 engine = server.processes()["engine"]
                 began = time.perf_counter()
                 engine.kill()
                 psutil.wait_procs([engine], 30)
-                client.forward_backward([datum(LENGTH)] * DATUMS, "cross_entropy").result()
+                client.forward_backward(data, "cross_entropy").result()
                 seconds.append(time.perf_counter() - began)
     yield Row("engine killed: until the next answer, median", round(median(seconds), 2), "s")
 

@@ -88,7 +88,7 @@ def client_actions(service: tinker.ServiceClient) -> dict[str, Callable[[], obje
     """What users do, by case."""
     client = service.create_lora_training_client("tiny", rank=RANK).result()
     sampler = client.save_weights_and_get_sampling_client().result()
-    short, long = [datum(SHORT)], [datum(LONG) for _ in range(LONG_DATUMS)]
+    short, long = [datum(SHORT)], [datum(LONG, first) for first in range(LONG_DATUMS)]
     adam = types.AdamParams(learning_rate=LEARNING_RATE)
     prompt = types.ModelInput.from_ints(list(range(PROMPT)))
     params = types.SamplingParams(max_tokens=SAMPLED, stop=[])
@@ -135,18 +135,18 @@ def step(trainer: Trainer) -> None:
     trainer.optim_step("model", AdamParams(learning_rate=LEARNING_RATE))
 
 
-def datum(length: int) -> types.Datum:
-    """A datum of `length` tokens with a target at each."""
-    targets = np.arange(1, length + 1)
+def datum(length: int, first: int = 0) -> types.Datum:
+    """A datum of `length` tokens with a target at each. Another `first`, and it begins in another way."""
+    targets = np.arange(first + 1, first + length + 1)
     weights = np.ones(length, np.float32)
-    model_input = types.ModelInput.from_ints(list(range(length)))
+    model_input = types.ModelInput.from_ints(list(range(first, first + length)))
     return types.Datum(model_input=model_input, loss_fn_inputs={"target_tokens": targets, "weights": weights})
 
 
 def calls(datums: int, length: int) -> list[ModelCall]:
     """The same datums as they reach the trainer."""
     offsets = np.arange(datums + 1, dtype=np.int64) * length
-    tokens = np.tile(np.arange(length, dtype=np.int32), datums)
+    tokens = (np.arange(datums)[:, None] + np.arange(length)).ravel().astype(np.int32)
     inputs = {"weights": np.ones(datums * length, np.float32)}
     widths = np.zeros(datums, np.int32)
     return [

@@ -55,7 +55,7 @@ def actions(service: tinker.ServiceClient) -> dict[str, tuple[int, Callable[[], 
     """What each client does again and again, and how many tokens that is."""
     trainer = service.create_lora_training_client("tiny", rank=16).result()
     sampler = service.create_sampling_client(base_model="tiny").result()
-    data = [datum(LENGTH) for _ in range(DATUMS)]
+    data = [datum(LENGTH, first) for first in range(DATUMS)]
     prompt = types.ModelInput.from_ints(list(range(PROMPT)))
     many, one = types.SamplingParams(max_tokens=SAMPLED, stop=[]), types.SamplingParams(max_tokens=1, stop=[])
     return {

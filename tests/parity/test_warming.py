@@ -7,17 +7,20 @@ import pytest
 
 from tests.parity.conftest import NewTrainer
 from tinsmith.protocols import ModelSpec
+from tinsmith.training.batching import cut
 from tinsmith.training.trainer import TorchTrainer
 from tinsmith.training.warming import warm_up
 
 
 def shapes_of_passes(trainer: TorchTrainer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Filled with (rank, tokens) of every call that the trainer runs from now on."""
+    """Filled with (rank, rows) of every call that the trainer runs from now on."""
     seen: list[tuple[int, int]] = []
     run: Callable[..., object] = trainer.forward_backward
 
     def noting(calls: list, *rest: object) -> object:  # type: ignore[type-arg]
-        seen.extend((trainer._find(each.model_id).weights.spec.rank, each.call.num_tokens) for each in calls)
+        for each in calls:
+            rows = sum(piece.rows for piece in cut(0, each.call, 10**6, share=True))
+            seen.append((trainer._find(each.model_id).weights.spec.rank, rows))
         return run(calls, *rest)
 
     monkeypatch.setattr(trainer, "forward_backward", noting)
@@ -30,8 +33,8 @@ def test_every_rank_trains_on_every_number_of_rows_and_nothing_stays(
     trainer = new_trainer(max_adapters=1)
     seen = shapes_of_passes(trainer, monkeypatch)
     with caplog.at_level(logging.WARNING):
-        warm_up(trainer, [4, 32], [20, 300])  # longer than the model's context, and than a pass
-    assert seen == [(4, 20), (4, 300), (32, 20), (32, 300)]
+        warm_up(trainer, [4, 32], [100, 300])  # longer than the model's context, and than a pass
+    assert seen == [(rank, rows) for rank in (4, 32) for rows in (100, 300, 51)]
     assert not caplog.records
     trainer.add("first", ModelSpec(8, 0))  # there is room for the only one
 
