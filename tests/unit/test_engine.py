@@ -401,8 +401,8 @@ def test_sampling_goes_on_between_the_micro_batches_of_another_tenants_long_requ
     rows = [[4 + (row + place) % 90 for place in range(301)] for row in range(8)]  # 2,400 tokens: 8 micro-batches
     long = bench.submit(model_id, "forward_backward", datums(*rows).to_bytes())
     states = []
-    complete = bench.engine._ledger.complete
-    bench.engine._ledger.complete = lambda outcomes: (complete(outcomes), states.append(bench.find(long).state))
+    complete = bench.engine._ledger.complete_soon
+    bench.engine._ledger.complete_soon = lambda outcomes: (complete(outcomes), states.append(bench.find(long).state))[0]
     bench.engine.turn()
     assert bench.find(sample).state == "done"
     assert "running" in states, "the sample ended before the long request did"

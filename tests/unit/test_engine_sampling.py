@@ -1,7 +1,9 @@
 """The engine beside a sampler that is full, broken or deserted, and the snapshots that it keeps."""
 
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from tests.unit.test_engine import BASE, SESSION, Bench, datums, lesson
-from tinsmith.errors import UserError
+from tinsmith.errors import UnavailableError, UserError
 from tinsmith.store import queue, records, tables
 from tinsmith.store.tables import jobs, sessions
 from tinsmith.wire.jobs import Job
@@ -428,13 +430,62 @@ def test_a_crowd_does_not_fill_the_sampler_beside_a_small_tenant_and_all_is_done
     small = bench.database.write(records.create_sampler, record).id
     engine: Any = bench.engine
     turns = engine._sampling
-    turns._passes.doubling = 4
+    turns._passes._most = 4.0
     quiet = [ask(bench, small, 0)]
     loud = [ask(bench, crowd, seq, max_tokens=8) for seq in range(40)]
     while states(bench, quiet) != ["done"]:
-        turns._passes.doubling = 4
+        turns._passes._most = 4.0
         engine.turn()
         assert sum(header.subject == crowd for header in turns._inside.values()) <= 4
     assert set(states(bench, loud)) == {"done", "running"}
     bench.run()
     assert set(states(bench, loud)) == {"done"}
+
+
+# Results
+
+
+@contextmanager
+def store_held_up(bench: Bench) -> Iterator[None]:
+    """Nothing is written until the block ends."""
+    go_on = threading.Event()
+    waiting = bench.database.write_soon(lambda _: go_on.wait(30))
+    try:
+        yield
+    finally:
+        go_on.set()
+        waiting.result()
+
+
+def test_the_next_pass_runs_while_results_are_written(bench: Bench) -> None:
+    sampler = bench.sampler("base", "base", None)
+    short, long = ask(bench, sampler, 0, max_tokens=1), ask(bench, sampler, 1)
+    backend, sampling = bench.engine._sampling._sampler, bench.engine._sampling
+    bench.engine._claim()
+    sampling._admit()
+    with store_held_up(bench):
+        while not sampling._ending:
+            sampling.take_turn(time.monotonic())
+        for _ in range(3):
+            sampling.take_turn(time.monotonic())
+        assert states(bench, [short, long]) == ["running"] * 2
+        assert backend.load == 1
+    bench.run()
+    assert states(bench, [short, long]) == ["done"] * 2
+
+
+def test_results_that_could_not_be_written_are_made_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = bench.sampler("base", "base", None)
+    asked_for = [ask(bench, sampler, seq, max_tokens=2 + seq) for seq in range(3)]
+    with monkeypatch.context() as broken:
+        broken.setattr("tinsmith.store.ledger._complete", fail_to_write)
+        while not bench.engine._astray:
+            bench.engine.turn()
+    assert states(bench, asked_for) == ["running"] * 3
+    bench.run()
+    assert states(bench, asked_for) == ["done"] * 3
+    assert not bench.engine._sampling._samples
+
+
+def fail_to_write(*_arguments: object) -> list[str]:
+    raise UnavailableError("the database is away")

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from collections.abc import Iterable, Iterator
 
 import pytest
 
@@ -61,27 +62,75 @@ def test_each_tenants_samples_enter_in_their_order() -> None:
     assert [header.number for header in chosen] == sorted(header.number for header in chosen)
 
 
-def measured(shortest: float, each: float, numbers: list[int]) -> int:
-    """What is measured of passes that take so long, and so much longer with each sample, give or take a tenth."""
-    chance, passes = random.Random(1), Passes()
-    for many in numbers:
-        passes.saw(many, (shortest + each * many) * chance.uniform(0.9, 1.1))
+def run(passes: Passes, numbers: Iterable[list[int]], shortest: float, each: float, extra: float = 0.0) -> None:
+    """Passes with so many samples of each tenant: all take so long, and so much longer with each sample.
+
+    And with several tenants by something more; give or take a third.
+    """
+    chance = random.Random(1)
+    for each_tenants in numbers:
+        seconds = shortest + each * sum(each_tenants) + (extra if len(each_tenants) > 1 else 0.0)
+        passes.saw(each_tenants, seconds * chance.uniform(0.7, 1.3))
+
+
+def crowds(passes: Passes, many: int, times: int = 400, large: int = 1) -> Iterator[list[int]]:
+    """A sample of a small tenant beside so many of large ones, as far as they may enter."""
+    for _ in range(times):
+        yield [min(many, passes.doubling)] * large + [1]
+
+
+def bound(shortest: float, each: float, *, large: int = 1, extra: float = 0.0, many: int = 100) -> int:
+    """Where the bound goes beside a small tenant that was alone before."""
+    passes = Passes()
+    run(passes, [[1]] * 40, shortest, each)
+    assert passes.doubling == MOST
+    run(passes, crowds(passes, many, large=large), shortest, each, extra)
     return passes.doubling
 
 
-def test_how_many_samples_double_a_pass_is_measured() -> None:
-    chance = random.Random(2)
-    mixed = [chance.randrange(1, 100) for _ in range(400)]
-    assert measured(0.010, 0.001, mixed) == pytest.approx(5, abs=2)
-    assert measured(0.010, 0.00005, mixed) > 50
-    assert measured(0.001, 0.010, mixed) == LEAST
-    assert measured(0.010, 0.0, [1] * 200) == MOST
+@pytest.mark.parametrize("large", [1, 2])
+def test_passes_take_as_many_times_as_long_as_alone_as_there_are_tenants(large: int) -> None:
+    assert bound(0.010, 0.001, large=large) == pytest.approx(11, abs=3)
+    assert bound(0.010, 0.0002, large=large) == pytest.approx(51, abs=12)
+    assert bound(0.001, 0.010, large=large) == LEAST
 
 
-def test_passes_of_alike_numbers_of_samples_say_nothing_new() -> None:
-    chance, passes = random.Random(3), Passes()
-    for many in [1, 90] * 50:
-        passes.saw(many, 0.010 + 0.001 * many)
-    for many in [8, 9] * 2000:
-        passes.saw(many, (0.010 + 0.001 * many) * chance.uniform(0.5, 1.5))
-    assert passes.doubling == pytest.approx(5, abs=2)
+def test_where_many_samples_cost_as_much_as_few_nobody_is_held_back() -> None:
+    assert bound(0.010, 0.00001) == MOST
+
+
+def test_what_a_crowd_costs_beside_its_tokens_counts() -> None:
+    assert bound(0.010, 0.001, extra=0.005) == pytest.approx(6, abs=2)
+    assert bound(0.010, 0.001, extra=0.010) == LEAST
+
+
+def test_the_bound_follows_when_samples_become_cheaper() -> None:
+    passes = Passes()
+    run(passes, [[1]] * 40, 0.010, 0.001)
+    run(passes, crowds(passes, 100), 0.010, 0.001, 0.010)
+    assert passes.doubling == LEAST
+    run(passes, crowds(passes, 100), 0.010, 0.001)
+    assert passes.doubling == pytest.approx(11, abs=3)
+
+
+def test_fewer_samples_than_there_may_be_say_nothing() -> None:
+    passes = Passes()
+    run(passes, [[1]] * 40, 0.010, 0.001)
+    run(passes, crowds(passes, 100), 0.010, 0.001)
+    before = passes.doubling
+    run(passes, [[4, 1]] * 500, 0.010, 0.001)
+    assert passes.doubling == before
+
+
+def test_where_a_crowd_was_always_there_a_line_says_how_long_passes_of_few_are() -> None:
+    chance, passes = random.Random(2), Passes()
+    run(passes, [[chance.randrange(20, 100)] for _ in range(300)], 0.010, 0.001)
+    run(passes, [[90, 1]] * 100, 0.010, 0.001)
+    run(passes, crowds(passes, 100, 1000), 0.010, 0.001)
+    assert LEAST <= passes.doubling <= 16
+
+
+def test_nothing_is_known_at_first() -> None:
+    passes = Passes()
+    run(passes, [[90, 1]] * 10, 0.010, 0.001)
+    assert passes.doubling == MOST

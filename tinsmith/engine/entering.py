@@ -1,16 +1,16 @@
 """Which of the samples that wait enter the sampler, so that a small tenant is not slowed down by a large one's crowd.
 
 Every sample in the sampler gets a token with each pass, and on a CPU a pass takes longer the more there are. So while
-several tenants share the sampler, none has more samples in it than the smallest of them wants, or than make a pass take
-twice as long as the shortest: of N tenants each has the N-th part of the machine, and who wants less is as fast as with
-that. How long passes take is measured as they are run. Alone, or among equals, nobody is held back; on a GPU, where
-many samples cost as much as few, hardly anybody is.
+N tenants share the sampler, none has more samples in it than the smallest of them wants, or than make passes N times as
+long as those of few samples: each has the N-th part of the machine, and who wants less is as fast as with that. How
+long passes take is measured as they are run. Alone, or among equals, nobody is held back; on a GPU, where many samples
+cost as much as few, hardly anybody is.
 
 Knows neither clock nor sampler: it is told of times and of what is inside.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from tinsmith.wire.jobs import Header
 
@@ -18,7 +18,8 @@ RECENT_SECONDS = 0.5  # after its last sample ended, a tenant that asks for one 
 LEAST, MOST = 4, 4096  # samples of a large tenant beside a small one
 _KEPT = 0.995  # of what the passes before a pass count
 _ENOUGH = 20.0  # passes, before they say anything
-_FIRST = 0.5  # what the mean sample of a large batch costs, in those of a small one
+_LATELY, _LATELY_FEW = 16, 64  # passes, of which a mean is taken
+_STEPS = 8  # in which the bound follows what was seen
 _SPREAD = 1 / 16  # of the mean's square: how different the numbers of samples must have been
 
 
@@ -56,15 +57,62 @@ def entering(
 
 
 class Passes:
-    """How long the sampler's passes take, by how many samples are inside: a line through what was seen lately."""
+    """How many samples of a large tenant make passes as long as they may be beside others, by what passes have taken.
+
+    Of N tenants each has an N-th of the machine if passes take N times as long as those of few samples do. What a
+    crowd costs beside its tokens (samples that begin and end, processes of its own) shows in no number of samples: so
+    the bound follows from how long shared passes are in the mean. Where there were none of few samples, the shortest
+    is where a line through all passes begins.
+    """
 
     def __init__(self) -> None:
-        self.doubling = MOST
-        """How many samples make a pass about twice as long as the shortest, LEAST to MOST; MOST until it is known."""
+        self._few, self._seen_few = 0.0, 0
+        self._line = _Line()
+        self._seconds = self._largest = 0.0  # of shared passes, in the mean
+        self._most = float(MOST)
+
+    @property
+    def doubling(self) -> int:
+        """How many samples a large tenant may have beside a small one, LEAST to MOST; MOST until more is known."""
+        return int(self._most)
+
+    def saw(self, samples: Collection[int], seconds: float) -> None:
+        """One pass, with all that had to be done for it since the one before; `samples` are those of each tenant."""
+        number = sum(samples)
+        self._line.saw(number, seconds)
+        if number <= LEAST:
+            self._seen_few += 1
+            self._few += (seconds - self._few) / min(self._seen_few, _LATELY_FEW)
+        if len(samples) < 2:
+            return
+        if not self._seconds:
+            self._seconds, self._largest = seconds, max(samples)
+        self._seconds += (seconds - self._seconds) / _LATELY
+        self._largest += (max(samples) - self._largest) / _LATELY
+        shortest = self._few if self._seen_few >= _ENOUGH else self._line.begins
+        if shortest is not None:
+            self._follow(self._seconds / (len(samples) * shortest))
+
+    def _follow(self, too_long: float) -> None:
+        """Goes a part of the way to what is right if passes are so many times too long."""
+        right = self._largest / too_long
+        if too_long > 1 and right < self._most:
+            self._most = max(LEAST, min(self._most, self._largest))
+        elif not (too_long < 1 and right > self._most):  # fewer samples than there may be say nothing
+            return
+        self._most += (max(LEAST, min(MOST, right)) - self._most) / _STEPS
+
+
+class _Line:
+    """Passes by how many samples are inside: a line through what was seen lately."""
+
+    def __init__(self) -> None:
+        self.begins: float | None = None
+        """How long a pass of nothing would be; None until it is known."""
         self._passes = self._n = self._nn = self._s = self._ns = 0.0
 
     def saw(self, samples: int, seconds: float) -> None:
-        """One pass. Numbers that hardly differ say nothing about the line's slope, and leave it as it was."""
+        """One pass. Numbers that hardly differ say nothing about the line, and leave it as it was."""
         self._passes = _KEPT * self._passes + 1
         self._n = _KEPT * self._n + samples
         self._nn = _KEPT * self._nn + samples * samples
@@ -73,7 +121,7 @@ class Passes:
         spread = self._passes * self._nn - self._n**2
         if self._passes < _ENOUGH or spread < max(4 * self._passes**2, _SPREAD * self._n**2):
             return
-        slope = (self._passes * self._ns - self._n * self._s) / spread
-        if slope > 0:
-            shortest = (self._s - slope * self._n) / self._passes
-            self.doubling = max(LEAST, min(MOST, int(_FIRST * shortest / slope)))
+        slope = max(0.0, (self._passes * self._ns - self._n * self._s) / spread)
+        begins = (self._s - slope * self._n) / self._passes
+        if begins > 0:
+            self.begins = begins

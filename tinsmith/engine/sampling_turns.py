@@ -6,8 +6,9 @@ Knows neither training nor the sampler's own scheduling.
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,9 @@ from tinsmith.wire.packing import SampleCall
 
 if TYPE_CHECKING:
     from tinsmith.store.ledger import Ledger
+    from tinsmith.store.records import SamplerRecord
+
+Ended = tuple[Header, Outcome]
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +58,9 @@ class SamplingTurns:
         self._watch = watch
         self._shares = shares
         self._inside: dict[str, Header] = {}  # by request id
+        self._samples: dict[str, int] = {}  # inside, of each tenant that has any
         self._held: list[Header] = []  # wait until the sampler is free for them
+        self._ending: deque[tuple[Future[list[str]], list[Ended]]] = deque()  # their results are being written
         self._told_at = 0.0
         self._passes = Passes()
         self._ended_at: dict[str, float] = {}  # tenant → when its last sample did, if that was just now
@@ -97,26 +103,31 @@ class SamplingTurns:
 
         So either has half of the time while both have work, and a token waits for one micro-batch at most.
         """
+        began = time.monotonic()
+        self._settle(1)
         self._admit()
         until = 2 * time.monotonic() - since
         while self._sampler.load:
             self._watch.step(len(self._inside))
-            inside, began = len(self._inside), time.monotonic()
+            samples = list(self._samples.values())
             with self._trials.sampling([header.number for header in self._inside.values()]):
                 finished = self._step()
-            self._passes.saw(inside, time.monotonic() - began)
-            ended = [(self._inside.pop(end.request_id), end.output) for end in finished]
+            ended = [(self._take_out(end.request_id), end.output) for end in finished]
             self._end([(header, outcome_of(header, output)) for header, output in ended])
             self._tell()
-            if time.monotonic() >= until:
+            began, before = time.monotonic(), began
+            self._passes.saw(samples, began - before)
+            if began >= until:
                 break
+        self._settle(1 if self.busy else 0)
 
     def give_up(self, request_ids: Iterable[str]) -> None:
         """Drops those samples under way that nobody waits for any more; their jobs have ended already."""
         gone = set(request_ids)
         self._held = [header for header in self._held if header.request_id not in gone]
         for request_id in gone:
-            if self._inside.pop(request_id, None) is not None:
+            if request_id in self._inside:
+                self._take_out(request_id)
                 self._sampler.cancel(request_id)
 
     def clear(self) -> None:
@@ -124,7 +135,9 @@ class SamplingTurns:
         for request_id in self._inside:
             self._sampler.cancel(request_id)
         self._inside.clear()
+        self._samples.clear()
         self._held.clear()
+        self._ending.clear()
 
     def _admit(self) -> None:
         """Hands held samples to the sampler; suspects of an engine's death go apart, once it has become empty."""
@@ -152,17 +165,18 @@ class SamplingTurns:
             return
         self._watch.begin(headers)
         bodies = self._ledger.payloads(headers)
+        samplers = {subject: self._ledger.find_sampler(subject) for subject in {header.subject for header in headers}}
         failures = []
         for header in headers:
             if header.number not in bodies:  # given up before it began, and its payload deleted
                 continue
-            error = attempt(self._trials, header, partial(self._submit, header, bodies[header.number]))
+            error = attempt(self._trials, header, partial(self._submit, header, bodies[header.number], samplers))
             if error is not None:
                 failures.append((header, failed(header, error)))
         self._end(failures)
 
-    def _submit(self, header: Header, body: bytes) -> None:
-        record = self._ledger.find_sampler(header.subject)
+    def _submit(self, header: Header, body: bytes, samplers: "Mapping[str, SamplerRecord | None]") -> None:
+        record = samplers[header.subject]
         if record is None:
             raise UserError(f"no sampling session {header.subject}")
         with self._trials.sampling([header.number]):
@@ -177,6 +191,16 @@ class SamplingTurns:
         )
         self._sampler.submit(call)
         self._inside[header.request_id] = header
+        self._samples[tenant_of(header)] = self._samples.get(tenant_of(header), 0) + 1
+
+    def _take_out(self, request_id: str) -> Header:
+        """What was inside under this id, and is not any more."""
+        header = self._inside.pop(request_id)
+        tenant = tenant_of(header)
+        self._samples[tenant] -= 1
+        if not self._samples[tenant]:
+            del self._samples[tenant]
+        return header
 
     def _step(self) -> list[Finished]:
         try:
@@ -196,10 +220,20 @@ class SamplingTurns:
             self._told_at = now
             self._ledger.tell(self._sampler.progress())
 
-    def _end(self, ended: list[tuple[Header, Outcome]]) -> None:
-        self._ledger.complete([outcome for _, outcome in ended])
+    def _end(self, ended: list[Ended]) -> None:
+        """Ends jobs: the next pass runs while their results are written."""
+        if not ended:
+            return
+        self._ending.append((self._ledger.complete_soon([outcome for _, outcome in ended]), ended))
         now = time.monotonic()
-        for header, outcome in ended:
+        for header, _ in ended:
             self._ended_at[tenant_of(header)] = now
-            self._trials.end(header.number)
-            self._watch.end(header, outcome)
+
+    def _settle(self, most: int) -> None:
+        """Takes note of results that have been written, after waiting for all but `most` writes of some."""
+        while self._ending and (len(self._ending) > most or self._ending[0][0].done()):
+            writing, ended = self._ending.popleft()
+            writing.result()
+            for header, outcome in ended:
+                self._trials.end(header.number)
+                self._watch.end(header, outcome)

@@ -8,7 +8,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -77,6 +77,12 @@ class Database:
     def write(self, function: Callable[Concatenate[sa.Connection, P], R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Returns what `function` returned, once that is committed; raises what it raised, with nothing written."""
         return self._writer.add(lambda conn: function(conn, *args, **kwargs)).result()
+
+    def write_soon(
+        self, function: Callable[Concatenate[sa.Connection, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Future[R]:
+        """`write` that is waited for later; what is written after it is committed after it, or with it."""
+        return self._writer.add(lambda conn: function(conn, *args, **kwargs))
 
     async def write_async(
         self, function: Callable[Concatenate[sa.Connection, P], R], /, *args: P.args, **kwargs: P.kwargs

@@ -4,6 +4,7 @@ import os
 import secrets
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,12 @@ class Ledger:
         if outcomes:
             self._ring_done(self._database.write(_complete, outcomes, self.base))
 
+    def complete_soon(self, outcomes: Sequence[Outcome]) -> Future[list[str]]:
+        """`complete` that need not be waited for: what it gives is done once the outcomes are written."""
+        writing = self._database.write_soon(_complete, outcomes, self.base)
+        writing.add_done_callback(self._ring_written)
+        return writing
+
     def complete_with(
         self,
         outcome: Outcome,
@@ -119,6 +126,10 @@ class Ledger:
         if found:
             self._database.write(pruning.delete, found)
         return more
+
+    def _ring_written(self, writing: Future[list[str]]) -> None:
+        if not writing.exception():  # which is for those who wait for it
+            self._ring_done(writing.result())
 
     def _ring_done(self, request_ids: list[str]) -> None:
         self._doorbell.ring("done", request_ids)
