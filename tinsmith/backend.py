@@ -72,7 +72,12 @@ def load_backend(settings: Settings, served: Served, report: Callable[[str], Non
     _check_weights(served, folder, device, dtype)
     _bound_memory(served, device)
     model = load_base(
-        folder, dtype=dtype, device=device, on_progress=report, trust_remote_code=served.trust_remote_code
+        folder,
+        dtype=dtype,
+        device=device,
+        on_progress=report,
+        trust_remote_code=served.trust_remote_code,
+        quick=not settings.deterministic,
     )
     if settings.deterministic and device.type == "cuda":
         _make_exact(settings, model, report)

@@ -1,6 +1,7 @@
 """The quick layers of the CPU, and adapters in batched products, against the modules and adapters in turn."""
 
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ from torch import Tensor
 
 from tests.parity.conftest import Bases, Folders, load
 from tests.parity.reference import SPECS, warm
-from tinsmith.backend import left_bytes
+from tinsmith.backend import left_bytes, load_backend
+from tinsmith.config import Settings
 from tinsmith.models import head, quick, stacks
 from tinsmith.models.attention import PackedAttention
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import Adapter, AdaptersInTurn, Segment
+from tinsmith.models.packed import Product, packed_product
 from tinsmith.models.stacks import AdapterStacks, StackedAdapters
 from tinsmith.protocols import ModelSpec
 from tinsmith.served import Served
@@ -91,6 +94,21 @@ def test_an_engine_with_a_part_of_the_memory_counts_the_second_copy(bases: Bases
     assert model.quick is not None
     served = Served("tiny", "tiny", memory_bytes=model.parameters * 4 + 2**29)
     assert left_bytes(served, model) == 2**29 - model.quick.packed_bytes
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_deterministic_engine_packs_no_weights_that_nobody_will_use(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = []
+
+    def watched(weight_OI: Tensor, *rest: Any) -> Product:
+        packed.append(weight_OI.shape)
+        return packed_product(weight_OI, *rest)
+
+    monkeypatch.setattr(quick, "packed_product", watched)
+    load_backend(Settings(deterministic=deterministic, device="cpu"), Served("tiny", "tiny"), lambda _: None)
+    assert bool(packed) != deterministic
 
 
 def test_stacked_adapters_add_what_adapters_in_turn_add(bases: Bases) -> None:

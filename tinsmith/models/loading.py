@@ -57,7 +57,10 @@ _PROBE_TOLERANCE_LOW_PRECISION = 0.15  # on average: a router's choice between e
 class BaseModel:
     """One base model on one device: its frozen module, and how to run it with adapters."""
 
-    def __init__(self, folder: str, module: Any, targets: Sequence[Target], device: torch.device) -> None:
+    def __init__(
+        self, folder: str, module: Any, targets: Sequence[Target], device: torch.device, *, quick: bool = True
+    ) -> None:
+        """As `load_base`, of a module whose linear layers are `targets`."""
         config = module.config.get_text_config()
         self.folder = folder
         self.config = config
@@ -93,7 +96,7 @@ class BaseModel:
         self.exact: ExactLayers | None = None
         """Goes before both where all passes with the shared weights must have one arithmetic: `exact.make_exact`."""
         self.cache_shape = _observe_cache_shape(self)
-        self.quick = quick_layers(self, self._current)
+        self.quick = quick_layers(self, self._current) if quick else None
         self.stacks = AdapterStacks()
         self.activation_bytes: int = 2 * _numbers_per_token(config, targets[:-1]) * self.dtype.itemsize
         self.activation_bytes += sum(activation_bytes(layer) for layer in delta_nets)
@@ -293,10 +296,12 @@ def load_base(
     device: torch.device,
     on_progress: Callable[[str], None],
     trust_remote_code: bool = False,
+    quick: bool = True,
 ) -> BaseModel:
     """Loads a local folder or a hub name. Raises ConfigError, with the reason, for a model that cannot be served.
 
-    Code that comes with the model runs only if `trust_remote_code` is true.
+    Code that comes with the model runs only if `trust_remote_code` is true. Where nobody will sample, or only with the
+    arithmetic of training, `quick` layers and their second copy of the weights would go unused: then it is false.
     """
     on_progress(f"loading {folder}")
     try:
@@ -316,7 +321,7 @@ def load_base(
     prompts = probe_prompts(module.config.get_text_config().vocab_size, device)
     expected_M = plain_logprobs(module, prompts)
     module.set_attn_implementation(IMPLEMENTATION)
-    model = BaseModel(str(folder), module, targets, device)
+    model = BaseModel(str(folder), module, targets, device, quick=quick)
     _check_same_results(model, prompts, expected_M)
     if device.type == "cuda":
         from tinsmith.models.fused import fused_layers  # what it is written in comes with torch for CUDA only

@@ -101,7 +101,8 @@ def copy_companions(base: Path, out: Path) -> None:
 
 def _expected(base: Path, weights: Path, on_progress: Callable[[str], None]) -> tuple[list[Tensor], Tensor, float]:
     """The probe, its logprobs [M] with the adapter on its base, and how far these are from the base's, on average."""
-    model = load_base(base, dtype=torch.float32, device=torch.device("cpu"), on_progress=on_progress)
+    device = torch.device("cpu")
+    model = load_base(base, dtype=torch.float32, device=device, on_progress=on_progress, quick=False)
     prompts = probe_prompts(model.vocab_size, model.device)
     loaded = load_weights(model, weights)
     if isinstance(loaded, LoraWeights):
