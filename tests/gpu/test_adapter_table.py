@@ -1,6 +1,6 @@
 """The kernels for all tenants' adapters against one adapter after the other; on a GPU, or in Triton's interpreter."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def adapter(rank: int, groups: Sequence[LinearGroup]) -> Adapter:
         shapes += [(rank, each.weight_OI.shape[1]) for _ in each.outputs] + [(width, rank) for width in each.outputs]
         linears += [*each.linears, *each.linears]
     layout = AdapterLayout([str(number) for number in range(len(shapes))], shapes, linears)
-    made = Adapter(ModelSpec(rank, 0), layout, 0.3 * random(layout.total).float(), DTYPE)
+    made = Adapter(ModelSpec(rank, 0, alpha=4 * rank**0.5), layout, 0.3 * random(layout.total).float(), DTYPE)
     made.require_grad()
     return made
 
@@ -66,9 +66,26 @@ def gradients(segments: Sequence[Segment]) -> list[Tensor]:
     return copies
 
 
+def at_edges() -> list[Segment]:
+    """The least and the largest ranks, in segments around the tiles' sizes."""
+    lengths = (1, 31, 32, 33, 63, 64, 65, 1)
+    owners = [adapter(rank, GROUPS) for rank in (1, 128, 2, 127, 8, 16)]
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    starts = [0, *ends]
+    return [Segment(owners[number % len(owners)], *each) for number, each in enumerate(zip(starts, ends, strict=False))]
+
+
+def a_row_each() -> list[Segment]:
+    """Of 1,000 tenants (of fewer where kernels are interpreted), and of nobody."""
+    count = 40 if INTERPRETED else 1000
+    owners = [adapter(1 + number % 9, GROUPS[number % 3 :]) for number in range(count)]
+    return [Segment(owner, row, row + 1) for row, owner in enumerate([*owners, None])]
+
+
+@pytest.mark.parametrize("crowd", [tenants, at_edges, a_row_each])
 @pytest.mark.parametrize("number", range(len(GROUPS)))
-def test_all_adapters_at_once_are_each_in_turn(number: int) -> None:
-    chosen, segments = GROUPS[number], tenants()
+def test_all_adapters_at_once_are_each_in_turn(number: int, crowd: Callable[[], list[Segment]]) -> None:
+    chosen, segments = GROUPS[number], crowd()
     rows = segments[-1].end
     x, base, dy = (random(rows, width) for width in (chosen.weight_OI.shape[1], *2 * [sum(chosen.outputs)]))
     in_turn, expected, dx = AdaptersInTurn(segments), base.clone(), torch.zeros_like(x)
@@ -84,8 +101,9 @@ def test_all_adapters_at_once_are_each_in_turn(number: int) -> None:
         check(ours, theirs)
 
 
-def test_gate_and_up_with_their_adapters() -> None:
-    segments, (gate_up, down) = tenants(), GROUPS[1:]
+@pytest.mark.parametrize("crowd", [tenants, at_edges, a_row_each])
+def test_gate_and_up_with_their_adapters(crowd: Callable[[], list[Segment]]) -> None:
+    segments, (gate_up, down) = crowd(), GROUPS[1:]
     rows = segments[-1].end
     table = AdapterTable(segments, AdapterPlaces([group.linears for group in GROUPS]), DEVICE)
     plain, dout, dy = random(rows, 2 * WIDTH), random(rows, WIDTH), random(rows, INPUTS)
