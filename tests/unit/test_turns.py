@@ -96,6 +96,24 @@ def test_keys_take_turns_however_many_requests_one_of_them_has() -> None:
     assert Counter(order) == {b"large": 100, b"small": 2}
 
 
+def test_sessions_of_one_key_take_turns_and_have_no_more_of_them_than_another_key() -> None:
+    order: list[str] = []
+
+    async def request(turns: Turns, key: bytes, session: str) -> None:
+        await turns.take(key, session)
+        order.append(session)
+
+    async def run() -> None:
+        turns = Turns(EACH)
+        crowd = [(b"one", "first")] * EACH  # which need not wait
+        crowd += [(b"one", name) for name in "abc" for _ in range(10)] + [(b"other", "z")] * 10
+        await asyncio.gather(*(request(turns, key, session) for key, session in crowd))
+
+    asyncio.run(run())
+    assert "".join(order[EACH:][:20]) == "azbzczazbzczazbzczaz"
+    assert "".join(order[EACH:][20:]) == "bcabcabcabcabcabcabc"
+
+
 def test_requests_of_one_key_keep_their_order() -> None:
     order: list[int] = []
 

@@ -43,7 +43,8 @@ async def retrieve_futures(call: Call) -> Response:
             if ends or remaining <= 0:
                 return answer(_told(ends, body.prev_cursor))
             await wait_for_ring(rung, min(_LOOK_SECONDS, remaining))
-            await services.turns.take(key_sent(call.request.scope))  # all clients of the sampler have woken
+            # All clients of the sampler have woken.
+            await services.turns.take(key_sent(call.request.scope), sampler.session_id)
 
 
 def _told(ends: list[completions.End], cursor: int) -> accounts.RetrieveFuturesResponse:

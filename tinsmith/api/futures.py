@@ -50,7 +50,7 @@ async def ended(call: Call, request_id: str) -> Future | None:
             if remaining <= 0:
                 return None
             await wait_for_ring(rung, remaining)
-            await services.turns.take(key_sent(call.request.scope))
+            await services.turns.take(key_sent(call.request.scope), request_id.partition(":")[0])
 
 
 def _result(future: Future) -> Response:

@@ -2,8 +2,9 @@
 
 An event loop runs whatever is ready, all of it, before it looks for anything new; two thousand requests that arrive
 together would be two thousand steps in front of the next heartbeat. Here they are suspended tasks instead, of which
-each round of the loop begins a few: of every key in turn, of one key in order of arrival. What clients send to know
-whether the server lives, and what costs next to nothing, does not queue.
+each round of the loop begins a few: of every key in turn, of one key's sessions in turn (where it is known which a
+request belongs to), of one session in order of arrival. What clients send to know whether the server lives, and what
+costs next to nothing, does not queue.
 
 Knows paths and keys as they were sent; nothing of what requests are about, or whether the key is any good.
 """
@@ -21,16 +22,40 @@ _WITHOUT_TURN = frozenset(
 )
 
 
+class _Queues:
+    """What waits of everybody: of each key in turn, and of each of its sessions."""
+
+    def __init__(self) -> None:
+        self._keys: OrderedDict[bytes, OrderedDict[str, deque[asyncio.Future[None]]]] = OrderedDict()  # the next first
+
+    def __bool__(self) -> bool:
+        return bool(self._keys)
+
+    def append(self, key: bytes, session: str, turn: "asyncio.Future[None]") -> None:
+        self._keys.setdefault(key, OrderedDict()).setdefault(session, deque()).append(turn)
+
+    def pop(self) -> "asyncio.Future[None]":
+        """The next one of all."""
+        key, sessions = self._keys.popitem(last=False)
+        session, turns = sessions.popitem(last=False)
+        turn = turns.popleft()
+        if turns:
+            sessions[session] = turns
+        if sessions:
+            self._keys[key] = sessions
+        return turn
+
+
 class Turns:
     """Who goes on in the next round of the event loop. Belongs to one event loop."""
 
     def __init__(self, each_round: int = EACH_ROUND) -> None:
         self._each_round = each_round
         self._left = each_round  # of this round
-        self._waiting: OrderedDict[bytes, deque[asyncio.Future[None]]] = OrderedDict()  # the next key first
+        self._waiting = _Queues()
         self._is_counting = False  # whether the next round is told to this
 
-    async def take(self, key: bytes) -> None:
+    async def take(self, key: bytes, session: str = "") -> None:
         """Returns when it is the caller's turn; at once while there are few. A cancelled caller loses its place."""
         loop = asyncio.get_running_loop()
         if not self._is_counting:
@@ -40,18 +65,13 @@ class Turns:
             self._left -= 1
             return
         turn: asyncio.Future[None] = loop.create_future()
-        self._waiting.setdefault(key, deque()).append(turn)
+        self._waiting.append(key, session, turn)
         await turn
 
     def _begin_round(self) -> None:
         self._left = self._each_round
         while self._left and self._waiting:
-            key, turns = next(iter(self._waiting.items()))
-            turn = turns.popleft()
-            if turns:
-                self._waiting.move_to_end(key)
-            else:
-                del self._waiting[key]
+            turn = self._waiting.pop()
             if not turn.cancelled():
                 turn.set_result(None)
                 self._left -= 1
