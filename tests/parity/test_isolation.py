@@ -311,3 +311,19 @@ def test_a_recomputed_layer_uses_the_adapters_of_its_own_pass(new_trainer: NewTr
         gradients.append(adapter.grad)
     assert gradients[0].any()
     assert torch.equal(*gradients)
+
+
+def test_a_pass_has_no_more_sequences_than_a_device_can_launch_programs_for(
+    new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """65,535 in a grid's second dimension, where attention's kernels have the sequences of a batch."""
+    trainer = new_trainer(micro_batch_tokens=70_000)
+    add(trainer, "m", SPECS["all"])
+    sequences: list[int] = []
+    monkeypatch.setattr(trainer, "_pass", lambda group, batch: sequences.append(len(batch.cu_seqlens) - 1))
+    count = 66_000
+    ones, offsets = np.ones(count, np.int32), np.arange(count + 1)
+    call = TrainCall("cross_entropy", {}, True, ones, offsets, ones, offsets, 0 * ones, {"weights": np.ones(count)})
+    [result] = trainer.forward_backward([ModelCall("m", call)])
+    assert isinstance(result, TrainOutput)
+    assert sum(sequences) == count and max(sequences) <= 65_535

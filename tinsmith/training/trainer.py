@@ -40,6 +40,8 @@ from tinsmith.wire.packing import TrainOutput
 log = logging.getLogger(__name__)
 
 _USUAL_RANK = 32
+_MOST_DATUMS = 32_768
+"""Of a pass: attention has a row of programs for each, and a device takes 65,535. What datums share is one more."""
 _MOST_PICKED = 1.25
 """Rows of the head for each row before it, where datums with other targets share rows: of more, each row has several
 targets, since every row of the head takes memory and time for the whole vocabulary."""
@@ -49,7 +51,7 @@ _FEW_ROWS, _MANY_ROWS = 256, 16_384  # for which kernels are compiled in their o
 class TorchTrainer:
     """Trains on one device. `micro_batch_tokens` bounds the rows of one pass; a longer datum passes alone, and
     full-parameter models have shorter passes where adapters are trained through layers that keep less.
-    `micro_batch_datums` bounds its datums (0: nothing does).
+    `micro_batch_datums` bounds its datums (0: what a device takes does).
 
     If `deterministic`, every call runs in passes of its own: products of other shapes round differently (by about
     1e-7), so only then are a call's bits a matter of that call, its model, `micro_batch_tokens` and the machine. On a
@@ -74,7 +76,7 @@ class TorchTrainer:
         """
         self._model = model
         self._budget = micro_batch_tokens
-        self._datums = micro_batch_datums
+        self._datums = micro_batch_datums or _MOST_DATUMS
         self._max_adapters = max_adapters
         self._max_rank = max_rank
         self._model_bytes = model_bytes
