@@ -173,7 +173,8 @@ class AdapterTiles:
         self._tiles_N3 = torch.zeros(sizes.tiles, 3, dtype=torch.int32, device=device)  # first row, rows, rank
         self._scales_N = torch.zeros(sizes.tiles, dtype=torch.float32, device=device)
         self._addresses_NKW = torch.zeros(sizes.tiles, groups, _WIDTH, dtype=torch.int64, device=device)
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Streams come from a pool for each priority; the one on which graphs are captured must not be this one again.
+        self._side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         width = _MOST_PARTS * -(-sizes.rank // _RANK_BLOCK) * _RANK_BLOCK
         self._z = torch.zeros(self._splits(inputs), sizes.rows, width, dtype=torch.float32, device=device)
         self._share = share
