@@ -1,5 +1,6 @@
 """Jobs and records with everything filled in that a test does not care about."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -72,6 +73,11 @@ class Plan:
         explain = "EXPLAIN " if self.conn.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN "
         rows = [self.conn.exec_driver_sql(explain + text, values) for text, values in list(self.statements)]
         return [str(row[-1]) for found in rows for row in found]
+
+    def found(self) -> list[str]:
+        """The lines that say by which index rows are found, each with its condition."""
+        lines = self.lines()
+        return [" ".join(pair) for pair in itertools.pairwise([*lines, ""]) if "Index" in pair[0] or "INDEX" in pair[0]]
 
     def scans(self) -> list[str]:
         """The lines of the plans that read a whole table, or a whole index of one."""

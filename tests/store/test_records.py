@@ -162,6 +162,19 @@ def test_an_expired_checkpoint_is_nowhere_but_among_the_expired(conn: sa.Connect
         records.delete_checkpoint(conn, old.path)
 
 
+def test_many_expired_checkpoints_go_in_several_transactions(
+    conn: sa.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "_EXPIRED_AT_ONCE", 2)
+    make_model(conn, "m")
+    for name, at in (("c", 3.0), ("a", 1.0), ("b", 2.0)):
+        records.create_checkpoint(conn, checkpoint(f"tinker://m/weights/{name}", expires_at=at))
+    gone = []
+    while expired := records.expired_checkpoints(conn, 9.0):
+        gone.append([records.delete_checkpoint(conn, each.path).path[-1] for each in expired])
+    assert gone == [["a", "b"], ["c"]]
+
+
 def test_a_published_checkpoint_is_anybodys_to_read(conn: sa.Connection) -> None:
     make_model(conn, "m")
     records.create_checkpoint(conn, checkpoint())

@@ -57,13 +57,14 @@ async def _signer(services: Services) -> URLSafeSerializer:
 
 def _trace(conn: sa.Connection, session_id: str) -> bytes:
     """The file: one thread for each model and sampler, on it a slice for each request, from its arrival to its end."""
-    subjects = [model.id for model in records.models_of_session(conn, session_id)]
-    subjects += [sampler.id for sampler in records.samplers_of_session(conn, session_id)]
-    events: list[dict[str, Any]] = [_name("process_name", 0, f"session {session_id}")]
-    for thread, subject in enumerate(subjects, 1):
-        events.append(_name("thread_name", thread, subject))
-        for span in timeline.spans(conn, subject):
-            events.extend(_slice(span, thread))
+    spans, threads = timeline.spans(conn, session_id), dict[str, int]()
+    which = f" (its latest {timeline.MOST:,} requests)" if len(spans) == timeline.MOST else ""
+    events: list[dict[str, Any]] = [_name("process_name", 0, f"session {session_id}{which}")]
+    for span in spans:
+        if span.subject not in threads:
+            threads[span.subject] = len(threads) + 1
+            events.append(_name("thread_name", threads[span.subject], span.subject))
+        events.extend(_slice(span, threads[span.subject]))
     return msgspec.json.encode({"traceEvents": events, "displayTimeUnit": "ms"})
 
 

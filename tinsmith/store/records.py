@@ -20,6 +20,8 @@ from tinsmith.store.tables import checkpoints, engines, insert, models, samplers
 EVERYBODY = "*"
 """In place of an owner, to find and list what belongs to anybody. Nothing is ever owned by it."""
 
+_EXPIRED_AT_ONCE = 200  # checkpoints
+
 LIVING = sa.text("models.state != 'closed'")
 """A condition on models; spelt out, so that the databases use the partial index."""
 
@@ -323,11 +325,12 @@ def update_checkpoint(conn: sa.Connection, /, path: str, **changes: Any) -> None
 
 
 def expired_checkpoints(conn: sa.Connection, now: float) -> list[Checkpoint]:
-    """Those whose time was over before `now`, for the caller to remove their files and records in this transaction.
+    """Some whose time was over before `now`, for the caller to remove their files and records in this transaction.
 
-    Others who ask at the same time are not given them.
+    The first of them, as many as a transaction should delete. Others who ask at the same time are not given them.
     """
-    expired = sa.select(checkpoints).where(checkpoints.c.expires_at <= now).with_for_update(skip_locked=True)
+    expired = sa.select(checkpoints).where(checkpoints.c.expires_at <= now).order_by(checkpoints.c.expires_at)
+    expired = expired.limit(_EXPIRED_AT_ONCE).with_for_update(skip_locked=True)
     return [Checkpoint(**row) for row in conn.execute(expired).mappings()]
 
 

@@ -162,6 +162,7 @@ jobs = sa.Table(
     _partial_index("ix_jobs_running", "state = 'running'", "base", "number"),
     _partial_index("ix_jobs_finished", "state IN ('done', 'failed')", "finished_at"),
     _partial_index("ix_jobs_expired", "state = 'expired'", "finished_at"),
+    _partial_index("ix_jobs_sampled", "kind = 'sample' AND finished_at IS NOT NULL", "subject", "finished_at"),
     sqlite_autoincrement=True,
 )
 
