@@ -1,6 +1,6 @@
 """What `--deterministic` costs on one GPU: the same training and sampling without it and with it.
 
-    python -m benchmarks.deterministic_gpu [--sizes 0.6b,4b] [--rounds N]
+    python -m benchmarks.deterministic_gpu [--sizes 0.6b,4b] [--parts sampling,training] [--rounds N]
 
 Qwen3's shapes with random weights in bfloat16. Sampling: 256 requests of 256 + 512 tokens of eight adapters, and one
 such request. Training: 16 x 1024 tokens, of eight tenants and of one. The column `rival` is ours without the setting,
@@ -50,6 +50,7 @@ class Measured:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="0.6b,4b")
+    parser.add_argument("--parts", default="sampling,training")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -58,9 +59,10 @@ def main() -> None:
     rows: list[Row] = []
     for size in arguments.sizes.split(","):
         base = fused_base(SHAPES[size], torch.device("cuda"))
-        plain = list(measured(base, size, arguments.rounds))
+        parts = arguments.parts.split(",")
+        plain = list(measured(base, size, parts, arguments.rounds))
         make_exact(base, print)
-        for before, after in zip(plain, measured(base, size, arguments.rounds), strict=True):
+        for before, after in zip(plain, measured(base, size, parts, arguments.rounds), strict=True):
             rows.append(compared(before, after))
             print(rows[-1], flush=True)
         record("deterministic_gpu", rows, f"1 x {torch.cuda.get_device_name()}")
@@ -73,11 +75,12 @@ def compared(before: Measured, after: Measured) -> Row:
     return Row(f"deterministic {after.name}", after.value, after.unit, f"{before.value:g}", f"{goal:.4g}")
 
 
-def measured(base: BaseModel, size: str, rounds: int) -> Iterator[Measured]:
+def measured(base: BaseModel, size: str, parts: Sequence[str], rounds: int) -> Iterator[Measured]:
     """As the base model is: exact or not."""
-    yield from _sampling(base, size)
-    torch.cuda.empty_cache()
-    for word, tenants in (("tenants8", 8), ("tenants1", 1)):
+    if "sampling" in parts:
+        yield from _sampling(base, size)
+        torch.cuda.empty_cache()
+    for word, tenants in (("tenants8", 8), ("tenants1", 1)) if "training" in parts else ():
         yield Measured(f"training {size} {word}", round(_training(base, tenants, rounds)), "tokens/s")
         torch.cuda.empty_cache()
 

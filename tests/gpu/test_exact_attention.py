@@ -1,25 +1,23 @@
 """Attention of an exact pass against torch's; and the same bits alone, in crowds, packed, by one program or several."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (torch.cuda.is_available() or INTERPRETED):
-    pytest.skip("neither a CUDA device nor Triton's interpreter", allow_module_level=True)
-
-from tinsmith.models import exact_attention  # noqa: E402
-from tinsmith.models.exact import PackedRows  # noqa: E402
-from tinsmith.models.exact_attention import HeadCounts, Paging, attend, attend_backward, row_tiles  # noqa: E402
-from tinsmith.sampling.exact_decoding import numbered  # noqa: E402
+from tests.gpu.device import DEVICE, DTYPE, INTERPRETED
+from tinsmith.models import exact_attention
+from tinsmith.models.exact import PackedRows
+from tinsmith.models.exact_attention import (
+    HeadCounts,
+    Paging,
+    SingleRows,
+    attend,
+    attend_backward,
+    row_tiles,
+)
 
 pytestmark = pytest.mark.gpu
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
 TOLERANCE = 1e-5 if INTERPRETED else 0.01
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
 LENGTHS = (600 if INTERPRETED else 1600, 3, 70)  # some chunks of keys, less than a block, more than one
@@ -85,7 +83,7 @@ def test_a_decoded_row_has_the_bits_of_its_row_in_training(
     cached_keys, cached_values, tables = paged(key), paged(value), table_of_blocks()
     rows = query[lasts].contiguous()
     positions = torch.tensor(LENGTHS, dtype=torch.int32, device=DEVICE) - 1
-    together = exact_attention.RowTiles(numbered(len(LENGTHS), DEVICE), positions, max(LENGTHS), single=True)
+    together = SingleRows(positions, max(LENGTHS))
     decoded = attend(rows, cached_keys, cached_values, together, heads, Paging(tables, BLOCK))
     assert torch.equal(decoded, packed[lasts])
     for number, length in enumerate(LENGTHS):

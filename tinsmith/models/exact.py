@@ -24,13 +24,23 @@ from tinsmith.models.exact_attention import (
     HeadCounts,
     Paging,
     RowTiles,
+    SingleRows,
     attend,
     attend_backward,
     key_tiles,
     row_tiles,
 )
-from tinsmith.models.exact_products import ExactAdapters, adapters_of, norm, normalizers, product
-from tinsmith.models.kernels import norm_rope, norm_rope_backward, rms_norm_backward
+from tinsmith.models.exact_products import (
+    CacheRows,
+    ExactAdapters,
+    Turning,
+    adapters_of,
+    norm,
+    normalizers,
+    product,
+    turned,
+)
+from tinsmith.models.kernels import norm_rope_backward, rms_norm_backward
 from tinsmith.models.lora import LinearGroup, Segment
 from tinsmith.models.norms import FrozenRMSNorm
 from tinsmith.models.plain_layers import FAMILIES, LayerParts, Probe, gates_are_silu, parts_of, weight_of
@@ -43,10 +53,10 @@ _TRIED_ROWS = (1, 70, 300, 2000)  # products of which are cut in different ways
 class ExactAttention(Protocol):
     """The attention of one pass: where a row's keys and values are kept, and the tiles of its rows."""
 
-    def keys(self, layer: int, key_TO: Tensor, value_TO: Tensor) -> tuple[Tensor, Tensor, Paging | None]:
-        """Keys and values [·, G · d] of everything that the rows may see, theirs included, and where those lie."""
+    def cache(self, layer: int) -> tuple[CacheRows, Paging] | None:
+        """Where keys and values go and everything that the rows may see is; None if that is all in the pass."""
 
-    def tiles(self, sharing: int) -> RowTiles:
+    def tiles(self, sharing: int) -> RowTiles | SingleRows:
         """Of rows that share a key/value head with so many query heads."""
 
 
@@ -58,8 +68,8 @@ class PackedRows:
         self._tiles: dict[int, RowTiles] = {}
         self._blocks: Tensor | None = None
 
-    def keys(self, layer: int, key_TO: Tensor, value_TO: Tensor) -> tuple[Tensor, Tensor, Paging | None]:
-        return key_TO, value_TO, None
+    def cache(self, layer: int) -> None:
+        return None
 
     def tiles(self, sharing: int) -> RowTiles:
         if sharing not in self._tiles:
@@ -234,9 +244,7 @@ class _Layer:
         heads, kv_heads, _ = parts.counts
         self._counts = HeadCounts(heads, kv_heads, parts.width, parts.scaling, parts.window or 0)
         norms = parts.head_norms
-        self._head_weights: tuple[Tensor | None, Tensor | None] = (None, None)
-        if norms is not None:
-            self._head_weights = weight_of(norms[0]), weight_of(norms[1])
+        self._head_weights = None if norms is None else (weight_of(norms[0]), weight_of(norms[1]))
         self._head_eps = 0.0 if norms is None else norms[0].eps
 
     @property
@@ -247,39 +255,32 @@ class _Layer:
         """(what comes out [T, D], what `backward` needs beside what came in, if it `keeps` that)."""
         parts, adapters = self._parts, this.adapters
         heads_TO, heads_z = _adapted(parts.heads, _normed(parts.before, x_TD), adapters)
-        turned_TO = self._turned(heads_TO, this)
-        key_TO, value_TO = self._keys_and_values(turned_TO, heads_TO)
-        keys, values, paging = this.attention.keys(self._index, key_TO, value_TO)
         sums_HT = x_TD.new_empty(self._counts.heads, len(x_TD), dtype=torch.float32) if keeps else None
-        tiles = this.attention.tiles(self._counts.sharing)
-        attended_TO = attend(turned_TO, keys, values, tiles, self._counts, paging, sums_HT)
+        attended_TO = self._attended(heads_TO, this, sums_HT)
         middle_TD, out_z = _adapted(parts.out, attended_TO, adapters, x_TD)
         normed_TD = _normed(parts.between, middle_TD)
-        gate_up_z = adapters.inner(parts.gate_up.linears, normed_TD)
-        gate_up_TO = product(normed_TD, parts.gate_up.weight_OI, parts.gate_up.bias_O)
+        gate_up_TO, gate_up_z = adapters.product(parts.gate_up, normed_TD)
         active_TP = adapters.swiglu(parts.gate_up.linears, gate_up_TO, gate_up_z)
         y_TD, down_z = _adapted(parts.down, active_TP, adapters, middle_TD)
         if sums_HT is None:
             return y_TD, []
         return y_TD, [heads_z, out_z, gate_up_z, down_z, heads_TO, attended_TO, sums_HT, middle_TD, gate_up_TO]
 
-    def _turned(self, heads_TO: Tensor, this: ExactPass) -> Tensor:
-        """Queries and keys [T, (H + G) · d], normalised and rotated."""
-        query, key, _ = self._parts.counts
-        width = self._parts.width
-        turned_TO = heads_TO.new_empty(len(heads_TO), (query + key) * width)
-        norm_rope(
-            heads_TO,
-            this.cos_Td,
-            this.sin_Td,
-            *self._head_weights,
-            self._head_eps,
-            query,
-            key,
-            width,
-            turned_TO,
-        )
-        return turned_TO
+    def _attended(self, heads_TO: Tensor, this: ExactPass, sums_HT: Tensor | None) -> Tensor:
+        """[T, H · d]; fills the cache, if there is one."""
+        cached = this.attention.cache(self._index)
+        tiles = this.attention.tiles(self._counts.sharing)
+        if cached is None:
+            turned_TO = self._turned(heads_TO, this)
+            return attend(turned_TO, *self._keys_and_values(turned_TO, heads_TO), tiles, self._counts, None, sums_HT)
+        cache, paging = cached
+        queries_TO = self._turned(heads_TO, this, cache)
+        return attend(queries_TO, cache.keys, cache.values, tiles, self._counts, paging, sums_HT)
+
+    def _turned(self, heads_TO: Tensor, this: ExactPass, cache: CacheRows | None = None) -> Tensor:
+        """Queries and keys [T, (H + G) · d], normalised and rotated; queries alone if a cache takes the keys."""
+        turning = Turning(this.cos_Td, this.sin_Td, self._head_weights, self._head_eps)
+        return turned(heads_TO, self._parts.counts[:2], self._parts.width, turning, cache)
 
     def _keys_and_values(self, turned_TO: Tensor, heads_TO: Tensor) -> tuple[Tensor, Tensor]:
         query, key, _ = self._parts.counts
@@ -306,7 +307,8 @@ class _Layer:
             self._counts,
         )
         rotation = (this.forward.cos_Td, this.forward.sin_Td)
-        dheads_TO = norm_rope_backward(dinputs, heads_TO, *rotation, *self._head_weights, self._head_eps)
+        query_d, key_d = self._head_weights or (None, None)
+        dheads_TO = norm_rope_backward(dinputs, heads_TO, *rotation, query_d, key_d, self._head_eps)
         del dinputs, turned_TO, dattended_TO
         dheads_z = table.inner_of_gradient(parts.heads, dheads_TO)
         dnormed_TD = _product_backward(parts.heads, dheads_TO, dheads_z, table)
@@ -340,8 +342,7 @@ def _adapted(
     group: LinearGroup, x_TI: Tensor, adapters: ExactAdapters, residual_TO: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(x Wᵀ + b + the residual, then + z Bᵀ [T, O]; z [T, R])."""
-    z_TR = adapters.inner(group.linears, x_TI)
-    y_TO = product(x_TI, group.weight_OI, group.bias_O, residual_TO)
+    y_TO, z_TR = adapters.product(group, x_TI, residual_TO)
     adapters.add(group.linears, group.outputs, z_TR, y_TO)
     return y_TO, z_TR
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tinsmith.models import exact_attention_kernels as kernels
 from tinsmith.models.exact_products import ExactKernel
-from tinsmith.models.launch import power_of_two
+from tinsmith.models.launch import blocks, power_of_two
 
 TILE_ROWS = kernels.ROWS.value
 _KEYS, _CHUNK = kernels.KEYS.value, kernels.CHUNK.value
@@ -24,6 +24,7 @@ _PROGRAMS = 512  # that fill a large GPU
 _MOST_PARTS = 32
 
 _ATTEND = ExactKernel(kernels.attend, stages=2)
+_ATTEND_ROWS = ExactKernel(kernels.attend_rows, stages=5)  # of which tables of blocks take two
 _JOIN = ExactKernel(kernels.join, warps=2)
 _BACKWARD_QUERIES = ExactKernel(kernels.attend_backward_queries, stages=2)
 _BACKWARD_KEYS = ExactKernel(kernels.attend_backward_keys, stages=2)
@@ -52,15 +53,18 @@ class HeadCounts:
 
 @dataclass(frozen=True, slots=True)
 class RowTiles:
-    """Which rows belong together: int32 [N, 4] (first row, positions, table), and the first rows' positions [N].
-
-    No row is at position `end`. `single`: every tile is one row, tile n row n.
-    """
+    """Which rows belong together: int32 [N, 4] (first row, positions, table), and the first rows' positions [N]."""
 
     tiles: Tensor
     positions_N: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SingleRows:
+    """One row of each sequence, whose table has the row's number; no row is at position `end`."""
+
+    positions_N: Tensor
     end: int
-    single: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +85,7 @@ def row_tiles(spans: Sequence[tuple[int, int, int]], sharing: int, device: torch
         part[:, 0], part[:, 1], part[:, 2] = row + offsets, np.minimum(step, count - offsets), table
         tiles.append(part)
         positions.append(position + offsets)
-    end = max(position + count for _, count, position in spans)
-    return RowTiles(
-        upload(np.concatenate(tiles), device), upload(np.concatenate(positions, dtype=np.int32), device), end
-    )
+    return RowTiles(upload(np.concatenate(tiles), device), upload(np.concatenate(positions, dtype=np.int32), device))
 
 
 def key_tiles(lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -108,7 +109,7 @@ def attend(
     q_TO: Tensor,
     keys: Tensor,
     values: Tensor,
-    tiles: RowTiles,
+    rows: RowTiles | SingleRows,
     counts: HeadCounts,
     paging: Paging | None = None,
     sums_HT: Tensor | None = None,
@@ -117,37 +118,50 @@ def attend(
 
     Takes fp32 log2 Σ of each row's weights to `sums_HT`.
     """
-    rows, width, heads = q_TO.shape[0], counts.width, counts.heads
-    out_TO = q_TO.new_empty(rows, heads * width)
-    parts = _parts(tiles, counts) if sums_HT is None else 1
-    chunks = -(-tiles.end // _CHUNK)
-    target, sums = out_TO, out_TO if sums_HT is None else sums_HT
-    if parts > 1:
-        target = torch.empty(rows, heads, chunks, width, dtype=torch.float32, device=q_TO.device)
-        sums = torch.empty(rows, heads, chunks, 2, dtype=torch.float32, device=q_TO.device)
-    tables = tiles.tiles if paging is None else paging.tables
+    if isinstance(rows, SingleRows):
+        if paging is None or sums_HT is not None:
+            raise ValueError("single rows look at a cache, and keep nothing for backward")
+        return _attend_rows(q_TO, keys, values, rows, counts, paging)
+    out_TO = q_TO.new_empty(q_TO.shape[0], counts.heads * counts.width)
+    tables, sums = rows.tiles if paging is None else paging.tables, out_TO if sums_HT is None else sums_HT
     _ATTEND(
-        (tiles.tiles.shape[0], counts.kv_heads, parts),
-        (q_TO, keys, values, tables, tiles.tiles, tiles.positions_N, target, sums),
+        (rows.tiles.shape[0], counts.kv_heads),
+        (q_TO, keys, values, tables, rows.tiles, rows.positions_N, out_TO, sums),
         (q_TO.stride(0), keys.stride(0), values.stride(0), tables.stride(0), out_TO.stride(0)),
-        (sums.stride(0), chunks, counts.scaling),
-        (
-            *(counts.sharing, heads, *counts.constants),
-            *(0 if paging is None else paging.block_size, parts, int(sums_HT is not None)),
-        ),
+        (sums.stride(0), counts.scaling),
+        (counts.sharing, *counts.constants, 0 if paging is None else paging.block_size, int(sums_HT is not None)),
     )
-    if parts > 1:
-        constants = (heads, *counts.constants)
-        _JOIN((rows, heads), (target, sums, tiles.positions_N, out_TO), (), (chunks,), constants)
     return out_TO
 
 
-def _parts(tiles: RowTiles, counts: HeadCounts) -> int:
+def _attend_rows(
+    q_TO: Tensor, keys: Tensor, values: Tensor, rows: SingleRows, counts: HeadCounts, paging: Paging
+) -> Tensor:
+    count, width, heads = q_TO.shape[0], counts.width, counts.heads
+    out_TO = q_TO.new_empty(count, heads * width)
+    chunks = blocks(rows.end, _CHUNK)
+    parts = _parts(count * counts.kv_heads, chunks)
+    target, sums = out_TO, out_TO
+    if parts > 1:
+        target = torch.empty(count, heads, chunks, width, dtype=torch.float32, device=q_TO.device)
+        sums = torch.empty(count, heads, chunks, 2, dtype=torch.float32, device=q_TO.device)
+    _ATTEND_ROWS(
+        (count, counts.kv_heads, parts),
+        (q_TO, keys, values, paging.tables, rows.positions_N, target, sums),
+        (q_TO.stride(0), keys.stride(0), values.stride(0), paging.tables.stride(0)),
+        (chunks, counts.scaling),
+        (counts.sharing, heads, *counts.constants, paging.block_size, power_of_two(counts.sharing), parts),
+    )
+    if parts > 1:
+        constants = (heads, *counts.constants)
+        _JOIN((count, heads), (target, sums, rows.positions_N, out_TO), (), (chunks,), constants)
+    return out_TO
+
+
+def _parts(programs: int, chunks: int) -> int:
     """How many programs share a sequence, so that few of them fill the device, too."""
-    if not tiles.single:
-        return 1
-    parts, chunks = 1, -(-tiles.end // _CHUNK)
-    while parts < min(_MOST_PARTS, chunks) and tiles.tiles.shape[0] * counts.kv_heads * parts < _PROGRAMS:
+    parts = 1
+    while parts < min(_MOST_PARTS, chunks) and programs * parts < _PROGRAMS:
         parts *= 2
     return parts
 

@@ -13,6 +13,8 @@ positions, and the row of the table of blocks; positions of the first rows come 
 import triton
 import triton.language as tl
 
+from tinsmith.models.exact_launching import in_turn
+
 TILE = tl.constexpr(4)
 ROWS = tl.constexpr(64)  # of a tile: position by position, the heads of one after the other
 KEYS = tl.constexpr(64)
@@ -106,7 +108,7 @@ def _tile(tiles_ptr, positions_ptr, SHARING: tl.constexpr):
     return first_row, first, count, tl.load(entry_ptr + 2), offset, head, offset < count
 
 
-@triton.jit(do_not_specialize=["sums_stride", "chunks"])
+@triton.jit(do_not_specialize=["sums_stride"])
 def attend(
     q_ptr,
     keys_ptr,
@@ -122,29 +124,22 @@ def attend(
     table_stride,
     out_stride,
     sums_stride,
-    chunks,
     scaling,
     SHARING: tl.constexpr,
-    HEADS: tl.constexpr,
     WINDOW: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    PARTS: tl.constexpr,
     KEEPS: tl.constexpr,
 ):
-    """A tile's rows over their sequence. Programs: tiles, key/value heads, parts.
-
-    With one part the output is final, and each row's log2 Σ is kept beside it if `KEEPS`; otherwise a part has every
-    `PARTS`th chunk, and stores what `join` takes, of `chunks` chunks at most.
-    """
+    """A tile's rows over their sequence; each row's log2 Σ is kept beside it if `KEEPS`. Programs: tiles, kv heads."""
+    in_turn()
     first_row, first, count, table, offset, head, wanted = _tile(tiles_ptr, positions_ptr, SHARING)
     row = (first_row + offset).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     q_ptrs = q_ptr + row[:, None] * q_stride + head[:, None] * WIDTH + column[None, :]
     mask = wanted[:, None] & (column < WIDTH)[None, :]
     q = tl.load(q_ptrs, mask, other=0.0)
-    position = first + offset
     end = first + count
     lowest = 0
     if WINDOW > 0:
@@ -153,44 +148,125 @@ def attend(
     values_ptr += tl.program_id(1) * WIDTH
     table_ptr = tables_ptr + table.to(tl.int64) * table_stride
     base = (first_row - first).to(tl.int64)
-    factor = scaling * _LOG2_E
     most = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     result = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for chunk in range(lowest // CHUNK + tl.program_id(2), tl.cdiv(end, CHUNK), PARTS):
-        begin = tl.maximum(chunk * CHUNK, lowest // KEYS * KEYS)
+    for chunk in range(lowest // CHUNK, tl.cdiv(end, CHUNK)):
         most_c, total_c, result_c = _look(
             q,
             keys_ptr,
             values_ptr,
             table_ptr,
             base,
-            begin,
+            tl.maximum(chunk * CHUNK, lowest // KEYS * KEYS),
             tl.minimum(end, (chunk + 1) * CHUNK),
-            position,
+            first + offset,
             key_stride,
             value_stride,
-            factor,
+            scaling * _LOG2_E,
             WINDOW,
             WIDTH,
             COLUMNS,
             BLOCK_SIZE,
         )
+        most, fading, gain = _fadings(most, most_c)
+        total = total * fading + total_c * gain
+        result = result * fading[:, None] + result_c * gain[:, None]
+    total = tl.where(wanted, total, 1.0)
+    out = (result / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row[:, None] * out_stride + head[:, None] * WIDTH + column[None, :], out, mask)
+    if KEEPS:
+        tl.store(sums_ptr + head * sums_stride + row, most + tl.log2(total), wanted)
+
+
+@triton.jit
+def _heads_of(values, HEADS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The first rows [HEADS, COLUMNS] of a tile [M, COLUMNS], which are one position's."""
+    rest: tl.constexpr = ROWS // HEADS
+    parts = tl.reshape(values, (rest, HEADS, COLUMNS))
+    return tl.sum(tl.where((tl.arange(0, rest) == 0)[:, None, None], parts, 0.0), 0)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def attend_rows(
+    q_ptr,
+    keys_ptr,
+    values_ptr,
+    tables_ptr,
+    positions_ptr,
+    out_ptr,
+    sums_ptr,
+    q_stride,
+    key_stride,
+    value_stride,
+    table_stride,
+    chunks,
+    scaling,
+    SHARING: tl.constexpr,
+    HEADS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SHARED: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """One row over its own sequence in the cache, as a tile of which `SHARING` rows are used.
+
+    With one part the output is final; otherwise a part has every `PARTS`th chunk, and stores what `join` takes, of
+    `chunks` chunks at most. Programs: rows, key/value heads, parts. `SHARED`: `SHARING`, up to a power of two.
+    """
+    in_turn()
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    q_ptrs = q_ptr + row * q_stride + (tl.program_id(1) * SHARING + index)[:, None] * WIDTH + column[None, :]
+    q = tl.load(q_ptrs, (index < SHARING)[:, None] & (column < WIDTH)[None, :], other=0.0)
+    position = tl.load(positions_ptr + row).to(tl.int32)
+    lowest = 0
+    if WINDOW > 0:
+        lowest = tl.maximum(0, position - WINDOW + 1)
+    keys_ptr += tl.program_id(1) * WIDTH
+    values_ptr += tl.program_id(1) * WIDTH
+    used = tl.arange(0, SHARED)[:, None]
+    head = tl.program_id(1) * SHARING + used
+    mask = (used < SHARING) & (column < WIDTH)[None, :]
+    most = tl.full((SHARED, 1), float("-inf"), tl.float32)
+    total = tl.zeros((SHARED, 1), tl.float32)
+    result = tl.zeros((SHARED, COLUMNS), tl.float32)
+    for chunk in range(lowest // CHUNK + tl.program_id(2), tl.cdiv(position + 1, CHUNK), PARTS):
+        most_c, total_c, result_c = _look(
+            q,
+            keys_ptr,
+            values_ptr,
+            tables_ptr + row * table_stride,
+            0,
+            tl.maximum(chunk * CHUNK, lowest // KEYS * KEYS),
+            tl.minimum(position + 1, (chunk + 1) * CHUNK),
+            position + index * 0,
+            key_stride,
+            value_stride,
+            scaling * _LOG2_E,
+            WINDOW,
+            WIDTH,
+            COLUMNS,
+            BLOCK_SIZE,
+        )
+        most_c = _heads_of(most_c[:, None], SHARED, 1)
+        total_c = _heads_of(total_c[:, None], SHARED, 1)
+        result_c = _heads_of(result_c, SHARED, COLUMNS)
         if PARTS == 1:
             most, fading, gain = _fadings(most, most_c)
             total = total * fading + total_c * gain
-            result = result * fading[:, None] + result_c * gain[:, None]
+            result = result * fading + result_c * gain
         else:
             cell = (row * HEADS + head) * chunks + chunk - lowest // CHUNK
-            tl.store(out_ptr + cell[:, None] * WIDTH + column[None, :], result_c, mask)
-            tl.store(sums_ptr + cell * 2, most_c, wanted)
-            tl.store(sums_ptr + cell * 2 + 1, total_c, wanted)
+            tl.store(out_ptr + cell * WIDTH + column[None, :], result_c, mask)
+            tl.store(sums_ptr + cell * 2, most_c, used < SHARING)
+            tl.store(sums_ptr + cell * 2 + 1, total_c, used < SHARING)
     if PARTS == 1:
-        total = tl.where(wanted, total, 1.0)
-        out = (result / total[:, None]).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + row[:, None] * out_stride + head[:, None] * WIDTH + column[None, :], out, mask)
-        if KEEPS:
-            tl.store(sums_ptr + head * sums_stride + row, most + tl.log2(total), wanted)
+        out = (result / total).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + (row * HEADS + head) * WIDTH + column[None, :], out, mask)
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -206,6 +282,7 @@ def join(
     COLUMNS: tl.constexpr,
 ):
     """One head of one row from its chunks. Programs: rows, heads."""
+    in_turn()
     row = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + row).to(tl.int32)
     lowest = 0
@@ -262,6 +339,7 @@ def attend_backward_queries(
     COLUMNS: tl.constexpr,
 ):
     """The gradient in a tile's queries; and Σ out · dout of its rows, for `attend_backward_keys`."""
+    in_turn()
     first_row, first, count, _, offset, head, wanted = _tile(tiles_ptr, positions_ptr, SHARING)
     row = (first_row + offset).to(tl.int64)
     column = tl.arange(0, COLUMNS)
@@ -319,6 +397,7 @@ def attend_backward_keys(
     The table has each block's first row, its first position, and the length of its sequence. Programs: blocks of keys,
     key/value heads.
     """
+    in_turn()
     entry_ptr = tiles_ptr + tl.program_id(0) * TILE
     first_row, first, length = tl.load(entry_ptr), tl.load(entry_ptr + 1), tl.load(entry_ptr + 2)
     base = (first_row - first).to(tl.int64)

@@ -1,17 +1,19 @@
-"""Triton kernels in which a row's bits depend on that row alone: matrix products, adapters, norms, gates, normalizers.
+"""Triton kernels in which a row's bits depend on that row alone: matrix products, adapters, gates.
 
 A sum runs in one order, over all inputs, within one program: nothing is split by how many rows there are, nothing is
 added atomically, and no multiplication is contracted into an addition (`exact_products` launches them so). How many
 rows and columns a program has is free: a product's element is one chain of matrix instructions over the inputs, 16 at
 a time, whatever lies beside it. That is no promise of the maker, so `exact` tries it on the device. Knows tensors only.
 
-Shapes: `T` rows, `I` inputs, `O` outputs, `R` ranks of all layers of a group, `P` width of a feed-forward network, `V`
-vocabulary. Rows with adapters come in tiles: a table has the first row, the end and the rank of each, and addresses
+Shapes: `T` rows, `I` inputs, `O` outputs, `R` ranks of all layers of a group, `P` width of a feed-forward network.
+Rows with adapters come in tiles: a table has the first row, the end and the rank of each, and addresses
 beside it (A, and B of up to three layers; 0 where there is none).
 """
 
 import triton
 import triton.language as tl
+
+from tinsmith.models.exact_launching import in_turn
 
 ADDRESSES = tl.constexpr(4)
 TILE = tl.constexpr(4)  # numbers in the table of tiles
@@ -23,8 +25,9 @@ def _dot(left, right, total):
     return tl.dot(left, right, total, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["rows"])
-def product(
+@triton.jit
+def _product(
+    program,
     x_ptr,
     weight_ptr,
     bias_ptr,
@@ -46,16 +49,16 @@ def product(
     EVEN: tl.constexpr,
     FEW: tl.constexpr,
 ):
-    """y = x Wᵀ + bias + residual, rounded once. Neighbouring programs share rows, `GROUP` tiles of them.
+    """y = x Wᵀ + bias + residual, rounded once: one tile. Neighbouring programs share rows, `GROUP` tiles of them.
 
     With `FEW` rows those that are not there are not read; else the last stands in for them, which is faster.
     """
     row_tiles, column_tiles = tl.cdiv(rows, ROWS), tl.cdiv(outputs, COLUMNS)
     in_group = GROUP * column_tiles
-    first_tile = tl.program_id(0) // in_group * GROUP
+    first_tile = program // in_group * GROUP
     height = tl.minimum(row_tiles - first_tile, GROUP)
-    row = (first_tile + tl.program_id(0) % in_group % height) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) % in_group // height * COLUMNS + tl.arange(0, COLUMNS)
+    row = (first_tile + program % in_group % height) * ROWS + tl.arange(0, ROWS)
+    column = program % in_group // height * COLUMNS + tl.arange(0, COLUMNS)
     depth = tl.arange(0, DEPTH)
     inside_row, inside_column = row < rows, column < outputs
     x_ptrs = x_ptr + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * x_stride + depth[None, :]
@@ -85,9 +88,9 @@ def product(
 
 
 @triton.jit
-def _tile(tiles_ptr, ROWS: tl.constexpr, ALIGNED: tl.constexpr):
-    """(rows [ROWS], which of them are the tile's [ROWS, 1], rank) of the program's tile."""
-    entry_ptr = tiles_ptr + tl.program_id(0) * TILE
+def _tile(tiles_ptr, tile, ROWS: tl.constexpr, ALIGNED: tl.constexpr):
+    """(rows [ROWS], which of them are the tile's [ROWS, 1], rank) of a tile."""
+    entry_ptr = tiles_ptr + tile * TILE
     row = (tl.load(entry_ptr) + tl.arange(0, ROWS)).to(tl.int64)
     rank = tl.load(entry_ptr + 2)
     if ALIGNED:
@@ -101,6 +104,44 @@ def _at(address, NUMBER: tl.constexpr, ALIGNED: tl.constexpr):
     if ALIGNED:
         ptr = tl.multiple_of(ptr, 16)
     return ptr
+
+
+@triton.jit
+def _shrink(
+    tile,
+    block,
+    x_ptr,
+    z_ptr,
+    tiles_ptr,
+    addresses_ptr,
+    scales_ptr,
+    x_stride,
+    z_stride,
+    inputs,
+    ALIGNED: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANKS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    NUMBER: tl.constexpr,
+):
+    """z = scale · x Aᵀ of all layers: of one tile, a block of ranks."""
+    row, inside, rank = _tile(tiles_ptr, tile, ROWS, ALIGNED)
+    address = tl.load(addresses_ptr + tile * ADDRESSES)
+    ranks = rank * PARTS
+    if (address != 0) & (block * RANKS < ranks):
+        wanted = block * RANKS + tl.arange(0, RANKS)
+        depth = tl.arange(0, DEPTH)
+        x_ptrs = x_ptr + row[:, None] * x_stride + depth[None, :]
+        a_ptrs = _at(address, NUMBER, ALIGNED) + wanted[None, :] * inputs + depth[:, None]
+        total = tl.zeros((ROWS, RANKS), tl.float32)
+        for start in range(0, inputs, DEPTH):
+            left = inputs - start
+            x = tl.load(x_ptrs + start, inside & (depth[None, :] < left), other=0.0)
+            a = tl.load(a_ptrs + start, (wanted[None, :] < ranks) & (depth[:, None] < left), other=0.0)
+            total = _dot(x, a, total)
+        total *= tl.load(scales_ptr + tile)
+        tl.store(z_ptr + row[:, None] * z_stride + wanted[None, :], total, inside & (wanted[None, :] < ranks))
 
 
 @triton.jit
@@ -120,24 +161,110 @@ def shrink(
     DEPTH: tl.constexpr,
     NUMBER: tl.constexpr,
 ):
-    """z = scale · x Aᵀ of all layers. Programs: tiles, and blocks of ranks."""
-    row, inside, rank = _tile(tiles_ptr, ROWS, ALIGNED)
-    address = tl.load(addresses_ptr + tl.program_id(0) * ADDRESSES)
-    ranks = rank * PARTS
-    if (address == 0) | (tl.program_id(1) * RANKS >= ranks):
-        return
-    wanted = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
-    depth = tl.arange(0, DEPTH)
-    x_ptrs = x_ptr + row[:, None] * x_stride + depth[None, :]
-    a_ptrs = _at(address, NUMBER, ALIGNED) + wanted[None, :] * inputs + depth[:, None]
-    total = tl.zeros((ROWS, RANKS), tl.float32)
-    for start in range(0, inputs, DEPTH):
-        left = inputs - start
-        x = tl.load(x_ptrs + start, inside & (depth[None, :] < left), other=0.0)
-        a = tl.load(a_ptrs + start, (wanted[None, :] < ranks) & (depth[:, None] < left), other=0.0)
-        total = _dot(x, a, total)
-    total *= tl.load(scales_ptr + tl.program_id(0))
-    tl.store(z_ptr + row[:, None] * z_stride + wanted[None, :], total, inside & (wanted[None, :] < ranks))
+    """`_shrink`. Programs: tiles, and blocks of ranks."""
+    in_turn()
+    _shrink(
+        tl.program_id(0),
+        tl.program_id(1),
+        x_ptr,
+        z_ptr,
+        tiles_ptr,
+        addresses_ptr,
+        scales_ptr,
+        x_stride,
+        z_stride,
+        inputs,
+        ALIGNED,
+        PARTS,
+        ROWS,
+        RANKS,
+        DEPTH,
+        NUMBER,
+    )
+
+
+@triton.jit(do_not_specialize=["rows", "tiles"])
+def product(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    z_ptr,
+    tiles_ptr,
+    addresses_ptr,
+    scales_ptr,
+    x_stride,
+    weight_stride,
+    residual_stride,
+    y_stride,
+    z_stride,
+    inputs,
+    outputs,
+    rows,
+    tiles,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    FEW: tl.constexpr,
+    RANK_BLOCKS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PARTS: tl.constexpr,
+    RANKS: tl.constexpr,
+    SHRINK_DEPTH: tl.constexpr,
+    NUMBER: tl.constexpr,
+):
+    """y = x Wᵀ + bias + residual; if there are `RANK_BLOCKS`, what `shrink` does beside it, whose chains come first."""
+    in_turn()
+    program = tl.program_id(0)
+    if program < tiles * RANK_BLOCKS:
+        if RANK_BLOCKS > 0:
+            _shrink(
+                program // RANK_BLOCKS,
+                program % RANK_BLOCKS,
+                x_ptr,
+                z_ptr,
+                tiles_ptr,
+                addresses_ptr,
+                scales_ptr,
+                x_stride,
+                z_stride,
+                inputs,
+                ALIGNED,
+                PARTS,
+                ROWS,
+                RANKS,
+                SHRINK_DEPTH,
+                NUMBER,
+            )
+    else:
+        _product(
+            program - tiles * RANK_BLOCKS,
+            x_ptr,
+            weight_ptr,
+            bias_ptr,
+            residual_ptr,
+            y_ptr,
+            x_stride,
+            weight_stride,
+            residual_stride,
+            y_stride,
+            inputs,
+            outputs,
+            rows,
+            BIAS,
+            RESIDUAL,
+            ROWS,
+            COLUMNS,
+            DEPTH,
+            GROUP,
+            EVEN,
+            FEW,
+        )
 
 
 @triton.jit
@@ -185,7 +312,8 @@ def expand(
     NUMBER: tl.constexpr,
 ):
     """y += z Bᵀ, layer by layer. Programs: tiles, and blocks of columns, none of two layers."""
-    row, inside, rank = _tile(tiles_ptr, ROWS, ALIGNED)
+    in_turn()
+    row, inside, rank = _tile(tiles_ptr, tl.program_id(0), ROWS, ALIGNED)
     blocks0 = tl.cdiv(width0, COLUMNS)
     blocks01 = blocks0 + tl.cdiv(width1, COLUMNS)
     block = tl.program_id(1)
@@ -225,7 +353,8 @@ def swiglu(
     NUMBER: tl.constexpr,
 ):
     """silu(gate) · up, with the adapters' shares z Bᵀ added to both. Programs: tiles, and blocks of columns."""
-    row, inside, rank = _tile(tiles_ptr, ROWS, ALIGNED)
+    in_turn()
+    row, inside, rank = _tile(tiles_ptr, tl.program_id(0), ROWS, ALIGNED)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mask = inside & (column < width)[None, :]
     ptrs = gate_up_ptr + row[:, None] * stride + column[None, :]
@@ -241,36 +370,3 @@ def swiglu(
             up, z_ptr, z_stride, rank, up_address, row, inside, rank, column, width, RANKS, NUMBER, ALIGNED
         )
     tl.store(out_ptr + row[:, None] * width + column[None, :], gate / (1 + tl.exp(-gate)) * up, mask)
-
-
-@triton.jit
-def norm(x_ptr, weight_ptr, y_ptr, width, eps, BLOCK: tl.constexpr):
-    """The RMS norm of a row."""
-    start = tl.program_id(0).to(tl.int64) * width
-    column = tl.arange(0, BLOCK)
-    inside = column < width
-    x = tl.load(x_ptr + start + column, inside, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x) / width + eps)
-    weight = tl.load(weight_ptr + column, inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + start + column, x * scale * weight, inside)
-
-
-@triton.jit
-def normalizers(logits_ptr, inverse_ptr, most_ptr, log_total_ptr, stride, width, BLOCK: tl.constexpr):
-    """The largest logit of a row, and log Σ exp((logit − it) · inverse)."""
-    row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * stride
-    column = tl.arange(0, BLOCK)
-    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for start in range(0, width, BLOCK):
-        logits = tl.load(logits_ptr + start + column, start + column < width, other=float("-inf"))
-        highest = tl.maximum(highest, logits)
-    most = tl.max(highest)
-    inverse = tl.load(inverse_ptr + row)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, width, BLOCK):
-        inside = start + column < width
-        logits = tl.load(logits_ptr + start + column, inside, other=0.0)
-        total += tl.where(inside, tl.exp((logits - most) * inverse), 0.0)
-    tl.store(most_ptr + row, most)
-    tl.store(log_total_ptr + row, tl.log(tl.sum(total)))

@@ -8,6 +8,7 @@ group, `N` tiles, `K` groups, `P` width of a feed-forward network, `V` vocabular
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,40 +17,68 @@ import triton.language as tl
 from torch import Tensor
 
 from tinsmith.models import exact_kernels as kernels
+from tinsmith.models import exact_row_kernels as row_kernels
 from tinsmith.models.adapter_table import AdapterPlaces, identity
 from tinsmith.models.launch import Kernel, blocks, power_of_two
-from tinsmith.models.lora import Adapter, Segment
+from tinsmith.models.lora import Adapter, LinearGroup, Segment
 
 TILE_ROWS = 64
 """Of the tiles of rows with one adapter: what the widest matrix instructions take."""
 
 _RANKS = 32  # of one step
+_DEPTH = 128  # inputs of one step of what is computed beside a product
 _COLUMNS = 64
 _NUMBERS = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _VOCABULARY_BLOCK = 8192
 _SOME_ROWS = 512  # up to which smaller tiles are more programs
-_WIDE_OUTPUTS, _VOCABULARY = 4096, 65_536
+_WIDE_OUTPUTS, _WIDEST_OUTPUTS, _VOCABULARY = 4096, 8192, 65_536
 _ROWS_TOGETHER = 8  # tiles
+_HEADS = 16  # that one program turns, of one or several rows
 
 
 class ExactKernel(Kernel):
-    """A kernel that computes what it says: no multiplication is contracted into an addition."""
+    """A kernel that computes what it says: no multiplication is contracted into an addition.
+
+    It begins with `in_turn`, and is launched while the one before it still runs.
+    """
 
     def __init__(self, function: Any, *, warps: int = 4, stages: int = 3) -> None:
         super().__init__(function, warps=warps, stages=stages)
-        self._options["enable_fp_fusion"] = False
+        self._options |= {"enable_fp_fusion": False, "launch_pdl": True}
 
 
 _LARGE = ExactKernel(kernels.product, warps=8, stages=3)
 _WIDE = ExactKernel(kernels.product, warps=8, stages=4)
 _SMALL = ExactKernel(kernels.product, stages=4)
 _FEW = ExactKernel(kernels.product, stages=3)
-_FEW_NARROW = ExactKernel(kernels.product, stages=5)
+_FEW_NARROW = ExactKernel(kernels.product, stages=4)
 _SHRINK = ExactKernel(kernels.shrink, stages=4)
 _EXPAND = ExactKernel(kernels.expand)
 _SWIGLU = ExactKernel(kernels.swiglu)
-_NORM = ExactKernel(kernels.norm)
-_NORMALIZERS = ExactKernel(kernels.normalizers, warps=16)
+_NORM = ExactKernel(row_kernels.norm)
+_TURN = ExactKernel(row_kernels.turn)
+_NORMALIZERS = ExactKernel(row_kernels.normalizers, warps=16)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """How a product is cut: rows and columns of a program, inputs of a step."""
+
+    kernel: ExactKernel
+    rows: int
+    columns: int
+    depth: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """What a product's kernel computes beside it: tensors (z, tiles, addresses, scales), and how that is cut."""
+
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+    tiles: int
+    rank_blocks: int
+    aligned: bool
+    parts: int
 
 
 def product(
@@ -60,32 +89,42 @@ def product(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """x Wᵀ + bias + residual [T, O] in `dtype`, or that of x; accumulated in fp32."""
-    (rows, inputs), outputs = x_TI.shape, weight_OI.shape[0]
-    y_TO = x_TI.new_empty(rows, outputs, dtype=dtype or x_TI.dtype)
-    kernel, tile_rows, columns, depth = _cut(rows, outputs)
-    residual = y_TO if residual_TO is None else residual_TO
-    kernel(
-        (blocks(rows, tile_rows) * blocks(outputs, columns),),
-        (x_TI, weight_OI, x_TI if bias_O is None else bias_O, residual, y_TO),
-        (x_TI.stride(0), weight_OI.stride(0), residual.stride(0), y_TO.stride(0), inputs, outputs),
-        (rows,),
-        (
-            *(bias_O is not None, residual_TO is not None, tile_rows, columns, depth),
-            *(_ROWS_TOGETHER, inputs % depth == 0, rows < tile_rows),
-        ),
-    )
+    y_TO = x_TI.new_empty(x_TI.shape[0], weight_OI.shape[0], dtype=dtype or x_TI.dtype)
+    nothing = _Beside((x_TI, x_TI, x_TI, x_TI), 0, 0, False, 1)
+    _multiply(x_TI, weight_OI, bias_O, residual_TO, y_TO, nothing)
     return y_TO
 
 
-def _cut(rows: int, outputs: int) -> tuple[ExactKernel, int, int, int]:
-    """(kernel, rows, columns and inputs of a step of one program): as many programs as keep the device busy."""
+def _multiply(
+    x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None, y_TO: Tensor, beside: _Beside
+) -> None:
+    (rows, inputs), outputs = x_TI.shape, weight_OI.shape[0]
+    cut = _cut(rows, outputs)
+    residual = y_TO if residual_TO is None else residual_TO
+    strides = (x_TI.stride(0), weight_OI.stride(0), residual.stride(0), y_TO.stride(0), beside.tensors[0].stride(0))
+    programs = beside.tiles * beside.rank_blocks + blocks(rows, cut.rows) * blocks(outputs, cut.columns)
+    cut.kernel(
+        (programs,),
+        (x_TI, weight_OI, x_TI if bias_O is None else bias_O, residual, y_TO, *beside.tensors),
+        (*strides, inputs, outputs),
+        (rows, beside.tiles),
+        (
+            *(bias_O is not None, residual_TO is not None, cut.rows, cut.columns, cut.depth),
+            *(_ROWS_TOGETHER, inputs % cut.depth == 0, rows < cut.rows),
+            *(beside.rank_blocks, beside.aligned, beside.parts, _RANKS, _DEPTH, _NUMBERS[x_TI.dtype]),
+        ),
+    )
+
+
+def _cut(rows: int, outputs: int) -> _Cut:
+    """As many programs as keep the device busy."""
     if rows <= TILE_ROWS:
-        return (_FEW_NARROW, TILE_ROWS, 32, 128) if outputs < _WIDE_OUTPUTS else (_FEW, TILE_ROWS, 64, 128)
+        return _Cut(_FEW_NARROW, TILE_ROWS, 32, 128) if outputs < _WIDEST_OUTPUTS else _Cut(_FEW, TILE_ROWS, 64, 128)
     if rows <= _SOME_ROWS:
-        return _SMALL, TILE_ROWS, 64 if outputs < _WIDE_OUTPUTS else 128, 64
+        return _Cut(_SMALL, TILE_ROWS, 64 if outputs < _WIDE_OUTPUTS else 128, 64)
     if outputs >= _VOCABULARY:
-        return _WIDE, 128, 256, 64
-    return _LARGE, 128, 128, 64
+        return _Cut(_WIDE, 128, 256, 64)
+    return _Cut(_LARGE, 128, 128, 64)
 
 
 def norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -103,6 +142,52 @@ def normalizers(logits_RV: Tensor, inverse_R: Tensor) -> tuple[Tensor, Tensor]:
     block = min(power_of_two(width), _VOCABULARY_BLOCK)
     _NORMALIZERS((rows,), (logits_RV, inverse_R, most_R, log_total_R), (logits_RV.stride(0), width), (), (block,))
     return most_R, log_total_R
+
+
+@dataclass(frozen=True, slots=True)
+class Turning:
+    """How heads are turned: cosines and sines [T, d]; weights and epsilon of the queries' and keys' norms, if any."""
+
+    cos_Td: Tensor
+    sin_Td: Tensor
+    weights: tuple[Tensor, Tensor] | None
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class CacheRows:
+    """Keys and values [S, G · d] of a cache, and in which of its rows those of a pass belong (int64 [T])."""
+
+    keys: Tensor
+    values: Tensor
+    slots_T: Tensor
+
+
+def turned(
+    heads_TO: Tensor, counts: tuple[int, int], width: int, turning: Turning, cache: CacheRows | None = None
+) -> Tensor:
+    """Queries and keys [T, (H + G) · d], normalised and rotated; of `counts` heads and key/value heads.
+
+    With a cache that takes keys and values, queries alone: [T, H · d].
+    """
+    rows, (heads, kv_heads), cos_Td = len(heads_TO), counts, turning.cos_Td
+    out_TO = heads_TO.new_empty(rows, (heads + (kv_heads if cache is None else 0)) * width)
+    share = (heads | kv_heads | _HEADS) & -(heads | kv_heads | _HEADS)
+    keys, values = (heads_TO, heads_TO) if cache is None else (cache.keys, cache.values)
+    _TURN(
+        (blocks(rows, _HEADS // share), (heads + kv_heads * (1 if cache is None else 2)) // share),
+        (
+            *(heads_TO, out_TO, cos_Td, turning.sin_Td, *(turning.weights or (heads_TO, heads_TO))),
+            *(keys, values, cos_Td if cache is None else cache.slots_T),
+        ),
+        (heads_TO.stride(0), out_TO.stride(0), cos_Td.stride(0), keys.stride(0), values.stride(0)),
+        (rows, turning.eps),
+        (
+            *(turning.weights is not None, cache is not None, heads, kv_heads),
+            *(share, _HEADS, width // 2, power_of_two(width // 2)),
+        ),
+    )
+    return out_TO
 
 
 class ExactAdapters:
@@ -158,7 +243,7 @@ class ExactAdapters:
     def inner(self, linears: tuple[int, ...], x_TI: Tensor) -> Tensor:
         """scale · x Aᵀ [T, R], an adapter's layers one behind the other; undefined where a row has no adapter."""
         parts = len(linears)
-        z_TR = x_TI.new_empty(x_TI.shape[0], blocks(max(parts * self._rank, 1), 16) * 16)
+        z_TR = self._room(parts, x_TI)
         if self._rank == 0:
             return z_TR
         _SHRINK(
@@ -169,6 +254,22 @@ class ExactAdapters:
             (self._aligned, parts, TILE_ROWS, _RANKS, 64, _NUMBERS[x_TI.dtype]),
         )
         return z_TR
+
+    def _room(self, parts: int, x_TI: Tensor) -> Tensor:
+        return x_TI.new_empty(x_TI.shape[0], blocks(max(parts * self._rank, 1), 16) * 16)
+
+    def product(self, group: LinearGroup, x_TI: Tensor, residual_TO: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(x Wᵀ + b + the residual [T, O], what `inner` computes): of few rows at once."""
+        if self._rank == 0 or x_TI.shape[0] > _SOME_ROWS:
+            z_TR = self.inner(group.linears, x_TI)
+            return product(x_TI, group.weight_OI, group.bias_O, residual_TO), z_TR
+        parts = len(group.linears)
+        z_TR = self._room(parts, x_TI)
+        y_TO = x_TI.new_empty(x_TI.shape[0], group.weight_OI.shape[0])
+        tensors = (z_TR, self._tiles_N4, self._of(group.linears), self._scales_N)
+        beside = _Beside(tensors, len(self._scales_N), blocks(parts * self._rank, _RANKS), self._aligned, parts)
+        _multiply(x_TI, group.weight_OI, group.bias_O, residual_TO, y_TO, beside)
+        return y_TO, z_TR
 
     def add(self, linears: tuple[int, ...], outputs: Sequence[int], z_TR: Tensor, y_TO: Tensor) -> None:
         """y += z Bᵀ, in place; y may be of a wider dtype."""

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tinsmith.models.adapter_table import MOST_RANKS
 from tinsmith.models.exact import ExactLayers
-from tinsmith.models.exact_attention import Paging, RowTiles, row_tiles
-from tinsmith.models.exact_products import TILE_ROWS, ExactAdapters, adapters_of
+from tinsmith.models.exact_attention import Paging, RowTiles, SingleRows, row_tiles
+from tinsmith.models.exact_products import TILE_ROWS, CacheRows, ExactAdapters, adapters_of
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import Segment
 from tinsmith.protocols import ModelSpec
@@ -36,17 +36,15 @@ _WARM_ROWS = (1, 70, 300, 2048)  # of which products are cut differently
 class CachedRows:
     """Rows of a pass over the paged cache, which takes their keys and values; implements `exact.ExactAttention`."""
 
-    def __init__(self, cache: KVCache, slots_T: Tensor, paging: Paging, spans: "_Spans | RowTiles") -> None:
+    def __init__(self, cache: KVCache, slots_T: Tensor, paging: Paging, spans: "_Spans | SingleRows") -> None:
         self._cache, self._slots_T, self._paging, self._spans = cache, slots_T, paging, spans
 
-    def keys(self, layer: int, key_TO: Tensor, value_TO: Tensor) -> tuple[Tensor, Tensor, Paging | None]:
+    def cache(self, layer: int) -> tuple[CacheRows, Paging]:
         keys, values = (part.flatten(1) for part in self._cache.slots(self._cache.places[layer]))
-        keys.index_copy_(0, self._slots_T, key_TO)
-        values.index_copy_(0, self._slots_T, value_TO)
-        return keys, values, self._paging
+        return CacheRows(keys, values, self._slots_T), self._paging
 
-    def tiles(self, sharing: int) -> RowTiles:
-        return self._spans if isinstance(self._spans, RowTiles) else self._spans.tiles(sharing)
+    def tiles(self, sharing: int) -> RowTiles | SingleRows:
+        return self._spans if isinstance(self._spans, SingleRows) else self._spans.tiles(sharing)
 
 
 class _Spans:
@@ -63,20 +61,12 @@ class _Spans:
         return self._tiles[sharing]
 
 
-def single_rows(cache: KVCache, tables_NW: Tensor, positions_N: Tensor, rows_N4: Tensor, end: int) -> CachedRows:
+def single_rows(cache: KVCache, tables_NW: Tensor, positions_N: Tensor, end: int) -> CachedRows:
     """One row of each sequence, its newest; sequence n's blocks are `tables_NW[n]`, and no row is at `end`."""
     size = cache.block_size
     blocks_N = tables_NW.gather(1, (positions_N // size)[:, None])[:, 0].long()
     slots_N = blocks_N * size + positions_N % size
-    return CachedRows(cache, slots_N, Paging(tables_NW, size), RowTiles(rows_N4, positions_N, end, single=True))
-
-
-def numbered(rows: int, device: torch.device) -> Tensor:
-    """int32 [N, 4]: row n is tile n, of one position, and of table n."""
-    rows_N4 = torch.zeros(rows, 4, dtype=torch.int32, device=device)
-    rows_N4[:, 0] = rows_N4[:, 2] = torch.arange(rows, device=device)
-    rows_N4[:, 1] = 1
-    return rows_N4
+    return CachedRows(cache, slots_N, Paging(tables_NW, size), SingleRows(positions_N, end))
 
 
 class ExactSampling:
@@ -119,7 +109,6 @@ class ExactGraphs(DecodeGraphs):
         super().__init__(model, sampling, cache, **limits)  # type: ignore[arg-type]
         self._exact: dict[Kind, ExactAdapters] = {}
         self._sampling = sampling
-        self._rows_N4 = numbered(len(self._tables_NW), model.device)
 
     def _tiles(self, kind: Kind) -> ExactAdapters:  # type: ignore[override]
         if kind not in self._exact:
@@ -131,8 +120,7 @@ class ExactGraphs(DecodeGraphs):
 
     def _compute(self, kind: Kind) -> None:
         state, layers = self._state.first(kind.rows), self._sampling.layers
-        tables_NW, rows_N4 = self._tables_NW[: kind.rows], self._rows_N4[: kind.rows]
-        rows = single_rows(self._cache, tables_NW, state.positions_N, rows_N4, self._room)
+        rows = single_rows(self._cache, self._tables_NW[: kind.rows], state.positions_N, self._room)
         hidden_ND = layers.rows_through(state.tokens_N, state.positions_N, rows, self._tiles(kind))
         logits_NV = layers.logits(self._model.module.get_output_embeddings().weight, hidden_ND, self._tiles(kind))
         steps_N1 = state.steps_N.clone()[:, None]
