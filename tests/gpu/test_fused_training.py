@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from tests.gpu.device import DEVICE, DTYPE, INTERPRETED
 from tests.parity.conftest import load
+from tinsmith.models import fused as fused_module
+from tinsmith.models.adapter_table import trainable_ranks
 from tinsmith.models.attention import Heads, PackedAttention
 from tinsmith.models.fused import FusedLayers
-from tinsmith.models.fused import fused_layers as layers_if_they_fit
 from tinsmith.models.fused_attention import AttentionChoice, FusedAttention
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import Adapter, Segment
@@ -129,7 +131,7 @@ def test_heads_that_no_attention_takes_are_told_and_trained_through_the_module(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(base.module.model.layers[0].self_attn, "head_dim", 100)
     told: list[str] = []
-    assert layers_if_they_fit(base, told.append) is None
+    assert fused_module.fused_layers(base, told.append) is None
     assert told == ["training uses the slower layers: no kernels for attention take heads 100 wide"]
 
 
@@ -141,3 +143,19 @@ def test_few_shapes_of_batches_get_plans_and_only_when_they_come_back() -> None:
     assert not choice.is_planned(shapes[0])  # that was too long ago
     assert [sum([choice.is_planned((2, length)) for length in range(200)]) for _ in range(2)] == [0, 63]
     assert choice.is_planned((4, 512))
+
+
+@pytest.mark.parametrize(("kib", "most"), [(99, 64), (163, 128), (227, 128)])
+def test_a_device_with_little_shared_memory_trains_large_ranks_through_the_module(
+    kib: int, most: int, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backward for ranks above 64 takes 120 KiB, and 152 on Hopper: more than the devices of 99 KiB have."""
+    base = load(folders("qwen3-tied"), torch.bfloat16, DEVICE)
+    properties = SimpleNamespace(shared_memory_per_block_optin=kib * 1024)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        assert trainable_ranks(torch.device("cuda")) == most
+    monkeypatch.setattr(fused_module, "trainable_ranks", lambda device: most)
+    base.fuse(fused_layers(base))
+    assert base.fused.fits([base.new_adapter(ModelSpec(64, 1)), None])
+    assert base.fused.fits([base.new_adapter(ModelSpec(72, 1))]) == (most == 128)

@@ -9,6 +9,7 @@ a feed-forward network.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from tinsmith.models.transfer import on_device
 
 MOST_RANKS = 128
 """The largest rank for which the kernels are made."""
+
+_ROOM = 160 * 2**10
+"""Bytes of shared memory that a program may need in backward, for ranks above half of the largest; else 64 KiB."""
 
 _MOST_LAYERS = 3  # of a group
 _ROWS = 64  # of a tile
@@ -35,6 +39,14 @@ _EXPAND = Kernel(kernels.expand)
 _GRADIENTS = Kernel(kernels.gradients)
 _SWIGLU = Kernel(kernels.adapted_swiglu, stages=2)
 _SWIGLU_BACKWARD = Kernel(kernels.adapted_swiglu_backward, stages=2)
+
+
+def trainable_ranks(device: torch.device) -> int:
+    """The largest rank for which the device has room for the backward kernels: many give a program 99 KiB."""
+    if device.type != "cuda":
+        return MOST_RANKS
+    properties: Any = torch.cuda.get_device_properties(device)
+    return MOST_RANKS if properties.shared_memory_per_block_optin >= _ROOM else MOST_RANKS // 2
 
 
 class AdapterPlaces:

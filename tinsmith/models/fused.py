@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinsmith.models.adapter_table import MOST_RANKS, AdapterPlaces, AdapterTable
+from tinsmith.models.adapter_table import MOST_RANKS, AdapterPlaces, AdapterTable, trainable_ranks
 from tinsmith.models.attention import PackedAttention
 from tinsmith.models.full import FullModel
 from tinsmith.models.fused_attention import AttentionChoice, can_attend
@@ -58,11 +58,13 @@ class FusedLayers:
         self._layers = [_Layer(part) for part in parts]
         self._places = AdapterPlaces([group.linears for layer in self._layers for group in layer.groups])
         self._attention = AttentionChoice()
+        self.most_ranks = trainable_ranks(self._embedding.weight.device)
+        """Of an adapter that these layers train."""
         self.recomputes = False
 
     def fits(self, adapters: Iterable[Adapter | None]) -> bool:
-        """Whether the kernels are made for these adapters' ranks."""
-        return all(adapter is None or adapter.spec.rank <= MOST_RANKS for adapter in adapters)
+        """Whether the kernels are made for these adapters' ranks, and the device has room for them."""
+        return all(adapter is None or adapter.spec.rank <= self.most_ranks for adapter in adapters)
 
     def of_full(self, model: FullModel) -> FullLayers:
         """The same layers with a full-parameter model's weights, which they train."""
@@ -113,6 +115,8 @@ def fused_layers(model: Any, on_progress: Callable[[str], None]) -> FusedLayers 
     fused = FusedLayers(model.module, scalings)
     difference = probe.difference(fused.hidden(probe.tokens_T, probe.positions_T, probe.segments, probe.attention))
     if difference <= _TOLERANCE:
+        if fused.most_ranks < MOST_RANKS:
+            on_progress(f"adapters of ranks above {fused.most_ranks} train through the slower layers on this device")
         return fused
     on_progress(f"training uses the slower layers: the fused ones differ by {100 * difference:.3g} %")
     return None
