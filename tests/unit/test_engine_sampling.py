@@ -12,8 +12,9 @@ import pytest
 import sqlalchemy as sa
 
 from tests.unit.test_engine import BASE, SESSION, Bench, datums, lesson
+from tinsmith.engine.loop import KEEP_ORDER_SECONDS
 from tinsmith.errors import UnavailableError, UserError
-from tinsmith.store import queue, records, tables
+from tinsmith.store import queue, records, snapshots, tables
 from tinsmith.store.tables import jobs, sessions
 from tinsmith.wire.jobs import Job
 from tinsmith.wire.packing import SampleCall
@@ -393,6 +394,20 @@ def test_after_a_pause_of_the_server_clients_have_time_to_sample_from_what_they_
     assert bench.greedy(samplers["a"]) == said["a"]
 
 
+def test_many_superseded_snapshots_are_deleted_a_few_at_a_time_without_long_pauses(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshots, "AT_ONCE", 2)
+    samplers, _ = series(bench, "abcd")
+    grow_old(bench, *samplers.values())
+    engine: Any = bench.engine
+    engine._snapshot_seconds, engine._began_at = 3600.0, time.time() - 3600.0
+    for left in ("cd", "d"):
+        engine._kept_order_at -= 1.0 if left == "d" else KEEP_ORDER_SECONDS
+        engine.turn()
+        assert on_disk(bench) == set(left)
+
+
 def test_without_a_time_superseded_snapshots_stay(bench: Bench) -> None:
     samplers, said = series(bench, "ab")
     grow_old(bench, samplers["a"])
@@ -410,7 +425,7 @@ def test_an_engine_that_dies_before_it_deletes_a_snapshot_leaves_that_to_the_nex
         bench.engine.write_points()
         assert on_disk(bench) == set("ab")
     grow_old(bench, samplers[0])
-    assert bench.engine._ledger.release_superseded_snapshots(time.time() - 3600) == [(samplers[0], model)]
+    assert bench.engine._ledger.release_superseded_snapshots(time.time() - 3600) == ([(samplers[0], model)], False)
     engine: Any = bench.new_engine()
     assert on_disk(bench) == (set("b") if point else set())
     bench.greedy(samplers[1])  # brings the model back, from the point or from its beginning

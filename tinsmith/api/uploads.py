@@ -122,7 +122,11 @@ def _open(services: Services, upload: Upload) -> None:
             shutil.rmtree(_root(services) / other.id, ignore_errors=True)
     unfinished = [other for other in others if other.owner == upload.owner and other.expires >= time.time()]
     if len(unfinished) >= MOST_OPEN:
-        raise LimitError(f"{len(unfinished)} uploads were begun and not finished, {MOST_OPEN} at once are allowed")
+        soonest = min(other.expires for other in unfinished) - time.time()
+        raise LimitError(
+            f"{len(unfinished)} uploads were begun and not finished, {MOST_OPEN} at once are allowed; finish one, or "
+            f"wait: the oldest expires in {soonest:.0f} s"
+        )
     folder = _root(services) / upload.id
     folder.mkdir(parents=True)
     (folder / _NOTE).write_bytes(msgspec.json.encode(upload))

@@ -415,8 +415,9 @@ class Engine:
             self._pruning = True
         if now - self._kept_order_at > KEEP_ORDER_SECONDS:
             self._kept_order_at = now
-            self.drop_superseded_snapshots()
             self._ledger.forget(time.time(), self._silent_since(SILENT_SECONDS))
+            if self.drop_superseded_snapshots():  # more are left: a few every second, so that nobody waits for it
+                self._kept_order_at = now - KEEP_ORDER_SECONDS + 1.0
         if self._pruning:  # a little every turn, so that nobody waits for it
             self._pruning = self._ledger.prune(time.time() - self._future_seconds)
 
@@ -465,14 +466,19 @@ class Engine:
             gone = self._ledger.abandoned(list(numbers), self._silent_since(PATIENCE_SECONDS))
             self._sampling.give_up(numbers[number] for number in gone)
 
-    def drop_superseded_snapshots(self) -> None:
-        """Deletes unnamed snapshots that were superseded, once nobody has sampled from them for long enough."""
+    def drop_superseded_snapshots(self) -> bool:
+        """Deletes some unnamed snapshots that were superseded, once nobody has sampled from them for long enough.
+
+        Returns whether there may be more.
+        """
         if not self._snapshot_seconds:
-            return
+            return False
         unused_since = self._silent_since(self._snapshot_seconds)  # nobody could use any while there was no server
-        for snapshot_id, model_id in self._ledger.release_superseded_snapshots(unused_since):
+        released, more = self._ledger.release_superseded_snapshots(unused_since)
+        for snapshot_id, model_id in released:
             log.info("deleting snapshot %s, superseded and long unused", snapshot_id)
             self._residency.delete_snapshot(snapshot_id, model_id)
+        return more
 
     def _to_disk(self, write: Callable[[str], None], model_id: str) -> bool:
         """Whether a model could be written. If not, it stays, and the log still holds everything behind its points."""

@@ -185,15 +185,16 @@ class Ledger:
         """Forgets checkpoints whose time is over; returns their folders, for removal."""
         return self._database.write(_drop_expired, now)
 
-    def release_superseded_snapshots(self, unused_since: float) -> list[tuple[str, str]]:
+    def release_superseded_snapshots(self, unused_since: float) -> tuple[list[tuple[str, str]], bool]:
         """Marks unnamed snapshots as gone that were superseded, and not asked for anything since that time.
 
-        Returns (snapshot, model) of some, whose files may then be removed: the marks outlive a power cut.
+        Returns (snapshot, model) of some, whose files may then be removed: the marks outlive a power cut. And whether
+        there may be more.
         """
         released = self._database.write(snapshots.release_superseded, self.base, unused_since)
         if released:
             self.sync()
-        return released
+        return released, len(released) == snapshots.AT_ONCE
 
     def released_snapshots(self) -> list[tuple[str, str]]:
         """(snapshot, model) of all that are marked as gone, of models that are not over."""

@@ -12,13 +12,15 @@ from tinsmith.store.records import LIVING
 from tinsmith.store.tables import jobs, models, samplers
 from tinsmith.wire.jobs import GONE_SNAPSHOT
 
-_AT_ONCE = 50  # released in one transaction
+AT_ONCE = 10  # released in one transaction; whoever removes their files does nothing else meanwhile
 
 Released = list[tuple[str, str]]
 """(Sampler, which its snapshot was called after; the model that it came from)."""
 
 _MODELS = sa.select(models.c.id).where(models.c.base == sa.bindparam("of_base"), LIVING)
-_IS_THERE = sa.text("samplers.snapshot != 'gone'")  # spelt out: only then do the databases use the partial index
+_newer = samplers.alias("newer")
+# Spelt out: only then do the databases use the partial index.
+_IS_THERE, _NEWER_IS_THERE = sa.text("samplers.snapshot != 'gone'"), sa.text("newer.snapshot != 'gone'")
 
 
 def release_superseded(conn: sa.Connection, base: str, unused_since: float) -> Released:
@@ -35,12 +37,11 @@ def release_superseded(conn: sa.Connection, base: str, unused_since: float) -> R
 
 
 def _superseded(unused_since: float) -> sa.Select[str, str]:
-    is_unnamed = (samplers.c.snapshot == samplers.c.id) | samplers.c.snapshot.endswith(":inflight", autoescape=True)
-    newest = (
-        sa.select(samplers.c.model_id, sa.func.max(samplers.c.created_at).label("at"))
-        .where(samplers.c.model_id.in_(_MODELS), _IS_THERE, is_unnamed, samplers.c.written_at.is_not(None))
-        .group_by(samplers.c.model_id)
-        .subquery()
+    is_unnamed = (_newer.c.snapshot == _newer.c.id) | _newer.c.snapshot.endswith(":inflight", autoescape=True)
+    has_newer = (
+        sa.exists()
+        .where(_newer.c.model_id == samplers.c.model_id, _newer.c.created_at > samplers.c.created_at)
+        .where(_NEWER_IS_THERE, is_unnamed, _newer.c.written_at.is_not(None))
     )
     is_used = (
         sa.exists()
@@ -49,11 +50,10 @@ def _superseded(unused_since: float) -> sa.Select[str, str]:
     )
     return (
         sa.select(samplers.c.id, samplers.c.model_id)
-        .join(newest, newest.c.model_id == samplers.c.model_id)
-        .where(_IS_THERE, samplers.c.snapshot == samplers.c.id, samplers.c.created_at < newest.c.at)
-        .where(samplers.c.created_at < unused_since, ~is_used)
+        .where(samplers.c.model_id.in_(_MODELS), samplers.c.created_at < unused_since)
+        .where(_IS_THERE, samplers.c.snapshot == samplers.c.id, has_newer, ~is_used)
         .order_by(samplers.c.created_at)
-        .limit(_AT_ONCE)
+        .limit(AT_ONCE)
     )
 
 
