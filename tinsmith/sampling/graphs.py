@@ -12,6 +12,7 @@ Legend: N rows of a graph, W blocks of the longest sequence.
 """
 
 import itertools
+import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,8 @@ from tinsmith.sampling.flights import Flight
 from tinsmith.sampling.kv_cache import KVCache
 from tinsmith.sampling.requests import Sample
 from tinsmith.sampling.scoring import segments_of
+
+log = logging.getLogger(__name__)
 
 BURST = 8
 """Steps between two looks of the host, at most: what a new request may have to wait for."""
@@ -90,11 +93,37 @@ class DecodeGraphs:
         return sorted({min(_SMALL_RANK, self._max_rank), self._max_rank})
 
     def warm_up(self, on_progress: Callable[[str], None]) -> None:
-        """Captures every graph; seconds, with more of them for more rows."""
+        """Captures every graph; seconds, with more of them for more rows.
+
+        Where memory has no room for all, the largest batches are decoded without. Raises torch.OutOfMemoryError if it
+        has no room for a single row's.
+        """
         kinds = [Kind(rows, adapters, rank) for rows in self._sizes for adapters, rank in self._choices(rows)]
         for number, kind in enumerate(sorted(kinds, key=lambda kind: -kind.rows), 1):
             on_progress(f"preparing decoding steps, {number} of {len(kinds)}")
+            while kind.rows <= self._sizes[-1] and not self._prepare(kind):
+                self._give_up_largest()
+
+    def _prepare(self, kind: Kind) -> bool:
+        """Captures a graph; False if memory has no room for it beside those of other sizes."""
+        try:
             self._step(kind)
+        except torch.OutOfMemoryError:
+            if len(self._sizes) == 1:
+                raise
+            return False
+        return True
+
+    def _give_up_largest(self) -> None:
+        largest = self._sizes.pop()
+        log.warning(
+            "memory has no room for captured steps of %d sequences: more than %d are decoded step by step, more slowly",
+            largest,
+            self._sizes[-1],
+        )
+        self._steps = {kind: step for kind, step in self._steps.items() if kind.rows < largest}
+        if self._captures:
+            torch.cuda.empty_cache()
 
     @staticmethod
     def is_plain(sample: Sample) -> bool:
