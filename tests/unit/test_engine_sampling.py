@@ -464,7 +464,7 @@ def test_a_crowd_does_not_fill_the_sampler_beside_a_small_tenant_and_all_is_done
 def store_held_up(bench: Bench) -> Iterator[None]:
     """Nothing is written until the block ends."""
     go_on = threading.Event()
-    waiting = bench.database.write_soon(lambda _: go_on.wait(30))
+    waiting = bench.database.write_soon(lambda _: go_on.wait(5))
     try:
         yield
     finally:
