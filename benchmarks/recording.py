@@ -45,7 +45,7 @@ def record(name: str, rows: Iterable[Row], accelerator: str = "") -> Path:
         "versions": versions(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": commit(),
-        "command": " ".join(["python", "-m", f"benchmarks.{name}", *map(mask_password, sys.argv[1:])]),
+        "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *map(mask_password, sys.argv[1:])]),
         "rows": [asdict(row) for row in rows],
     }
     path.write_text(json.dumps(content, indent=2) + "\n")

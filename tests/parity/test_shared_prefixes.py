@@ -21,12 +21,12 @@ PROMPT = LEAST_SHARED + 5
 
 
 def samples(lengths: Sequence[int] = (5, 1, 9), seed: int = 0, width: int = 0) -> list[Datum]:
-    """Continuations of two prompts, with targets of their own in the prompts, and a text between them."""
+    """Continuations of two prompts in turn, with targets of their own in the prompts, and texts between them."""
     rng = np.random.default_rng(seed)
+    prompts = rng.integers(0, 97, (2, PROMPT)).tolist()
     data = []
-    for _ in range(2):
-        prompt = rng.integers(0, 97, PROMPT).tolist()
-        for length in lengths:
+    for length in lengths:
+        for prompt in prompts:
             datum = random_datum(rng, PROMPT + length, ("weights",), width)
             data.append(Datum(prompt + datum.tokens[PROMPT:], datum.targets, datum.inputs))
         data.append(random_datum(rng, 7, ("weights",), width))
@@ -43,7 +43,7 @@ def test_logprobs_and_gradients_of_samples_that_share_a_prompt_equal_peft(
     family: str, new_trainer: NewTrainer, folders: Folders
 ) -> None:
     data = samples()
-    trainers = [new_trainer(family, micro_batch_tokens=budget) for budget in (64, 1024)]
+    trainers = [new_trainer(family, micro_batch_tokens=budget) for budget in (128, 1024)]
     for trainer in trainers:
         add(trainer, "m", SPECS["all"])
     module = reference.peft_module(folders(family), trainers[0]._models["m"].weights)
@@ -51,7 +51,7 @@ def test_logprobs_and_gradients_of_samples_that_share_a_prompt_equal_peft(
     loss = reference.cross_entropy(module, data)
     loss.backward()
     parameters = reference.lora_parameters(module)
-    for trainer, budget in zip(trainers, (64, 1024), strict=True):
+    for trainer, budget in zip(trainers, (128, 1024), strict=True):
         assert share_rows(data, budget)
         [output] = outputs(trainer, ModelCall("m", as_call(data)))
         np.testing.assert_allclose(output.logprobs_M, expected.detach().numpy(), atol=1e-5)
