@@ -68,14 +68,14 @@ def cut(index: int, call: TrainCall, budget: int, most: int = 0, *, share: bool 
     for datum in range(call.num_datums):
         found, seated = pieces[-1].place(datum), datum - bounds[-1]
         is_full = seated == most or offsets[datum + 1] - offsets[bounds[-1]] > MOST_SHARING * budget
-        if seated and (is_full or pieces[-1].rows_with(*found) > budget):
+        if seated and (is_full or found.rows > budget):
             bounds.append(datum)
             pieces.append(Gathering(call, share))
             found = pieces[-1].place(datum)
-        pieces[-1].put(*found)
+        pieces[-1].put(found)
     bounds.append(call.num_datums)
     return [
-        Cut(index, first, last, tuple(piece.groups), len(pieces) > 1 and first == 0)
+        Cut(index, first, last, piece.groups, len(pieces) > 1 and first == 0)
         for piece, (first, last) in zip(pieces, itertools.pairwise(bounds), strict=True)
     ]
 

@@ -37,36 +37,64 @@ class Group:
         return self.tokens - self.saved
 
 
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where a datum belongs: the place of a group, perhaps a new one, that then shares so many tokens.
+
+    `rows` are those of all groups once the datum is there.
+    """
+
+    datum: int
+    place: int
+    shared: int
+    rows: int
+
+
 @dataclass(slots=True)
 class Gathering:
-    """Groups that grow datum by datum; with `share` off, of one datum each."""
+    """Groups that grow datum by datum; with `share` off, of one datum each.
+
+    A datum costs what it takes to compare it with one other, however many it begins like.
+    """
 
     call: TrainCall
     share: bool
-    groups: list[Group] = field(default_factory=list)
     rows: int = 0
+    _datums: list[list[int]] = field(default_factory=list)  # of each group
+    _shared: list[int] = field(default_factory=list)  # tokens, by each group
     _latest: dict[bytes, int] = field(default_factory=dict)  # by how its datums begin, the newest group's place
 
-    def place(self, datum: int) -> tuple[int, Group]:
-        """Where a datum belongs: the place of a group, perhaps a new one, and that group with the datum."""
-        length = self._end(datum) - self._start(datum)
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return tuple(
+            Group(tuple(datums), sum(map(self._length, datums)), shared)
+            for datums, shared in zip(self._datums, self._shared, strict=True)
+        )
+
+    def place(self, datum: int) -> Seat:
+        """Where a datum belongs; `put` seats it there."""
+        length = self._length(datum)
         place = self._latest.get(self._beginning(datum)) if self.share and length > LEAST_SHARED else None
         if place is not None:
-            group = self.groups[place]
-            common = self._common(group.datums[0], datum)
-            bigger = Group((*group.datums, datum), group.tokens + length, min(group.shared or common, common))
-            if bigger.shared >= LEAST_SHARED and bigger.saved > group.saved:
-                return place, bigger
-        return len(self.groups), Group((datum,), length)
+            others, before = len(self._datums[place]), self._shared[place]
+            common = self._common(self._datums[place][0], datum)
+            shared = min(before or common, common)
+            saved = others * shared - (others - 1) * before
+            if shared >= LEAST_SHARED and saved > 0:
+                return Seat(datum, place, shared, self.rows + length - saved)
+        return Seat(datum, len(self._datums), 0, self.rows + length)
 
-    def rows_with(self, place: int, group: Group) -> int:
-        """Rows of all groups once this one is at its place."""
-        return self.rows + group.rows - (self.groups[place].rows if place < len(self.groups) else 0)
+    def put(self, seat: Seat) -> None:
+        if seat.place == len(self._datums):
+            self._datums.append([])
+            self._shared.append(0)
+            self._latest[self._beginning(seat.datum)] = seat.place
+        self._datums[seat.place].append(seat.datum)
+        self._shared[seat.place] = seat.shared
+        self.rows = seat.rows
 
-    def put(self, place: int, group: Group) -> None:
-        self.rows = self.rows_with(place, group)
-        self.groups[place : place + 1] = [group]
-        self._latest[self._beginning(group.datums[0])] = place
+    def _length(self, datum: int) -> int:
+        return self._end(datum) - self._start(datum)
 
     def _start(self, datum: int) -> int:
         return int(self.call.token_offsets[datum])
@@ -92,7 +120,7 @@ def gathered(call: TrainCall, datums: Iterable[int]) -> Gathering:
     """All of these datums, in groups that share what they can."""
     gathering = Gathering(call, share=True)
     for datum in datums:
-        gathering.put(*gathering.place(datum))
+        gathering.put(gathering.place(datum))
     return gathering
 
 
