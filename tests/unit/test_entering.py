@@ -134,3 +134,40 @@ def test_nothing_is_known_at_first() -> None:
     passes = Passes()
     run(passes, [[90, 1]] * 10, 0.010, 0.001)
     assert passes.doubling == MOST
+
+
+def test_a_first_pass_that_compiles_is_not_taken_for_what_passes_of_few_samples_take() -> None:
+    passes = Passes()
+    passes.saw([1], 30.0)
+    run(passes, [[1]] * 40, 0.010, 0.001)
+    run(passes, crowds(passes, 100), 0.010, 0.001)
+    assert passes.doubling == pytest.approx(11, abs=4)
+
+
+def test_one_shared_pass_that_fetches_weights_does_not_send_the_crowd_away() -> None:
+    passes = Passes()
+    run(passes, [[1]] * 40, 0.010, 0.001)
+    run(passes, crowds(passes, 100), 0.010, 0.001)
+    before, seen = passes.doubling, []
+    passes.saw([before, 1], 20.0)
+    for each in crowds(passes, 100, 40):
+        run(passes, [each], 0.010, 0.001)
+        seen.append(passes.doubling)
+    assert min(seen) > LEAST
+
+
+def test_prompts_that_have_become_longer_for_all_do_not_keep_the_crowd_out_for_ever() -> None:
+    passes = Passes()
+    run(passes, [[1]] * 40, 0.005, 0.00005)
+    run(passes, crowds(passes, 200), 0.050, 0.00005)
+    assert passes.doubling == LEAST
+    run(passes, crowds(passes, 200, 10_000), 0.050, 0.00005)
+    assert passes.doubling > 8 * LEAST
+
+
+def test_a_clock_that_stands_still_says_nothing() -> None:
+    passes = Passes()
+    for each in ([1], [1, 1], [90, 1]):
+        for _ in range(40):
+            passes.saw(each, 0.0)
+    assert passes.doubling == MOST

@@ -9,8 +9,9 @@ cost as much as few, hardly anybody is.
 Knows neither clock nor sampler: it is told of times and of what is inside.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from statistics import median
 
 from tinsmith.wire.jobs import Header
 
@@ -18,7 +19,9 @@ RECENT_SECONDS = 0.5  # after its last sample ended, a tenant that asks for one 
 LEAST, MOST = 4, 4096  # samples of a large tenant beside a small one
 _KEPT = 0.995  # of what the passes before a pass count
 _ENOUGH = 20.0  # passes, before they say anything
-_LATELY, _LATELY_FEW = 16, 64  # passes, of which a mean is taken
+_LATELY, _LATELY_FEW = 24, 64  # passes, of which a mean is taken
+_OUTLIER = 8  # times the median is the most that one of them counts
+_STRETCH = 1 / 4096  # by so much it is believed less
 _STEPS = 8  # in which the bound follows what was seen
 _SPREAD = 1 / 16  # of the mean's square: how different the numbers of samples must have been
 
@@ -62,14 +65,16 @@ class Passes:
     Of N tenants each has an N-th of the machine if passes take N times as long as those of few samples do. What a
     crowd costs beside its tokens (samples that begin and end, processes of its own) shows in no number of samples: so
     the bound follows from how long shared passes are in the mean. Where there were none of few samples, the shortest
-    is where a line through all passes begins.
+    is where a line through all passes begins. While a crowd has as few inside as a bound may be, that measure is
+    believed a little less with each pass: prompts may have become longer since.
     """
 
     def __init__(self) -> None:
-        self._few, self._seen_few = 0.0, 0
+        self._few = _Lately(_LATELY_FEW)
         self._line = _Line()
-        self._seconds = self._largest = 0.0  # of shared passes, in the mean
+        self._seconds, self._largest = _Lately(_LATELY), _Lately(_LATELY)  # of shared passes
         self._most = float(MOST)
+        self._stretched = 1.0  # the shortest pass, since one of few samples was last seen
 
     @property
     def doubling(self) -> int:
@@ -78,29 +83,52 @@ class Passes:
 
     def saw(self, samples: Collection[int], seconds: float) -> None:
         """One pass, with all that had to be done for it since the one before; `samples` are those of each tenant."""
+        if seconds <= 0.0:  # a coarse clock says nothing
+            return
         number = sum(samples)
         self._line.saw(number, seconds)
         if number <= LEAST:
-            self._seen_few += 1
-            self._few += (seconds - self._few) / min(self._seen_few, _LATELY_FEW)
+            self._few.saw(seconds)
+            self._stretched = 1.0
         if len(samples) < 2:
             return
-        if not self._seconds:
-            self._seconds, self._largest = seconds, max(samples)
-        self._seconds += (seconds - self._seconds) / _LATELY
-        self._largest += (max(samples) - self._largest) / _LATELY
-        shortest = self._few if self._seen_few >= _ENOUGH else self._line.begins
+        self._seconds.saw(seconds)
+        self._largest.saw(max(samples))
+        shortest = self._few.mean if self._few.number >= _ENOUGH else self._line.begins
         if shortest is not None:
-            self._follow(self._seconds / (len(samples) * shortest))
+            self._follow(self._seconds.mean / (len(samples) * shortest * self._stretched))
 
     def _follow(self, too_long: float) -> None:
         """Goes a part of the way to what is right if passes are so many times too long."""
-        right = self._largest / too_long
+        right = self._largest.mean / too_long
+        if self.doubling == LEAST and self._largest.mean > LEAST - 0.5 and right < LEAST + 1:
+            self._stretched *= 1 + _STRETCH
         if too_long > 1 and right < self._most:
-            self._most = max(LEAST, min(self._most, self._largest))
+            self._most = max(LEAST, min(self._most, self._largest.mean))
         elif not (too_long < 1 and right > self._most):  # fewer samples than there may be say nothing
             return
         self._most += (max(LEAST, min(MOST, right)) - self._most) / _STEPS
+
+
+class _Lately:
+    """The mean of the latest numbers: the far largest of them count for less.
+
+    One pass that compiles something, or fetches weights from disk, takes hundreds of times as long as all others.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.mean = 0.0
+        self._seen: deque[float] = deque(maxlen=most)
+
+    @property
+    def number(self) -> int:
+        """Of how many this is the mean."""
+        return len(self._seen)
+
+    def saw(self, one: float) -> None:
+        self._seen.append(one)
+        highest = _OUTLIER * median(self._seen)
+        self.mean = sum(min(seen, highest) for seen in self._seen) / len(self._seen)
 
 
 class _Line:
