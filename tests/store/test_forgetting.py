@@ -128,6 +128,22 @@ def test_an_old_session_that_gets_its_first_model_at_this_moment_stays(migrated_
     engine.dispose()
 
 
+def test_a_sampler_that_gets_another_client_at_this_moment_stays(migrated_postgres_url: str) -> None:
+    engine = sa.create_engine(parse_url(migrated_postgres_url))
+    with engine.begin() as conn:
+        records.create_session(conn, session("s", age=OLD))
+        for name in ("idle", "joined"):
+            sampler(conn, name, "s", snapshot=GONE_SNAPSHOT)
+    with engine.connect() as other, other.begin():
+        clients.join(other, "joined")
+        with engine.begin() as conn:
+            conn.execute(sa.text("SET LOCAL lock_timeout = 1000"))
+            makers.forget(conn, time.time(), 0.0)
+    with engine.connect() as conn:
+        assert ids(conn, samplers) == {"joined"}
+    engine.dispose()
+
+
 def test_a_finished_session_gives_up_the_samples_of_all_its_samplers_and_no_others(conn: sa.Connection) -> None:
     for name in ("s", "t"):
         records.create_session(conn, session(name))

@@ -53,14 +53,20 @@ def find(conn: sa.Connection, place: Place, now: float, silent_since: float) -> 
 def delete(conn: sa.Connection, found: Forgettable, now: float, silent_since: float) -> None:
     """Carries out a step, but for what has come to life meanwhile, or somebody else's transaction holds.
 
-    That may be giving a session its first model; one that begins later waits, and finds no session.
+    That may be giving a session its first model, or a sampler another client; one that begins later waits, and finds
+    no session.
     """
-    held = sa.select(sessions.c.id).where(sessions.c.id.in_(found.sessions)).with_for_update(skip_locked=True)
-    free = list(conn.scalars(held))  # by a statement of its own: the next one sees what was committed until now
-    conn.execute(sa.delete(sessions).where(sessions.c.id.in_(free), _is_empty(now)))
-    conn.execute(sa.delete(sampler_clients).where(sampler_clients.c.sampler_id.in_(found.samplers)))
-    conn.execute(sa.delete(samplers).where(samplers.c.id.in_(found.samplers)))
+    empty = _hold(conn, sessions, found.sessions)
+    conn.execute(sa.delete(sessions).where(sessions.c.id.in_(empty), _is_empty(now)))
+    gone = _hold(conn, samplers, found.samplers)
+    conn.execute(sa.delete(sampler_clients).where(sampler_clients.c.sampler_id.in_(gone)))
+    conn.execute(sa.delete(samplers).where(samplers.c.id.in_(gone)))
     conn.execute(sa.delete(custom_losses).where(custom_losses.c.id.in_(found.losses), _is_over(silent_since)))
+
+
+def _hold(conn: sa.Connection, table: sa.Table, ids: Sequence[str]) -> list[str]:
+    """Those rows that nobody else holds. A statement of its own: the next one sees what was committed until now."""
+    return list(conn.scalars(sa.select(table.c.id).where(table.c.id.in_(ids)).with_for_update(skip_locked=True)))
 
 
 def _is_empty(now: float) -> sa.ColumnElement[bool]:
