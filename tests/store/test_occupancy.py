@@ -105,6 +105,22 @@ def test_a_server_does_not_begin_while_tables_are_being_changed(
         pass
 
 
+def test_who_comes_while_another_changes_the_tables_is_not_told_to_stop_a_server(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def migrate(database: Database) -> None:
+        with pytest.raises(OccupiedError, match="being brought up to date"):
+            migrate_alone(database, database_url, wait_seconds=0.0)
+        refused.append(database)
+
+    refused: list[Database] = []
+    become_old(database_url)
+    monkeypatch.setattr(Database, "migrate", migrate)
+    with opened(database_url) as database:
+        migrate_alone(database, database_url)
+        assert refused == [database]
+
+
 def test_tables_of_a_newer_version_are_refused_with_that(database_url: str) -> None:
     def become_new(conn: sa.Connection) -> None:
         conn.exec_driver_sql("UPDATE alembic_version SET version_num = 'future'")

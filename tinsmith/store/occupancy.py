@@ -66,7 +66,11 @@ def migrate_alone(database: Database, database_url: str, wait_seconds: float = W
         database.migrate()
         return
     with _locks_of(database_url) as locks:
-        _wait_for(lambda: is_decided() or locks.enter(alone=True), wait_seconds, _WITH_OLD_TABLES)
+        _wait_for(
+            lambda: is_decided() or locks.enter(alone=True),
+            wait_seconds,
+            lambda: _WITH_OLD_TABLES if locks.enter(alone=False) else _BEING_CHANGED,
+        )
         database.migrate()
         locks.release()
 
@@ -113,9 +117,9 @@ class Occupancy:
         self._locks.release()
 
     def _take(self) -> None:
-        _wait_for(lambda: self._locks.enter(alone=False), self._wait_seconds, _BEING_CHANGED)
+        _wait_for(lambda: self._locks.enter(alone=False), self._wait_seconds, lambda: _BEING_CHANGED)
         for base in self._bases:
-            _wait_for(partial(self._locks.take, base), self._wait_seconds, _OF_THE_MODEL.format(base))
+            _wait_for(partial(self._locks.take, base), self._wait_seconds, partial(_OF_THE_MODEL.format, base))
 
 
 @contextmanager
@@ -131,11 +135,11 @@ def _locks_of(database_url: str) -> Iterator[_Locks]:
         raise
 
 
-def _wait_for(lock: Callable[[], bool], seconds: float, otherwise: str) -> None:
+def _wait_for(lock: Callable[[], bool], seconds: float, otherwise: Callable[[], str]) -> None:
     deadline = time.monotonic() + seconds
     while not lock():
         if time.monotonic() >= deadline:
-            raise OccupiedError(otherwise)
+            raise OccupiedError(otherwise())
         time.sleep(_RETRY_SECONDS)
 
 
