@@ -67,6 +67,7 @@ class PackedAttention:
         self._recurrence: Recurrence | None = None
         self.lengths = [end - start for start, end in itertools.pairwise(cu_seqlens)]
         self.prefixes = prefixes
+        self._masks: dict[tuple[int, int, int | None, torch.dtype], Tensor | None] = {}
 
     @property
     def recurrence(self) -> Recurrence:
@@ -86,10 +87,17 @@ class PackedAttention:
             key, value = keys[number], values[number]
             if self.prefixes is not None and (prefix := self.prefixes[number]) >= 0:
                 key, value = torch.cat([keys[prefix], key], 2), torch.cat([values[prefix], value], 2)
-            mask = _band(query.shape[2], key.shape[2], heads.window, query.device)
+            mask = self._mask(query, key.shape[2], heads.window)
             attended = attend(query, key, value, heads.scaling, mask, heads.sinks_H)
             outputs.append(attended.squeeze(0).transpose(0, 1))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def _mask(self, query: Tensor, keys: int, window: int | None) -> Tensor | None:
+        """`_band`: one for all layers and all sequences of a size, since backward keeps it."""
+        size = (query.shape[2], keys, window, query.dtype)
+        if size not in self._masks:
+            self._masks[size] = _band(query, keys, window)
+        return self._masks[size]
 
 
 def attend(
@@ -97,7 +105,7 @@ def attend(
 ) -> Tensor:
     """[N, H, L, e], of a query [N, H, L, d], keys [N, G, K, d] and values [N, G, K, e] of N sequences.
 
-    `mask` is boolean, [L, K] or [N, 1, L, K]; None means causal, with L = K.
+    `mask` is [L, K] or [N, 1, L, K]: boolean, or what is added to the scores; None means causal, with L = K.
     """
     width, extra = value.shape[-1], 0
     if sinks_H is not None:
@@ -127,17 +135,23 @@ def _with_sinks(
     key = torch.cat([sinks.expand(len(key), -1, -1, -1), F.pad(key, (0, sharing))], 2)
     value = F.pad(value, (0, 0, 1, 0))
     if mask is not None:
-        return query, key, value, F.pad(mask, (1, 0), value=True), 0
+        return query, key, value, F.pad(mask, (1, 0), value=mask.dtype == torch.bool), 0
     return F.pad(query, (0, 0, 1, 0)), key, value, None, 1
 
 
-def _band(rows: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Boolean [rows, keys]: True where one of the last rows may see a key row. None: it's just causal."""
+def _band(query: Tensor, keys: int, window: int | None) -> Tensor | None:
+    """[L, K] for `attend`: where one of the last rows may see a key row. None: it's just causal.
+
+    On a CPU not boolean, of which torch would make a copy of numbers, and keep that, for every layer; each library for
+    GPUs has its own way to hide.
+    """
+    rows = query.shape[2]
     earlier = keys - rows
     if not earlier and (window is None or rows <= window):
         return None
-    seen = torch.ones(rows, keys, dtype=torch.bool, device=device).tril(earlier)
-    return seen if window is None else seen.triu(earlier + 1 - window)
+    seen = torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril(earlier)
+    seen = seen if window is None else seen.triu(earlier + 1 - window)
+    return seen if seen.is_cuda else query.new_zeros(rows, keys).masked_fill_(~seen, -torch.inf)
 
 
 @dataclass(frozen=True, slots=True)
