@@ -11,6 +11,7 @@ from tests.parity.conftest import Folders, NewTrainer
 from tests.parity.reference import SPECS, Datum, as_call, random_datum
 from tests.parity.training_lab import FULL, add, gradient, outputs
 from tests.tiny_families import FAMILIES
+from tinsmith.models.attention import Heads, PackedAttention
 from tinsmith.protocols import ModelCall
 from tinsmith.training.batching import cut
 from tinsmith.training.shared_prefixes import LEAST_SHARED
@@ -96,3 +97,24 @@ def test_a_call_that_fails_beside_samples_of_a_prompt_changes_no_gradient(new_tr
     outputs(alone, ModelCall("m", as_call(data)))
     torch.testing.assert_close(gradient(beside, "m"), gradient(alone, "m"), atol=1e-5, rtol=1e-4)
     assert not gradient(beside, "other").any()
+
+
+def test_samples_for_which_memory_has_no_room_when_they_share_rows_are_computed_each_alone(
+    new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pass that shares has copies of the prompt's keys and values, beside the rows that are counted."""
+    data, attend = samples(), PackedAttention.__call__
+    short, ample = (new_trainer(micro_batch_tokens=128) for _ in range(2))
+    for trainer in (short, ample):
+        add(trainer, "m", SPECS["all"])
+    [expected] = outputs(ample, ModelCall("m", as_call(data)))
+
+    def out_of_memory(attention: PackedAttention, layer: int, heads: Heads) -> torch.Tensor:
+        if attention.prefixes is not None and layer:
+            raise torch.OutOfMemoryError("no room for copies")
+        return attend(attention, layer, heads)
+
+    monkeypatch.setattr(PackedAttention, "__call__", out_of_memory)
+    [output] = outputs(short, ModelCall("m", as_call(data)))
+    np.testing.assert_allclose(output.logprobs_M, expected.logprobs_M, atol=1e-5)
+    assert (gradient(short, "m") - gradient(ample, "m")).norm() < 1e-5 * gradient(ample, "m").norm()

@@ -33,6 +33,7 @@ from tinsmith.models.weights import FullWeights, LoraWeights, adapter_spec
 from tinsmith.protocols import AdamParams, Capabilities, ModelCall, ModelSpec
 from tinsmith.training.batching import MicroBatch, pack, plan
 from tinsmith.training.runs import GradientBackup, Run, Trainable, check_call
+from tinsmith.training.shared_prefixes import is_worth_sharing
 from tinsmith.training.states import load_state, save_state
 from tinsmith.training.warming import warm_up
 from tinsmith.wire.packing import TrainOutput
@@ -214,23 +215,28 @@ class TorchTrainer:
             return error
         return Run(call.model_id, model, call.call)
 
-    def _run(self, group: Sequence[Run], pause: Callable[[], None] | None) -> None:
-        """All passes of some calls; if one breaks, each call again, alone."""
-        reason = self._attempt(group, pause)
+    def _run(self, group: Sequence[Run], pause: Callable[[], None] | None, *, share: bool = True) -> None:
+        """All passes of some calls; if one breaks, each call again, alone, and then with no rows shared.
+
+        A pass that shares rows takes more memory than another of as many: they see more keys and values.
+        """
+        shares = share and not self._deterministic and not self._model.is_recurrent
+        reason = self._attempt(group, pause, share=shares)
         if reason is None:
             return
-        if len(group) == 1:
+        if len(group) > 1:
+            for run in group:
+                self._run([run], pause)
+        elif shares and is_worth_sharing(group[0].call):
+            self._run(group, pause, share=False)
+        else:
             group[0].break_off(reason)
-            return
-        for run in group:
-            self._run([run], pause)
 
-    def _attempt(self, group: Sequence[Run], pause: Callable[[], None] | None) -> str | None:
+    def _attempt(self, group: Sequence[Run], pause: Callable[[], None] | None, *, share: bool) -> str | None:
         """Returns why a pass broke, with every gradient as it was before; None if none did."""
         calls = [run.call for run in group]
         backups: list[GradientBackup] = []
         budget = int(self._budget * self._share(group))
-        share = not self._deterministic and not self._model.is_recurrent
         for cuts in plan(calls, [run.model_id for run in group], budget, self._datums, share=share):
             try:
                 backups = backups or _back_up(group)
