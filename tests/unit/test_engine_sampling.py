@@ -16,7 +16,7 @@ from tinsmith.engine.loop import KEEP_ORDER_SECONDS
 from tinsmith.errors import UnavailableError, UserError
 from tinsmith.store import queue, records, snapshots, tables
 from tinsmith.store.tables import jobs, sessions
-from tinsmith.wire.jobs import Job
+from tinsmith.wire.jobs import Job, Outcome
 from tinsmith.wire.packing import SampleCall
 
 LONG = 40
@@ -504,3 +504,25 @@ def test_results_that_could_not_be_written_are_made_again(bench: Bench, monkeypa
 
 def fail_to_write(*_arguments: object) -> list[str]:
     raise UnavailableError("the database is away")
+
+
+def test_what_breaks_between_two_passes_of_training_is_not_blamed_on_it_and_loses_no_sample(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sampler = bench.create("a"), bench.sampler("base", "base", None)
+    bench.run()
+    short, trained = ask(bench, sampler, 0, max_tokens=1), bench.train(model, [1, 2, 3])
+    with monkeypatch.context() as broken:
+        broken.setattr("tinsmith.store.ledger._complete", divide_by_zero)
+        with pytest.raises(ZeroDivisionError):  # which ends the process
+            bench.engine.turn()
+        assert states(bench, [short, trained]) == ["running"] * 2
+    bench.new_engine()
+    bench.run()
+    assert states(bench, [short, trained]) == ["done"] * 2
+
+
+def divide_by_zero(_conn: sa.Connection, outcomes: list[Outcome], _base: str) -> list[str]:
+    if all(outcome.error is None for outcome in outcomes):
+        raise ZeroDivisionError
+    return queue.complete(_conn, outcomes)

@@ -351,12 +351,13 @@ class Engine:
     def _forward_backward(self, headers: list[Header], calls: list[ModelCall]) -> dict[int, Outcome]:
         if not calls:
             return {}
+        others: list[Exception] = []
         try:
             with self._trials.training([header.number for header in headers]):
-                results = self._trainer.forward_backward(calls, self._let_others_in)
-        except UnavailableError:  # the store failed, from letting others in
-            raise
+                results = self._trainer.forward_backward(calls, partial(self._let_others_in, others))
         except Exception as error:  # the trainer itself broke: nobody's gradient can be trusted
+            if error in others:  # it did not
+                raise
             raise_if_lost(error)
             log.exception("a batch of %d requests failed", len(calls))
             results = [TinsmithError(f"failed on the server: {type(error).__name__}: {error}") for _ in headers]
@@ -385,11 +386,15 @@ class Engine:
 
     # Sampling
 
-    def _let_others_in(self) -> None:
-        """Between two micro-batches: what has been asked for meanwhile is taken in, and sampling has its turn."""
-        if self._hear(0.0):
-            self._claim()
-        self._sample()
+    def _let_others_in(self, broken: list[Exception]) -> None:
+        """Between two micro-batches: takes in what was asked for, and lets sampling have its turn. Notes what breaks."""
+        try:
+            if self._hear(0.0):
+                self._claim()
+            self._sample()
+        except Exception as error:
+            broken.append(error)
+            raise
 
     def _sample(self) -> None:
         self._trials.pulse()
