@@ -387,7 +387,7 @@ class Engine:
     # Sampling
 
     def _let_others_in(self, broken: list[Exception]) -> None:
-        """Between two micro-batches: takes in what was asked for, and lets sampling have its turn. Notes what breaks."""
+        """Between two micro-batches: takes in what was asked for, and gives sampling its turn. Notes what breaks."""
         try:
             if self._hear(0.0):
                 self._claim()
