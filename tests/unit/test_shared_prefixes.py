@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinsmith.models.invariant import LEAST_ROWS
-from tinsmith.training.batching import MOST_SHARING, MicroBatch, cut, pack
+from tinsmith.training.batching import MOST_SHARING, MicroBatch, cut, pack, plan
 from tinsmith.training.shared_prefixes import LEAST_SHARED, gathered, is_worth_sharing
 from tinsmith.wire.packing import TrainCall
 
@@ -116,3 +116,11 @@ def test_what_datums_share_is_bounded_by_a_multiple_of_the_budget() -> None:
     cuts = cut(0, call_of(texts), 200, share=True)
     assert max(piece.last - piece.first for piece in cuts) == MOST_SHARING * 200 // 101
     assert sum(piece.rows for piece in cuts) == 300 + 100 * len(cuts)
+
+
+def test_calls_of_one_pass_are_bounded_together_in_what_their_datums_share() -> None:
+    """Each has few rows, so that many would fit; but copies of what they share would be many times the budget."""
+    calls = [call_of([[*range(100), 200 + number] for number in range(10)])] * 8
+    passes = plan(calls, "abcdefgh", 500, share=True)
+    assert [sum(piece.rows for piece in cuts) for cuts in passes] == [330, 330, 220]
+    assert 3 * calls[0].num_tokens <= MOST_SHARING * 500 < 4 * calls[0].num_tokens

@@ -18,7 +18,7 @@ from tinsmith.training.shared_prefixes import Gathering, Group, is_worth_sharing
 from tinsmith.wire.packing import Int32, Int64, TrainCall
 
 MOST_SHARING = 8
-"""Tokens of a cut for each row of the budget: keys and values that datums share may be copied for each of them."""
+"""Tokens of a pass for each row of the budget: keys and values that datums share may be copied for each of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,11 @@ class Cut:
     @property
     def rows(self) -> int:
         return sum(group.rows for group in self.groups)
+
+    @property
+    def tokens(self) -> int:
+        """Of its datums, each of which may see copies of what it shares."""
+        return sum(group.tokens for group in self.groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +94,18 @@ def plan(
     had accumulated before the call is then known exactly, should the call fail later.
     """
     batches: list[list[Cut]] = []
-    room = seats = 0
+    room = seats = tokens = 0
     for index, call in enumerate(calls):
         for piece in cut(index, call, budget, most, share=share):
             shared = piece.opens and any(model_ids[other.call] == model_ids[index] for other in (batches or [[]])[-1])
             datums = piece.last - piece.first
-            if not batches or piece.rows > room or (most and datums > seats) or shared:
+            if not batches or shared or piece.rows > room or piece.tokens > tokens or (most and datums > seats):
                 batches.append([])
-                room, seats = budget, most
+                room, seats, tokens = budget, most, MOST_SHARING * budget
             batches[-1].append(piece)
             room -= piece.rows
             seats -= datums
+            tokens -= piece.tokens
     return batches
 
 
