@@ -11,7 +11,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 
 from tinsmith.errors import ConfigError
-from tinsmith.store import migrations, queue, records, tables, trying
+from tinsmith.store import migrations, queue, records, snapshots, tables, trying
 from tinsmith.store.database import Database
 
 
@@ -127,7 +127,28 @@ def test_what_an_older_version_kept_is_there_after_the_upgrade(database_url: str
     database.close()
 
 
+def test_snapshots_that_an_older_version_wrote_supersede_each_other(database_url: str) -> None:
+    def become_old(conn: sa.Connection) -> None:
+        config = Config(attributes={"connection": conn})
+        config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+        command.upgrade(config, "0006")
+        for statement in OLD_ROWS[:2]:
+            conn.execute(sa.text(statement))
+        for name, at in (("x", 1), ("y", 2)):
+            conn.execute(sa.text(OLD_SAMPLER), {"id": name, "at": at})
+
+    database = Database(database_url)
+    database.write(become_old)
+    database.migrate()
+    assert database.write(snapshots.release_superseded, "b", 100.0) == [("x", "s:train:0")]
+    database.close()
+
+
 PATH = "tinker://s:train:0/weights/x"
+OLD_SAMPLER = (
+    "INSERT INTO samplers (id, session_id, owner, base, base_name, snapshot, model_id, created_at)"
+    " VALUES (:id, 's', 'me', 'b', 'B', :id, 's:train:0', :at)"
+)
 OLD_ROWS = (
     "INSERT INTO sessions (id, owner, state, tags, user_metadata, sdk_version, created_at, seen_at)"
     " VALUES ('s', 'me', 'open', '[]', '{}', '1', 1, 1)",

@@ -55,6 +55,14 @@ def test_only_a_snapshot_that_was_written_supersedes(conn: sa.Connection) -> Non
     assert snapshots.release_superseded(conn, "tiny", NOW + 100) == [("good", "m"), ("failed", "m")]
 
 
+def test_a_snapshot_is_as_old_as_its_writing_however_long_its_save_waited(conn: sa.Connection) -> None:
+    for name in ("late", "later"):
+        sampler(conn, name, OLD if name == "late" else OLD + 1)
+        records.update_sampler(conn, name, written_at=NOW)
+    assert snapshots.release_superseded(conn, "tiny", NOW - 100) == []
+    assert snapshots.release_superseded(conn, "tiny", NOW + 100) == [("late", "m")]
+
+
 def test_engines_find_models_snapshots_and_given_up_samples_by_indexes(conn: sa.Connection) -> None:
     with makers.planned(conn) as plan:
         queue.give_up_silent(conn, "tiny", NOW)

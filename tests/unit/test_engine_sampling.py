@@ -295,8 +295,9 @@ def grow_old(bench: Bench, *unused: str) -> None:
     """Makes it two hours ago that all samplers were made, and that these were asked for anything."""
 
     def shift(conn: sa.Connection) -> None:
-        made, asked, ended = tables.samplers.c.created_at, jobs.c.created_at, jobs.c.finished_at
-        conn.execute(sa.update(tables.samplers).values(created_at=made - 7200))
+        made, written = tables.samplers.c.created_at, tables.samplers.c.written_at
+        asked, ended = jobs.c.created_at, jobs.c.finished_at
+        conn.execute(sa.update(tables.samplers).values(created_at=made - 7200, written_at=written - 7200))
         of_them = sa.update(jobs).where(jobs.c.subject.in_(unused))
         conn.execute(of_them.values(created_at=asked - 7200, finished_at=ended - 7200))
 

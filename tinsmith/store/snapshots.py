@@ -24,7 +24,7 @@ _IS_THERE, _NEWER_IS_THERE = sa.text("samplers.snapshot != 'gone'"), sa.text("ne
 
 
 def release_superseded(conn: sa.Connection, base: str, unused_since: float) -> Released:
-    """Marks those as gone, some at a time, that were superseded, and neither made nor asked for since that time.
+    """Marks those as gone, some at a time, that were superseded, and neither written nor asked for since that time.
 
     By one that was written: a save that waits still, or has failed, leaves the older ones as they are. What is shared
     by all inflight samplers of a model is never superseded, only replaced.
@@ -48,9 +48,11 @@ def _superseded(unused_since: float) -> sa.Select[str, str]:
         .where(jobs.c.subject == samplers.c.id)
         .where(OPEN | (jobs.c.created_at >= unused_since) | (jobs.c.finished_at >= unused_since))
     )
+    is_fresh = samplers.c.written_at >= unused_since  # its save may have waited for long
     return (
         sa.select(samplers.c.id, samplers.c.model_id)
         .where(samplers.c.model_id.in_(_MODELS), samplers.c.created_at < unused_since)
+        .where(samplers.c.written_at.is_(None) | ~is_fresh)
         .where(_IS_THERE, samplers.c.snapshot == samplers.c.id, has_newer, ~is_used)
         .order_by(samplers.c.created_at)
         .limit(AT_ONCE)
