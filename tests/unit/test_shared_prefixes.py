@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tinsmith.models.invariant import LEAST_ROWS
 from tinsmith.training.batching import MOST_SHARING, MicroBatch, cut, pack, plan
-from tinsmith.training.shared_prefixes import LEAST_SHARED, gathered, is_worth_sharing
+from tinsmith.training.shared_prefixes import LEAST_SHARED, gathered, most_shared, worth_sharing
 from tinsmith.wire.packing import TrainCall
 
 LONG = LEAST_SHARED + 8
@@ -37,7 +37,8 @@ def call_of(texts: list[list[int]], widths: list[int] | None = None) -> TrainCal
 
 def groups_of(texts: list[list[int]]) -> list[tuple[tuple[int, ...], int]]:
     """Datums and shared tokens of every group."""
-    groups = gathered(call_of(texts), range(len(texts))).groups
+    call = call_of(texts)
+    groups = gathered(call, most_shared(call)).groups
     return [(group.datums, group.shared) for group in groups]
 
 
@@ -58,15 +59,24 @@ def test_samples_of_one_prompt_are_a_group_wherever_they_are_and_keep_a_token_of
 
 def test_a_short_start_or_one_that_saves_little_is_not_shared() -> None:
     short, prompt = list(range(LEAST_SHARED - 1)), list(range(LEAST_SHARED))
-    assert not is_worth_sharing(call_of([[*short, 1], [*short, 2]]))
-    assert not is_worth_sharing(call_of([[*prompt, *range(300)], [*prompt, 5, *range(300)]]))
-    assert is_worth_sharing(call_of([[*prompt, 1], [*prompt, 2]]))
+    assert not worth_sharing(call_of([[*short, 1], [*short, 2]]))
+    assert not worth_sharing(call_of([[*prompt, *range(300)], [*prompt, 5, *range(300)]]))
+    assert worth_sharing(call_of([[*prompt, 1], [*prompt, 2]]))
 
 
 def test_a_datum_that_would_shorten_what_a_large_group_shares_begins_another() -> None:
     prompt = list(range(3 * LEAST_SHARED))
     texts = [*([*prompt, number, 1] for number in range(8)), [*prompt[: LEAST_SHARED + 1], 99, 98]]
     assert groups_of(texts) == [(tuple(range(8)), len(prompt)), ((8,), 0)]
+
+
+def test_what_all_prompts_begin_with_does_not_keep_samples_of_one_from_sharing_all_of_it() -> None:
+    """Neither a sample that is alone of its prompt, nor samples of two prompts by turns."""
+    start = list(range(LEAST_SHARED + 3))
+    alone, one, other = ([*start, *range(first, first + 200)] for first in (1000, 2000, 3000))
+    texts = [[*alone, 1], *([*prompt, number] for number in range(3) for prompt in (one, other))]
+    assert groups_of(texts) == [((0,), 0), ((1, 3, 5), len(one)), ((2, 4, 6), len(other))]
+    assert groups_of([[*alone, 1], [*one, 1], [*other, 1]]) == [((0, 1, 2), len(start))]
 
 
 TEXT = st.tuples(st.integers(0, 3), st.integers(0, LONG), st.lists(st.integers(0, 2), min_size=1, max_size=9))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tinsmith.models.invariant import LEAST_ROWS
-from tinsmith.training.shared_prefixes import Gathering, Group, is_worth_sharing
+from tinsmith.training.shared_prefixes import Gathering, Group, worth_sharing
 from tinsmith.wire.packing import Int32, Int64, TrainCall
 
 MOST_SHARING = 8
@@ -68,14 +68,14 @@ def cut(index: int, call: TrainCall, budget: int, most: int = 0, *, share: bool 
 
     With `share`, datums that begin alike share rows, if that pays.
     """
-    share = share and is_worth_sharing(call)
-    offsets, bounds, pieces = call.token_offsets, [0], [Gathering(call, share)]
+    most_N = worth_sharing(call) if share else None
+    offsets, bounds, pieces = call.token_offsets, [0], [Gathering(call, most_N)]
     for datum in range(call.num_datums):
         found, seated = pieces[-1].place(datum), datum - bounds[-1]
         is_full = seated == most or offsets[datum + 1] - offsets[bounds[-1]] > MOST_SHARING * budget
         if seated and (is_full or found.rows > budget):
             bounds.append(datum)
-            pieces.append(Gathering(call, share))
+            pieces.append(Gathering(call, most_N))
             found = pieces[-1].place(datum)
         pieces[-1].put(found)
     bounds.append(call.num_datums)

@@ -33,7 +33,7 @@ from tinsmith.models.weights import FullWeights, LoraWeights, adapter_spec
 from tinsmith.protocols import AdamParams, Capabilities, ModelCall, ModelSpec
 from tinsmith.training.batching import MicroBatch, pack, plan
 from tinsmith.training.runs import GradientBackup, Run, Trainable, check_call
-from tinsmith.training.shared_prefixes import is_worth_sharing
+from tinsmith.training.shared_prefixes import worth_sharing
 from tinsmith.training.states import load_state, save_state
 from tinsmith.training.warming import warm_up
 from tinsmith.wire.packing import TrainOutput
@@ -227,7 +227,7 @@ class TorchTrainer:
         if len(group) > 1:
             for run in group:
                 self._run([run], pause)
-        elif shares and is_worth_sharing(group[0].call):
+        elif shares and worth_sharing(group[0].call):
             self._run(group, pause, share=False)
         else:
             group[0].break_off(reason)
