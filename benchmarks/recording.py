@@ -45,7 +45,7 @@ def record(name: str, rows: Iterable[Row], accelerator: str = "") -> Path:
         "versions": versions(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": commit(),
-        "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *map(mask_password, sys.argv[1:])]),
+        "command": " ".join(["python", "-m", f"benchmarks.{_program()}", *map(mask_password, sys.argv[1:])]),
         "rows": [asdict(row) for row in rows],
     }
     path.write_text(json.dumps(content, indent=2) + "\n")
@@ -90,6 +90,10 @@ def percentile(values: Sequence[float], share: float) -> float:
     """The smallest value that at least `share` (0 to 1) of the values do not exceed."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, max(0, -int(-share * len(ordered) // 1) - 1))]
+
+
+def _program() -> str:
+    return Path(sys.argv[0]).stem
 
 
 def _processor() -> str:
