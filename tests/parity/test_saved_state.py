@@ -392,3 +392,26 @@ def test_damaged_checkpoints_are_refused_and_change_nothing(
         trainer.load("m", tmp_path, optimizer=True)
     assert torch.equal(trainer._models["m"].weights.weights, before)
     assert trainer._models["m"].optimizer.step_count == 2
+
+
+@KINDS
+def test_a_gradient_for_which_there_is_no_memory_leaves_the_model_as_it_was(
+    spec: ModelSpec, new_trainer: NewTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = new_trainer()
+    for model_id in ("m", "other"):
+        trainer.add(model_id, spec)
+    run(trainer, "m", 0)
+    run(trainer, "m", 1, step=False)
+    trainer.save("m", tmp_path, optimizer=True, gradient=True)
+    other = trainer._models["other"]
+    before = other.weights.weights.clone()
+
+    def no_memory() -> torch.Tensor:
+        raise torch.OutOfMemoryError("no room for a gradient")
+
+    monkeypatch.setattr(other.weights, "require_grad", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.load("other", tmp_path, optimizer=True, gradient=True)
+    assert torch.equal(other.weights.weights, before)
+    assert other.optimizer.step_count == 0 and not other.accumulated

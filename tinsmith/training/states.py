@@ -48,13 +48,15 @@ def save_state(model: Trainable, base: str, folder: Path, *, optimizer: bool, gr
 
 
 def load_state(model: Trainable, folder: Path, *, optimizer: bool, gradient: bool) -> None:
-    """Replaces the model's state. Raises UserError, and changes nothing, if the files do not fit the model."""
+    """Replaces the model's state. Raises UserError if the files do not fit the model. What raises changes nothing."""
     weights = model.weights
     layout, device = weights.layout, weights.weights.device
     flat, buffers = _read_weights(model, folder)
     state = _read_optimizer(folder / OPTIMIZER_FILE, layout, device) if optimizer else AdamW()
     has_gradient = gradient and (folder / GRADIENT_FILE).exists()
     grad = read_flat(folder / GRADIENT_FILE, layout) if has_gradient else None
+    if grad is not None:
+        weights.require_grad()  # now, since there may be no memory for it
     weights.weights.copy_(flat)
     weights.weights_changed()
     if isinstance(weights, FullModel):
