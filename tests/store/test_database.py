@@ -18,7 +18,8 @@ from tests.store.makers import job, session
 from tests.throwaway_postgres import ThrowawayPostgres, throwaway_postgres
 from tinsmith.errors import ConfigError, NotFoundError, UnavailableError
 from tinsmith.store import queue, records, tables
-from tinsmith.store.database import Database
+from tinsmith.store.database import Database, parse_url
+from tinsmith.store.writer import _fate
 
 notes = sa.Table("notes", sa.MetaData(), sa.Column("text", sa.Text, primary_key=True))
 
@@ -358,6 +359,15 @@ def _check_restart(server: ThrowawayPostgres) -> None:
                 break
         restarting.result()
     database.close()
+
+
+def test_a_transaction_that_a_crashed_server_has_forgotten_did_not_commit(postgres_url: str) -> None:
+    engine = sa.create_engine(parse_url(postgres_url), poolclass=sa.NullPool)
+    with engine.connect() as conn:
+        with conn.begin():
+            known = int(conn.scalar(sa.text("SELECT CAST(pg_current_xact_id() AS text)")))
+        assert _fate(conn, str(known)) == "committed"
+        assert _fate(conn, str(known + 10_000)) == "aborted"
 
 
 def test_writes_that_deadlock_with_another_process_run_again(postgres_url: str) -> None:

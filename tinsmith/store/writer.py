@@ -27,6 +27,7 @@ R = TypeVar("R")
 _BATCH = 64  # Postgres keeps this many subtransactions of a session in shared memory
 _RETRY_SECONDS = 0.05
 _CONFLICTS = ("40001", "40P01")  # serialization failure, deadlock
+_UNKNOWN_ID = "22023"  # of a transaction "in the future"
 _NO_RESOURCES = ("53", "58030")  # disk or memory full, too many connections; an error of the disk
 # Never released: the commit cleans up, and letting go of each would cost another round trip.
 _SAVE = Prepared(any=sa.text("SAVEPOINT one_write"))
@@ -306,6 +307,11 @@ def _ticket(conn: sa.Connection) -> str | None:
 
 def _fate(conn: sa.Connection, ticket: str) -> str | None:
     """How a transaction of a lost connection ended: `committed`, `aborted`, or `in progress` if it has not."""
-    with conn.begin():
-        fate: str | None = conn.scalar(_STATUS, {"ticket": ticket})
+    try:
+        with conn.begin():
+            fate: str | None = conn.scalar(_STATUS, {"ticket": ticket})
+    except DBAPIError as error:
+        if _state(error) != _UNKNOWN_ID:
+            raise
+        return "aborted"  # a server that crashed has forgotten ids of which nothing had reached its log
     return fate
