@@ -13,10 +13,8 @@ beside it (A, and B of up to three layers; 0 where there is none).
 import triton
 import triton.language as tl
 
+from tinsmith.models.adapter_kernels import ADDRESSES, TILE, at
 from tinsmith.models.exact_launching import in_turn
-
-ADDRESSES = tl.constexpr(4)
-TILE = tl.constexpr(4)  # numbers in the table of tiles
 
 
 @triton.jit
@@ -99,14 +97,6 @@ def _tile(tiles_ptr, tile, ROWS: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _at(address, NUMBER: tl.constexpr, ALIGNED: tl.constexpr):
-    ptr = address.to(tl.pointer_type(NUMBER))
-    if ALIGNED:
-        ptr = tl.multiple_of(ptr, 16)
-    return ptr
-
-
-@triton.jit
 def _shrink(
     tile,
     block,
@@ -133,7 +123,7 @@ def _shrink(
         wanted = block * RANKS + tl.arange(0, RANKS)
         depth = tl.arange(0, DEPTH)
         x_ptrs = x_ptr + row[:, None] * x_stride + depth[None, :]
-        a_ptrs = _at(address, NUMBER, ALIGNED) + wanted[None, :] * inputs + depth[:, None]
+        a_ptrs = at(address, NUMBER, ALIGNED) + wanted[None, :] * inputs + depth[:, None]
         total = tl.zeros((ROWS, RANKS), tl.float32)
         for start in range(0, inputs, DEPTH):
             left = inputs - start
@@ -284,7 +274,7 @@ def _plus_share(
     ALIGNED: tl.constexpr,
 ):
     """total [N, C] + z Bᵀ of one layer, whose part of z begins at column `first`."""
-    b_ptr = _at(address, NUMBER, ALIGNED)
+    b_ptr = at(address, NUMBER, ALIGNED)
     for start in range(0, rank, RANKS):
         wanted = start + tl.arange(0, RANKS)
         known = wanted < rank
