@@ -41,6 +41,7 @@ from tinsmith.models.exact_products import (
     turned,
 )
 from tinsmith.models.kernels import norm_rope_backward, rms_norm_backward
+from tinsmith.models.layer_function import through
 from tinsmith.models.lora import LinearGroup, Segment
 from tinsmith.models.norms import FrozenRMSNorm
 from tinsmith.models.plain_layers import FAMILIES, LayerParts, Probe, gates_are_silu, parts_of, weight_of
@@ -144,7 +145,7 @@ class ExactLayers:
         x_TD.requires_grad_()
         training = TrainingPass(this, rows, AdapterTable(segments, self.places, self.device), self.recomputes)
         for layer in self._layers:
-            x_TD = _LayerFunction.apply(x_TD, layer, training)
+            x_TD = through(layer, x_TD, training)
         normed_TD: Tensor = _NormFunction.apply(x_TD, self._norm)
         return normed_TD
 
@@ -163,7 +164,7 @@ class ExactLayers:
 
     def _through(self, x_TD: Tensor, this: ExactPass) -> Tensor:
         for layer in self._layers:
-            x_TD, _ = layer.forward(x_TD, this, keeps=False)
+            x_TD, _ = layer.compute(x_TD, this, keeps=False)
         return norm(x_TD, weight_of(self._norm), self._norm.eps)
 
     def logits(self, weight_VD: Tensor, hidden_TD: Tensor, adapters: ExactAdapters) -> Tensor:
@@ -196,25 +197,6 @@ class ExactLayers:
         return (logits_RV.gather(1, tokens_R[:, None])[:, 0] - most_R) * inverse_R - log_total_R
 
 
-class _LayerFunction(torch.autograd.Function):
-    """Hidden states through one layer; the adapters' gradients go to the adapters."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, layer: "_Layer", this: TrainingPass) -> Tensor:
-        y_TD, saved = layer.forward(x_TD, this.forward, keeps=True)
-        ctx.save_for_backward(x_TD, *(() if this.recomputes else saved))
-        ctx.layer, ctx.this = layer, this
-        return y_TD
-
-    @staticmethod
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, *saved = ctx.saved_tensors
-        layer, this = ctx.layer, ctx.this
-        if this.recomputes:
-            _, saved = layer.forward(x_TD, this.forward, keeps=True)
-        return layer.backward(dy_TD.contiguous(), x_TD, saved, this), None, None
-
-
 class _NormFunction(torch.autograd.Function):
     """The final norm."""
 
@@ -239,6 +221,8 @@ def _norm_backward(frozen: FrozenRMSNorm, dy_TD: Tensor, x_TD: Tensor, residual_
 class _Layer:
     """One decoder layer."""
 
+    few = 0
+
     def __init__(self, index: int, parts: LayerParts) -> None:
         self._index, self._parts = index, parts
         heads, kv_heads, _ = parts.counts
@@ -251,7 +235,15 @@ class _Layer:
     def weight_OI(self) -> Tensor:
         return self._parts.heads.weight_OI
 
-    def forward(self, x_TD: Tensor, this: ExactPass, *, keeps: bool) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x_TD: Tensor, this: TrainingPass) -> tuple[Tensor, list[Tensor]]:
+        """(what comes out [T, D], what `backward` needs beside what came in)."""
+        return self.compute(x_TD, this.forward, keeps=True)
+
+    def again(self, x_TD: Tensor, few: Sequence[Tensor], this: TrainingPass) -> list[Tensor]:
+        """All that `backward` needs, from what came in; nothing else is kept."""
+        return self.compute(x_TD, this.forward, keeps=True)[1]
+
+    def compute(self, x_TD: Tensor, this: ExactPass, *, keeps: bool) -> tuple[Tensor, list[Tensor]]:
         """(what comes out [T, D], what `backward` needs beside what came in, if it `keeps` that)."""
         parts, adapters = self._parts, this.adapters
         heads_TO, heads_z = _adapted(parts.heads, _normed(parts.before, x_TD), adapters)
