@@ -25,9 +25,6 @@ from tests.contract.test_every_route import walk
 from tinsmith.api.descriptions import DESCRIBED
 from tinsmith.api.openapi import document
 
-# The server runs in this process: its random numbers are taken for those of a strategy.
-pytestmark = pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")
-
 KEY = "tml-test"
 CHECKS = [
     not_a_server_error,
