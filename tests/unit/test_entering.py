@@ -6,21 +6,27 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from tinsmith.engine.entering import LEAST, MOST, Passes, entering, tenant_of
+from tinsmith.engine.entering import LEAST, MOST, Passes, entering, session_of, tenants
 from tinsmith.wire.jobs import Header
 
 
-def samples(**tenants: int) -> list[Header]:
-    """So many samples of each session, those of different ones in turn; each session is an owner's."""
-    rounds = max(tenants.values(), default=0)
-    turns = [(name, seq) for seq in range(rounds) for name, many in tenants.items() if seq < many]
-    return [Header(number, f"{name}:sample:0", seq, "sample", name, 8, 0.0) for number, (name, seq) in enumerate(turns)]
+def samples(**sessions: int) -> list[Header]:
+    """So many samples of each session, those of different ones in turn; a_2 is a session of the owner a."""
+    rounds = max(sessions.values(), default=0)
+    turns = [(name, seq) for seq in range(rounds) for name, many in sessions.items() if seq < many]
+    return [
+        Header(number, f"{name}:sample:0", seq, "sample", name.partition("_")[0], 8, 0.0)
+        for number, (name, seq) in enumerate(turns)
+    ]
 
 
 def entered(
     held: dict[str, int], inside: dict[str, int], *, recent: tuple[str, ...] = (), most: int = 4, **weights: float
 ) -> dict[str, int]:
-    return dict(Counter(map(tenant_of, entering(samples(**held), samples(**inside), recent, most, weights))))
+    there = Counter(map(session_of, samples(**inside)))
+    just_now = [(name.partition("_")[0], name) for name in recent]
+    chosen = entering(samples(**held), there, just_now, most, weights)
+    return dict(Counter(session for _, session in map(session_of, chosen)))
 
 
 @pytest.mark.parametrize(
@@ -37,6 +43,17 @@ def entered(
         ({"a": 64, "b": 64, "c": 1}, {}, {"a": 4, "b": 4, "c": 1}),
         ({"a": 3, "b": 1}, {}, {"a": 3, "b": 1}),
         ({}, {"a": 1, "b": 1}, {}),
+        ({"a_1": 100, "a_2": 1}, {}, {"a_1": 4, "a_2": 1}),  # sessions of one owner, as tenants
+        ({"a_1": 100, "a_2": 100, "b": 1}, {}, {"a_1": 2, "a_2": 2, "b": 1}),  # the owner's part, divided
+        ({"a_1": 100, "a_2": 1, "b": 100}, {}, {"a_1": 50, "a_2": 1, "b": 100}),
+        ({"a_1": 100, "b": 1}, {"a_2": 3}, {"a_1": 1, "b": 1}),
+        ({"a_1": 100, "b": 1}, {"a_2": 4}, {"b": 1}),
+        (
+            {f"a_{number}": 5 for number in range(20)} | {"b": 1},
+            {},
+            {f"a_{number}": 1 for number in range(4)} | {"b": 1},
+        ),
+        ({"b": 100}, {f"a_{number}": 1 for number in range(20)}, {"b": 20}),
     ],
     ids=str,
 )
@@ -51,14 +68,27 @@ def test_a_tenant_that_asks_for_one_sample_after_the_other_counts_between_them()
     assert entered({"a": 100}, {}, recent=("a",)) == {"a": 100}
 
 
+def test_a_session_that_has_just_ended_one_keeps_its_part_of_what_its_owner_may_have() -> None:
+    assert entered({"a_1": 100}, {"b": 1}, recent=("a_2",)) == {"a_1": 2}
+    assert entered({"a_1": 100}, {}, recent=("a_2",)) == {"a_1": 4}
+
+
+def test_many_sessions_of_one_owner_are_one_tenant_beside_another() -> None:
+    crowd = {("a", str(session)): 2 for session in range(20)}
+    assert sorted(tenants(crowd | {("b", "b"): 1})) == [1, 40]
+    assert tenants(crowd) == [2] * 20
+    assert tenants({}) == []
+
+
 def test_an_owners_weight_is_its_part_of_the_bound() -> None:
     assert entered({"a": 100, "b": 1}, {}, a=3.0) == {"a": 12, "b": 1}
     assert entered({"a": 100, "b": 1}, {}, a=0.1) == {"a": 1, "b": 1}
+    assert entered({"a_1": 100, "a_2": 1}, {}, a=3.0) == {"a_1": 4, "a_2": 1}  # among its own sessions it says nothing
 
 
 def test_each_tenants_samples_enter_in_their_order() -> None:
-    chosen = entering(samples(a=50, b=2), [], (), 4, {})
-    assert [header.seq for header in chosen if tenant_of(header) == "a"] == [0, 1, 2, 3]
+    chosen = entering(samples(a=50, b=2), {}, (), 4, {})
+    assert [header.seq for header in chosen if header.owner == "a"] == [0, 1, 2, 3]
     assert [header.number for header in chosen] == sorted(header.number for header in chosen)
 
 

@@ -6,11 +6,15 @@ long as those of few samples: each has the N-th part of the machine, and who wan
 long passes take is measured as they are run. Alone, or among equals, nobody is held back; on a GPU, where many samples
 cost as much as few, hardly anybody is.
 
+Tenants are owners; many sessions win none of them a larger part. An owner that is alone, or has its part, shares it
+among its sessions in the same way.
+
 Knows neither clock nor sampler: it is told of times and of what is inside.
 """
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from math import inf
 from statistics import median
 
 from tinsmith.wire.jobs import Header
@@ -26,37 +30,72 @@ _STEPS = 8  # in which the bound follows what was seen
 _SPREAD = 1 / 16  # of the mean's square: how different the numbers of samples must have been
 
 
-def tenant_of(header: Header) -> str:
-    """Whose sample it is: its session's."""
-    return header.subject.partition(":")[0]
+Session = tuple[str, str]
+"""Its owner, and its id."""
+
+
+def session_of(header: Header) -> Session:
+    """Whose sample it is."""
+    return header.owner, header.subject.partition(":")[0]
+
+
+def tenants(samples: Mapping[Session, int]) -> list[int]:
+    """How many samples each tenant has: each owner, or if there is only one, each of its sessions."""
+    owners = _of_owners(samples)
+    return list((owners if len(owners) > 1 else samples).values())
 
 
 def entering(
     held: Sequence[Header],
-    inside: Iterable[Header],
-    recent: Iterable[str],
+    inside: Mapping[Session, int],
+    recent: Iterable[Session],
     most: int,
     weights: Mapping[str, float],
 ) -> list[Header]:
-    """Those of `held` that may enter now, in their order.
+    """Those of `held` that may enter now, in their order, beside so many `inside` of each session.
 
-    A tenant is there if it has samples inside or waiting, or (`recent`) had some just now. Beside others it has at most
-    `most` inside, times its owner's weight, or as many as the one that wants fewest, if that is more.
+    A session is there if it has samples inside or waiting, or (`recent`) had some just now. Beside others an owner has
+    at most `most` inside, times its weight, or as many as the one that wants fewest, if that is more; and each of an
+    owner's sessions an equal part of what the owner may have, or as many as the one that wants fewest.
     """
-    there = Counter(map(tenant_of, inside))
-    wanted = there + Counter(map(tenant_of, held))
-    for tenant in recent:
-        wanted[tenant] = max(wanted[tenant], 1)
-    if len(wanted) < 2:
-        return list(held)
-    fewest = min(wanted.values())
+    there = Counter(inside)
+    wanted = there + Counter(map(session_of, held))
+    for session in recent:
+        wanted[session] = max(wanted[session], 1)
+    of_owner, of_session = _bounds(wanted, most, weights)
+    owners = _of_owners(there)
     chosen = []
     for header in held:
-        tenant = tenant_of(header)
-        if there[tenant] < max(fewest, int(most * weights.get(header.owner, 1.0))):
-            there[tenant] += 1
+        session = session_of(header)
+        if owners[header.owner] < of_owner[header.owner] and there[session] < of_session[header.owner]:
+            owners[header.owner] += 1
+            there[session] += 1
             chosen.append(header)
     return chosen
+
+
+def _bounds(
+    wanted: Mapping[Session, int], most: int, weights: Mapping[str, float]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """How many samples each owner may have inside, and how many each of its sessions."""
+    sessions: defaultdict[str, list[int]] = defaultdict(list)
+    for (owner, _), number in wanted.items():
+        sessions[owner].append(number)
+    alone = len(sessions) < 2
+    fewest = min(map(sum, sessions.values()), default=0)
+    of_owner, of_session = {}, {}
+    for owner, numbers in sessions.items():
+        of_owner[owner] = inf if alone else max(fewest, int(most * weights.get(owner, 1.0)))
+        part = most if alone else of_owner[owner] // len(numbers)
+        of_session[owner] = inf if len(numbers) == 1 else max(min(numbers), part)
+    return of_owner, of_session
+
+
+def _of_owners(samples: Mapping[Session, int]) -> Counter[str]:
+    owners: Counter[str] = Counter()
+    for (owner, _), number in samples.items():
+        owners[owner] += number
+    return owners
 
 
 class Passes:

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 
-from tinsmith.engine.entering import RECENT_SECONDS, Passes, entering, tenant_of
+from tinsmith.engine.entering import RECENT_SECONDS, Passes, Session, entering, session_of, tenants
 from tinsmith.engine.outcomes import attempt, failed, outcome_of
 from tinsmith.engine.planning import apart
 from tinsmith.engine.residency import Residency
@@ -58,12 +58,12 @@ class SamplingTurns:
         self._watch = watch
         self._shares = shares
         self._inside: dict[str, Header] = {}  # by request id
-        self._samples: dict[str, int] = {}  # inside, of each tenant that has any
+        self._samples: dict[Session, int] = {}  # inside, of each session that has any
         self._held: list[Header] = []  # wait until the sampler is free for them
         self._ending: deque[tuple[Future[list[str]], list[Ended]]] = deque()  # their results are being written
         self._told_at = 0.0
         self._passes = Passes()
-        self._ended_at: dict[str, float] = {}  # tenant → when its last sample did, if that was just now
+        self._ended_at: dict[Session, float] = {}  # when each one's last sample did, if that was just now
 
     @property
     def busy(self) -> bool:
@@ -109,7 +109,7 @@ class SamplingTurns:
         until = 2 * time.monotonic() - since
         while self._sampler.load:
             self._watch.step(len(self._inside))
-            samples = list(self._samples.values())
+            samples = tenants(self._samples)
             with self._trials.sampling([header.number for header in self._inside.values()]):
                 finished = self._step()
             ended = [(self._take_out(end.request_id), end.output) for end in finished]
@@ -145,19 +145,17 @@ class SamplingTurns:
             return
         admitted: Sequence[Header] = ()
         if not any(header.number in self._trials.suspects for header in self._held):
-            admitted = entering(
-                self._held, self._inside.values(), self._recent(), self._passes.doubling, self._shares.weights
-            )
+            admitted = entering(self._held, self._samples, self._recent(), self._passes.doubling, self._shares.weights)
         elif not self._sampler.load:
             admitted = apart(self._held, self._trials.suspects)
         numbers = {header.number for header in admitted}
         self._held = [header for header in self._held if header.number not in numbers]
         self._start(admitted)
 
-    def _recent(self) -> list[str]:
-        """Tenants whose last sample has ended just now."""
+    def _recent(self) -> list[Session]:
+        """Sessions whose last sample has ended just now."""
         since = time.monotonic() - RECENT_SECONDS
-        self._ended_at = {tenant: at for tenant, at in self._ended_at.items() if at > since}
+        self._ended_at = {session: at for session, at in self._ended_at.items() if at > since}
         return list(self._ended_at)
 
     def _start(self, headers: Sequence[Header]) -> None:
@@ -191,15 +189,16 @@ class SamplingTurns:
         )
         self._sampler.submit(call)
         self._inside[header.request_id] = header
-        self._samples[tenant_of(header)] = self._samples.get(tenant_of(header), 0) + 1
+        session = session_of(header)
+        self._samples[session] = self._samples.get(session, 0) + 1
 
     def _take_out(self, request_id: str) -> Header:
         """What was inside under this id, and is not any more."""
         header = self._inside.pop(request_id)
-        tenant = tenant_of(header)
-        self._samples[tenant] -= 1
-        if not self._samples[tenant]:
-            del self._samples[tenant]
+        session = session_of(header)
+        self._samples[session] -= 1
+        if not self._samples[session]:
+            del self._samples[session]
         return header
 
     def _step(self) -> list[Finished]:
@@ -227,7 +226,7 @@ class SamplingTurns:
         self._ending.append((self._ledger.complete_soon([outcome for _, outcome in ended]), ended))
         now = time.monotonic()
         for header, _ in ended:
-            self._ended_at[tenant_of(header)] = now
+            self._ended_at[session_of(header)] = now
 
     def _settle(self, most: int) -> None:
         """Takes note of results that have been written, after waiting for all but `most` writes of some."""
