@@ -49,12 +49,16 @@ class CuttingProxy:
     def _forward(self, client: socket.socket) -> None:
         with suppress(ConnectionError), client, socket.socket(socket.AF_UNIX) as server:
             server.connect(f"{self._target}/.s.PGSQL.5432")
+            ends = {end.fileno(): end for end in (client, server)}
+            poll = select.poll()  # unlike select, it takes files of any number
+            for end in ends:
+                poll.register(end, select.POLLIN)
             while True:
-                ready, _, _ = select.select([client, server], [], [])
-                data = ready[0].recv(65536)
+                ready = ends[poll.poll()[0][0]]
+                data = ready.recv(65536)
                 if not data:
                     return
-                if ready[0] is server:
+                if ready is server:
                     client.sendall(data)
                 elif self._cut is not None and b"COMMIT" in data:
                     self.cuts += 1

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from tinsmith.demo import tiny_folder
 from tinsmith.engine.loop import Engine
+from tinsmith.engine.trials import Trials
 from tinsmith.models.loading import BaseModel, load_base
 from tinsmith.protocols import ModelSpec
 from tinsmith.sampling.sampler import TorchSampler
@@ -58,6 +59,7 @@ class Bench:
     max_models: int = 8
     next_seq: dict[str, int] = field(default_factory=dict)
     fresh: bool = True  # or on what an earlier server left in the folder
+    notes: list[Trials] = field(default_factory=list)  # of all engines, whose files a killed process would close
 
     def __post_init__(self) -> None:
         self.database = Database(f"sqlite:///{self.folder / 'db.sqlite'}")
@@ -81,10 +83,13 @@ class Bench:
             max_models=self.max_models,
             future_seconds=3600.0,
         )
+        self.notes.append(self.engine._trials)
         self.engine.take_over()
         return self.engine
 
     def close(self) -> None:
+        for notes in self.notes:
+            notes.close()
         self.doorbell.close()
         self.database.close()
 
