@@ -1,5 +1,6 @@
 """Two servers on one database: each base model is one server's, until that ends or loses it."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,9 +39,13 @@ def opened(url: str) -> Iterator[Database]:
         database.close()
 
 
+LONG = 30.0  # seconds: only a test that fails waits for so long
+
+
 @contextmanager
-def serving(url: str, *bases: str) -> Iterator[Occupancy]:
-    occupancy = Occupancy(url, bases, wait_seconds=0.0)
+def serving(url: str, *bases: str, wait_seconds: float = LONG) -> Iterator[Occupancy]:
+    """A server. Postgres lets go of what the one before it had a moment after that has ended."""
+    occupancy = Occupancy(url, bases, wait_seconds)
     try:
         yield occupancy
     finally:
@@ -48,18 +53,18 @@ def serving(url: str, *bases: str) -> Iterator[Occupancy]:
 
 
 def cut_off(url: str) -> None:
-    """Ends the connections that hold locks in this database, as a restart of Postgres would."""
+    """Ends the connections that hold locks in this database, as a restart of Postgres would; returns when they have."""
+    of_this = "FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = %s)"
     with connect(url) as conn:
-        conn.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' "
-            "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-        )
+        conn.execute(f"SELECT pg_terminate_backend(pid) {of_this}", (conn.info.dbname,))
+        while conn.execute(f"SELECT pid {of_this}", (conn.info.dbname,)).fetchall():
+            time.sleep(0.01)
 
 
 def test_a_second_server_of_the_same_model_is_refused_with_what_to_do(database_url: str) -> None:
     with serving(database_url, "other", "tiny"):
-        with pytest.raises(OccupiedError, match=r"'tiny'.*--database-url"), serving(database_url, "third", "tiny"):
-            pass
+        with pytest.raises(OccupiedError, match=r"'tiny'.*--database-url"):
+            Occupancy(database_url, ["third", "tiny"], wait_seconds=0.0)
         with serving(database_url, "third"):  # the refused one has let go of what it had
             pass
 
@@ -82,7 +87,7 @@ def test_tables_are_not_changed_under_a_server_that_works_with_them(database_url
             with pytest.raises(OccupiedError, match=r"older version's.*--database-url"):
                 migrate_alone(database, database_url, wait_seconds=0.0)
             assert database.read(migrations.level) == migrations.OLDER
-        migrate_alone(database, database_url, wait_seconds=0.0)
+        migrate_alone(database, database_url, wait_seconds=LONG)
         assert database.read(migrations.level) == migrations.CURRENT
         with serving(database_url, "tiny"):
             migrate_alone(database, database_url, wait_seconds=0.0)  # nothing is to be changed
@@ -92,8 +97,8 @@ def test_a_server_does_not_begin_while_tables_are_being_changed(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def migrate(database: Database) -> None:
-        with pytest.raises(OccupiedError, match="being brought up to date"), serving(database_url, "tiny"):
-            pass
+        with pytest.raises(OccupiedError, match="being brought up to date"):
+            Occupancy(database_url, ["tiny"], wait_seconds=0.0)
         refused.append(database)
 
     refused: list[Database] = []
@@ -143,7 +148,7 @@ def test_servers_that_start_together_wait_for_the_one_that_makes_the_tables(
     monkeypatch.setattr("tinsmith.store.occupancy._FileLocks.enter", tried)
     monkeypatch.setattr("tinsmith.store.occupancy._PostgresLocks.enter", tried)
     with opened(database_url) as database:
-        migrate_alone(database, database_url, wait_seconds=30.0)
+        migrate_alone(database, database_url, wait_seconds=LONG)
         assert database.read(migrations.level) == migrations.CURRENT
 
 
@@ -159,25 +164,24 @@ def test_who_loses_the_connection_takes_the_model_again(postgres_url: str) -> No
         cut_off(postgres_url)
         first.check(lost.append)
         assert lost == []
-        with pytest.raises(OccupiedError), serving(postgres_url, "tiny"):
-            pass
+        with pytest.raises(OccupiedError):
+            Occupancy(postgres_url, ["tiny"], wait_seconds=0.0)
 
 
 def test_who_loses_the_connection_before_postgres_does_takes_the_model_again(postgres_url: str) -> None:
     lost: list[OccupiedError] = []
     with serving(postgres_url, "tiny") as first:
         alive, first._locks._conn = first._locks._conn, None  # type: ignore[attr-defined]
-        first._wait_seconds = 30.0  # for Postgres to end what it is told to
         first.check(lost.append)
         alive.close()
         assert lost == []
-        with pytest.raises(OccupiedError), serving(postgres_url, "tiny"):
-            pass
+        with pytest.raises(OccupiedError):
+            Occupancy(postgres_url, ["tiny"], wait_seconds=0.0)
 
 
 def test_who_finds_another_server_there_afterwards_is_told(postgres_url: str) -> None:
     lost: list[OccupiedError] = []
-    with serving(postgres_url, "tiny") as first:
+    with serving(postgres_url, "tiny", wait_seconds=0.0) as first:
         cut_off(postgres_url)
         with serving(postgres_url, "tiny"):
             first.check(lost.append)
@@ -193,8 +197,8 @@ def test_a_database_that_is_away_is_waited_for(postgres_url: str, monkeypatch: p
             first.check(lost.append)
         assert lost == []
         first.check(lost.append)
-        with pytest.raises(OccupiedError), serving(postgres_url, "tiny"):
-            pass
+        with pytest.raises(OccupiedError):
+            Occupancy(postgres_url, ["tiny"], wait_seconds=0.0)
 
 
 def refuse(*_arguments: object, **_options: object) -> None:
