@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -19,7 +20,7 @@ from tests.throwaway_postgres import ThrowawayPostgres, throwaway_postgres
 from tinsmith.errors import ConfigError, NotFoundError, UnavailableError
 from tinsmith.store import queue, records, tables
 from tinsmith.store.database import Database, parse_url
-from tinsmith.store.writer import _fate
+from tinsmith.store.receipts import KEPT_SECONDS, Receipt, Receipts
 
 notes = sa.Table("notes", sa.MetaData(), sa.Column("text", sa.Text, primary_key=True))
 
@@ -280,8 +281,8 @@ def test_what_sqlite_committed_survives_a_killed_process(sqlite_url: str) -> Non
 
 
 @pytest.fixture
-def proxy(postgres_url: str) -> Iterator[CuttingProxy]:
-    proxy = CuttingProxy(postgres_url)
+def proxy(migrated_postgres_url: str) -> Iterator[CuttingProxy]:
+    proxy = CuttingProxy(migrated_postgres_url)
     yield proxy
     proxy.close()
 
@@ -361,13 +362,100 @@ def _check_restart(server: ThrowawayPostgres) -> None:
     database.close()
 
 
-def test_a_transaction_that_a_crashed_server_has_forgotten_did_not_commit(postgres_url: str) -> None:
-    engine = sa.create_engine(parse_url(postgres_url), poolclass=sa.NullPool)
-    with engine.connect() as conn:
+@pytest.fixture
+def connections(migrated_postgres_url: str) -> Iterator[tuple[sa.Connection, sa.Connection]]:
+    engine = sa.create_engine(parse_url(migrated_postgres_url), poolclass=sa.NullPool)
+    with engine.connect() as first, engine.connect() as second:
+        yield first, second
+
+
+def write_with_receipt(conn: sa.Connection, receipts: Receipts) -> Receipt:
+    receipts.begin(conn)
+    conn.execute(sa.insert(tables.server_secrets), {"name": os.urandom(8).hex(), "value": b""})
+    receipt = receipts.leave(conn)
+    assert receipt is not None
+    return receipt
+
+
+def test_a_receipt_says_how_its_transaction_ended(connections: tuple[sa.Connection, sa.Connection]) -> None:
+    conn, other = connections
+    receipts = Receipts()
+    for commit in (True, False, True):
+        transaction = conn.begin()
+        receipt = write_with_receipt(conn, receipts)
+        assert receipts.was_committed(other, receipt) is None
+        transaction.commit() if commit else transaction.rollback()
+        assert receipts.was_committed(other, receipt) is commit
+
+
+def test_an_id_that_a_crashed_server_gave_to_another_transaction_does_not_speak_for_the_first(
+    connections: tuple[sa.Connection, sa.Connection],
+) -> None:
+    conn, other = connections
+    receipts = Receipts()
+    transaction = conn.begin()
+    lost = write_with_receipt(conn, receipts)
+    transaction.rollback()
+    with other.begin():
+        anothers = write_with_receipt(other, Receipts())
+    assert receipts.was_committed(other, Receipt(anothers.transaction, lost.number)) is False
+    assert receipts.was_committed(other, Receipt(str(int(anothers.transaction) + 10_000), lost.number)) is False
+
+
+def test_a_write_lost_in_a_crash_is_told_from_the_one_that_gets_its_id_afterwards() -> None:
+    with throwaway_postgres() as server:
+        if server is None:
+            pytest.skip("NOT TESTED ON POSTGRES: initdb and pg_ctl are not installed")
+        database = Database(server.url())
+        database.migrate()
+        database.close()
+        engine = sa.create_engine(parse_url(server.url()), poolclass=sa.NullPool)
+        lost, receipts = engine.connect(), Receipts()
+        lost.begin()
+        receipt = write_with_receipt(lost, receipts)
+        server.restart()
+        with engine.connect() as other:
+            ids = []
+            while not ids or int(ids[-1]) < int(receipt.transaction):
+                with other.begin():
+                    ids.append(write_with_receipt(other, Receipts()).transaction)
+            assert receipts.was_committed(other, receipt) is False
+        lost.invalidate()
+        lost.close()
+
+
+def test_transactions_that_write_nothing_leave_no_receipt(connections: tuple[sa.Connection, sa.Connection]) -> None:
+    conn, _ = connections
+    receipts = Receipts()
+    for _ in range(2):
         with conn.begin():
-            known = int(conn.scalar(sa.text("SELECT CAST(pg_current_xact_id() AS text)")))
-        assert _fate(conn, str(known)) == "committed"
-        assert _fate(conn, str(known + 10_000)) == "aborted"
+            receipts.begin(conn)
+            conn.scalar(sa.select(tables.server_secrets.c.name))
+            assert receipts.leave(conn) is None
+
+
+def test_before_there_are_tables_no_receipts_are_kept(postgres_url: str) -> None:
+    engine = sa.create_engine(parse_url(postgres_url), poolclass=sa.NullPool)
+    with engine.begin() as conn:
+        receipts = Receipts()
+        receipts.begin(conn)
+        notes.create(conn)
+        assert receipts.leave(conn) is None
+
+
+def test_receipts_of_writers_long_gone_are_deleted(migrated_postgres_url: str) -> None:
+    def leave(conn: sa.Connection, writer: str, age: float) -> None:
+        conn.execute(sa.insert(tables.receipts), {"writer": writer, "number": 1, "left_at": time.time() - age})
+
+    database = Database(migrated_postgres_url)
+    database.write(leave, "gone", KEPT_SECONDS + 60)
+    database.write(leave, "recent", KEPT_SECONDS - 60)
+    later = Database(migrated_postgres_url)
+    later.write(queue.submit, job("m", 1))
+    writers = later.read(lambda conn: set(conn.scalars(sa.select(tables.receipts.c.writer))))
+    assert "gone" not in writers and "recent" in writers and len(writers) == 3
+    for each in (database, later):
+        each.close()
 
 
 def test_writes_that_deadlock_with_another_process_run_again(postgres_url: str) -> None:

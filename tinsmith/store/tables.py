@@ -257,3 +257,11 @@ custom_losses = sa.Table(
     sa.Index(None, "session_id"),
     sa.Index(None, "owner"),
 )
+
+receipts = sa.Table(  # of transactions on Postgres, one row for each process that writes
+    "receipts",
+    metadata,
+    sa.Column("writer", sa.Text, primary_key=True),
+    sa.Column("number", sa.BigInteger, nullable=False),  # of its latest transaction
+    sa.Column("left_at", sa.Float, nullable=False),
+)

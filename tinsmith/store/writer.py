@@ -21,19 +21,17 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 
 from tinsmith.errors import UnavailableError
 from tinsmith.store.prepared import Prepared
+from tinsmith.store.receipts import Receipt, Receipts
 
 R = TypeVar("R")
 
 _BATCH = 64  # Postgres keeps this many subtransactions of a session in shared memory
 _RETRY_SECONDS = 0.05
 _CONFLICTS = ("40001", "40P01")  # serialization failure, deadlock
-_UNKNOWN_ID = "22023"  # of a transaction "in the future"
 _NO_RESOURCES = ("53", "58030")  # disk or memory full, too many connections; an error of the disk
 # Never released: the commit cleans up, and letting go of each would cost another round trip.
 _SAVE = Prepared(any=sa.text("SAVEPOINT one_write"))
 _TAKE_BACK = Prepared(any=sa.text("ROLLBACK TO SAVEPOINT one_write"))
-_TICKET = sa.text("SELECT CAST(pg_current_xact_id_if_assigned() AS text)")
-_STATUS = sa.text("SELECT pg_xact_status(CAST(:ticket AS xid8))")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +59,11 @@ class _ConflictError(Exception):
 
 
 class _LostError(Exception):
-    """The connection is gone. Nothing was committed, unless `ticket` (a transaction id) says that `outcomes` were."""
+    """The connection is gone. Nothing was committed, unless `receipt` says that `outcomes` were."""
 
-    def __init__(self, outcomes: list[_Outcome], ticket: str | None) -> None:
+    def __init__(self, outcomes: list[_Outcome], receipt: Receipt | None) -> None:
         self.outcomes = outcomes
-        self.ticket = ticket
+        self.receipt = receipt
 
 
 class Writer:
@@ -78,6 +76,7 @@ class Writer:
         self._engine = engine
         self._patience = patience
         self._conn: sa.Connection | None = None
+        self._receipts = Receipts()
         self._away_since: float | None = None
         self._writes: SimpleQueue[_Write | None] = SimpleQueue()
         self._lock = threading.Lock()
@@ -159,15 +158,15 @@ class Writer:
         while True:
             try:
                 conn = self._connection()
-                if unsure and unsure.ticket:
-                    fate = _fate(conn, unsure.ticket)
-                    if fate == "in progress":
+                if unsure and unsure.receipt:
+                    committed = self._receipts.was_committed(conn, unsure.receipt)
+                    if committed is None:
                         self._wait(unsure.__cause__, unsure)
                         continue
-                    if fate == "committed":
+                    if committed:
                         return unsure.outcomes
                 unsure = None
-                outcomes = _commit(conn, batch)
+                outcomes = _commit(conn, batch, self._receipts)
                 self._away_since = None
                 return outcomes
             except _ConflictError as error:
@@ -198,7 +197,7 @@ class Writer:
         now = time.monotonic()
         self._away_since = self._away_since or now
         if now - self._away_since > self._patience:
-            fate = "whether it was written is unknown" if unsure and unsure.ticket else "nothing was written"
+            fate = "whether it was written is unknown" if unsure and unsure.receipt else "nothing was written"
             raise UnavailableError(f"the database is away ({cause}); {fate}: try again") from cause
         time.sleep(_RETRY_SECONDS)
 
@@ -216,27 +215,28 @@ def _tell(future: "Future[Any] | asyncio.Future[Any]", outcome: _Outcome) -> Non
         future.set_result(outcome.value)
 
 
-def _commit(conn: sa.Connection, batch: list[_Write], *, guarded: bool = False) -> list[_Outcome]:
+def _commit(conn: sa.Connection, batch: list[_Write], receipts: Receipts, *, guarded: bool = False) -> list[_Outcome]:
     """One transaction of all writes. Raises _ConflictError, _LostError, or what the commit itself raises.
 
     Savepoints cost a round trip each, so the first try does without; if a write raises, all run again, `guarded`.
     """
-    ticket, outcomes = None, []
+    receipt, outcomes = None, []
     try:
         with conn.begin() as transaction:
+            receipts.begin(conn)
             outcomes = _run_all(conn, batch, guarded)
             failed = [outcome for outcome in outcomes if outcome.error is not None]
             again = bool(failed) and not guarded and len(batch) > 1
             if again or len(failed) == len(batch):
                 transaction.rollback()
             else:
-                ticket = _ticket(conn)
+                receipt = receipts.leave(conn)
     except (_ConflictError, _LostError):
         raise
     except Exception as error:
-        _raise_if_retriable(conn, error, outcomes, ticket)
+        _raise_if_retriable(conn, error, outcomes, receipt)
         raise
-    return _commit(conn, batch, guarded=True) if again else outcomes
+    return _commit(conn, batch, receipts, guarded=True) if again else outcomes
 
 
 def _run_all(conn: sa.Connection, batch: list[_Write], guarded: bool) -> list[_Outcome]:
@@ -263,10 +263,10 @@ def _run(conn: sa.Connection, write: _Write) -> _Outcome:
 
 
 def _raise_if_retriable(
-    conn: sa.Connection, error: BaseException, outcomes: list[_Outcome], ticket: str | None
+    conn: sa.Connection, error: BaseException, outcomes: list[_Outcome], receipt: Receipt | None
 ) -> None:
     if is_lost(conn, error):
-        raise _LostError(outcomes, ticket) from error
+        raise _LostError(outcomes, receipt) from error
     if _state(error) in _CONFLICTS:
         raise _ConflictError from error
     if is_full(error):
@@ -295,23 +295,3 @@ def is_lost(conn: sa.Connection, error: BaseException) -> bool:
         if conn.dialect.is_disconnect(error, driver_conn, None):
             conn.invalidate(error)
     return conn.invalidated
-
-
-def _ticket(conn: sa.Connection) -> str | None:
-    """The transaction's id on Postgres, by which a lost connection can ask how it ended; None if it wrote nothing."""
-    if conn.dialect.name != "postgresql":
-        return None
-    ticket: str | None = conn.scalar(_TICKET)
-    return ticket
-
-
-def _fate(conn: sa.Connection, ticket: str) -> str | None:
-    """How a transaction of a lost connection ended: `committed`, `aborted`, or `in progress` if it has not."""
-    try:
-        with conn.begin():
-            fate: str | None = conn.scalar(_STATUS, {"ticket": ticket})
-    except DBAPIError as error:
-        if _state(error) != _UNKNOWN_ID:
-            raise
-        return "aborted"  # a server that crashed has forgotten ids of which nothing had reached its log
-    return fate
