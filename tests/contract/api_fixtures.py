@@ -27,6 +27,7 @@ from tinsmith.wire.jobs import Header, Outcome
 from tinsmith.wire.packing import SampleCall, SampleOutput, TrainCall, TrainOutput
 
 VOCABULARY, CONTEXT = 512, 256
+FOREVER = 60.0  # seconds: only a test that fails waits for so long
 CAPABILITIES = Capabilities(
     architecture="qwen3",
     vocab_size=VOCABULARY,
@@ -176,7 +177,7 @@ class Api:
 
     def client(self, key: str | None) -> httpx.Client:
         headers = {} if key is None else {"X-API-Key": key}
-        return httpx.Client(base_url=f"{self.base_url}/api/v1", headers=headers, timeout=30, trust_env=False)
+        return httpx.Client(base_url=f"{self.base_url}/api/v1", headers=headers, timeout=FOREVER, trust_env=False)
 
     def post(self, path: str, /, **body: Any) -> httpx.Response:
         return self.http.post(path, json=body)
@@ -198,8 +199,29 @@ class Api:
         return str(answer.json()["sampling_session_id"])
 
     def result(self, submitted: httpx.Response) -> httpx.Response:
+        """The answer to what was submitted, once there is one."""
+        while (answer := self.ask(submitted)).status_code == 408:
+            pass
+        return answer
+
+    def ask(self, submitted: httpx.Response) -> httpx.Response:
+        """The answer to what was submitted, or that there is none yet."""
         assert submitted.status_code == 200, submitted.text
         return self.post("/retrieve_future", request_id=submitted.json()["request_id"])
+
+
+def get(url: str) -> httpx.Response:
+    """As any HTTP client does: without a key."""
+    return httpx.get(url, trust_env=False, timeout=FOREVER)
+
+
+def forged(token: str) -> str:
+    """A signature, or a token that ends with one, that means something else.
+
+    The last letters would be no good: they may be what they are changed to, or stand for bits that nobody reads.
+    """
+    place = token.rfind(".") + 1
+    return f"{token[:place]}{'B' if token[place] == 'A' else 'A'}{token[place + 1 :]}"
 
 
 @contextmanager
@@ -208,7 +230,7 @@ def running_api(folder: Path, capabilities: Capabilities | None = CAPABILITIES, 
 
     Without `capabilities` its engine is one that is still loading.
     """
-    settings = Settings(**({"data_dir": folder, "poll_seconds": 5.0} | options))
+    settings = Settings(**({"data_dir": folder, "poll_seconds": 20.0} | options))
     database = Database(settings.effective_database_url)
     database.migrate()
     doorbell = Doorbell(settings.effective_database_url)
@@ -229,7 +251,7 @@ def running_api(folder: Path, capabilities: Capabilities | None = CAPABILITIES, 
     finally:
         api.http.close()
         server.should_exit = True
-        thread.join(10)
+        thread.join(FOREVER)
         engine.close()
         doorbell.close()
         database.close()
@@ -237,7 +259,8 @@ def running_api(folder: Path, capabilities: Capabilities | None = CAPABILITIES, 
 
 
 def _await(api: Api, status: int) -> None:
-    for _ in range(500):
+    give_up_at = time.monotonic() + FOREVER
+    while time.monotonic() < give_up_at:
         try:
             if api.http.get("/healthz").status_code == status:
                 return

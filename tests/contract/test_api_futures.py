@@ -4,12 +4,13 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from tests.contract.api_fixtures import Api, running_api
+from tests.contract.api_fixtures import FOREVER, Api, running_api
 from tests.store import makers
 from tinsmith.api.waiting import Waiters
 from tinsmith.store import queue
@@ -20,7 +21,14 @@ from tinsmith.wire.jobs import Outcome
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    with running_api(tmp_path_factory.mktemp("api"), poll_seconds=2.0) as api:
+    with running_api(tmp_path_factory.mktemp("api")) as api:
+        yield api
+
+
+@pytest.fixture
+def hasty(tmp_path: Path) -> Iterator[Api]:
+    """An API that soon sends those away whose results are not there."""
+    with running_api(tmp_path, poll_seconds=0.2) as api:
         yield api
 
 
@@ -91,7 +99,7 @@ def test_the_doorbell_wakes_also_after_a_look_at_the_database_that_failed(
             waiters.start()
             while not looked.is_set():
                 await asyncio.sleep(0.01)
-            for _ in range(500):
+            for _ in range(3000):
                 doorbell.ring("done", ["m:1"])
                 await asyncio.sleep(0.01)
                 if event.is_set():
@@ -111,10 +119,11 @@ def test_many_requests_are_held_at_once(api: Api, model: str) -> None:
         assert [answer.result().status_code for answer in answers] == [200] * 16
 
 
-def test_a_request_without_a_result_is_sent_away_to_ask_again(api: Api, model: str) -> None:
-    with api.engine.working:
-        request_id = step(api, model, 1)
-        answer = retrieve(api, request_id)
+def test_a_request_without_a_result_is_sent_away_to_ask_again(hasty: Api) -> None:
+    model = hasty.model(hasty.session())
+    with hasty.engine.working:
+        request_id = step(hasty, model, 1)
+        answer = retrieve(hasty, request_id)
         assert answer.status_code == 408
         assert answer.json()["type"] == "try_again"
         assert (answer.json()["request_id"], answer.json()["queue_state"]) == (request_id, "active")
@@ -151,8 +160,9 @@ def test_an_expired_result_is_gone(api: Api, model: str) -> None:
 def test_waiting_ends_when_the_client_goes_away(api: Api, model: str) -> None:
     with api.engine.working:
         request_id = step(api, model, 1)
+        timeout = httpx.Timeout(FOREVER, read=0.1)
         with api.client("tml-other") as impatient, pytest.raises(httpx.ReadTimeout):
-            impatient.post("/retrieve_future", json={"request_id": request_id}, timeout=0.1)
+            impatient.post("/retrieve_future", json={"request_id": request_id}, timeout=timeout)
     assert retrieve(api, request_id).status_code == 200
 
 
@@ -164,16 +174,19 @@ def announce(api: Api, state: str) -> None:
         heard.wait(0.02)
 
 
-def test_requests_are_taken_while_the_engine_is_being_restarted(api: Api, model: str) -> None:
-    with api.engine.working:
-        announce(api, "loading")
-        health = api.http.get("/healthz")
+def test_requests_are_taken_while_the_engine_is_being_restarted(hasty: Api) -> None:
+    model = hasty.model(hasty.session())
+    with hasty.engine.working:
+        announce(hasty, "loading")
+        health = hasty.http.get("/healthz")
         assert (health.status_code, health.json()["status"]) == (503, "loading")
-        answer = retrieve(api, step(api, model, 1))
+        answer = retrieve(hasty, step(hasty, model, 1))
         assert (answer.status_code, answer.json()["queue_state"]) == (408, "paused_capacity")
         assert "loading" in answer.json()["queue_state_reason"]
-        announce(api, "ready")
-    assert retrieve(api, f"{model}:1").status_code == 200
+        announce(hasty, "ready")
+    while (answer := retrieve(hasty, f"{model}:1")).status_code == 408:
+        pass
+    assert answer.status_code == 200
 
 
 def test_before_the_first_engine_is_ready_clients_are_told_to_come_back(

@@ -229,9 +229,4 @@ def test_damaged_protobuf(api: Api, bodies: dict[str, dict[str, Any]], data: st.
 def test_all_that_has_harmed_nobody(api: Api) -> None:
     model = api.model(api.session())
     assert api.http.get("/healthz").status_code == 200
-    submitted = api.http.post("/forward_backward", content=message(model, 1))
-    for _ in range(50):
-        answer = api.result(submitted)
-        if answer.status_code != 408:
-            break
-    assert answer.status_code == 200
+    assert api.result(api.http.post("/forward_backward", content=message(model, 1))).status_code == 200

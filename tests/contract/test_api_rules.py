@@ -59,10 +59,10 @@ def sample(api: Api, sampler: str, seq: int, **fields: Any) -> httpx.Response:
 
 
 def test_a_resent_request_is_the_same_request(api: Api, model: str) -> None:
-    ids = [train(api, message(model, 1)).json()["request_id"] for _ in range(3)]
-    ids += [api.post("/optim_step", model_id=model, seq_id=2, adam_params={}).json()["request_id"] for _ in range(2)]
-    assert ids == [f"{model}:1"] * 3 + [f"{model}:2"] * 2
-    api.post("/retrieve_future", request_id=f"{model}:2")
+    sent = [train(api, message(model, 1)) for _ in range(3)]
+    sent += [api.post("/optim_step", model_id=model, seq_id=2, adam_params={}) for _ in range(2)]
+    assert [answer.json()["request_id"] for answer in sent] == [f"{model}:1"] * 3 + [f"{model}:2"] * 2
+    api.result(sent[-1])
     assert [seq for seq, _, _ in api.engine.bodies(model)] == [0, 1, 2]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.contract.api_fixtures import Api, running_api
+from tests.contract.api_fixtures import FOREVER, Api, forged, get, running_api
 from tinsmith.api import uploads
 from tinsmith.store import keys, records
 
@@ -24,7 +24,7 @@ LORA = {"rank": 4, "train_mlp": False}
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     folder = tmp_path_factory.mktemp("uploads")
-    with running_api(folder, api_keys=("tml-anna", "tml-ben"), poll_seconds=1.0) as api:
+    with running_api(folder, api_keys=("tml-anna", "tml-ben")) as api:
         api.http = api.client("tml-anna")
         yield api
 
@@ -46,7 +46,7 @@ def start(api: Api, **fields: Any) -> dict[str, Any]:
 
 def put(url: str, content: bytes) -> httpx.Response:
     """As any HTTP client does: without a key."""
-    return httpx.put(url, content=content, trust_env=False)
+    return httpx.put(url, content=content, trust_env=False, timeout=FOREVER)
 
 
 def put_all(begun: dict[str, Any]) -> None:
@@ -112,12 +112,12 @@ def test_an_address_is_for_its_own_file(api: Api) -> None:
     url = begun["urls"]["adapter_config.json"]
     base, token, name = url.rsplit("/", 2)
     payload, signature = token.rsplit(".", 1)
-    for forged in (f"{payload}.{signature[:-2]}AA", f"{payload[:-2]}AA.{signature}", payload):
-        assert put(f"{base}/{forged}/{name}", b"{}").status_code == 404
+    for wrong in (forged(token), f"{payload[:-2]}AA.{signature}", payload):
+        assert put(f"{base}/{wrong}/{name}", b"{}").status_code == 404
     for wrong in ("adapter_model.safetensors", "upload.json", "..%2Fx", "adapter_config.json%00"):
         assert put(f"{base}/{token}/{wrong}", b"{}").status_code == 404, wrong
     downloads = url.replace("/uploads/", "/files/")
-    assert httpx.get(downloads, trust_env=False).status_code == 404
+    assert get(downloads).status_code == 404
     assert set(other["urls"].values()).isdisjoint(begun["urls"].values())
 
 
@@ -142,12 +142,12 @@ def test_a_file_is_taken_from_one_sender_at_a_time(api: Api) -> None:
     def slowly() -> Iterator[bytes]:
         yield b"first"
         started.set()
-        go_on.wait(20)
+        go_on.wait(FOREVER)
         yield b"last"
 
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(lambda: httpx.put(url, content=slowly(), trust_env=False))
-        assert started.wait(20)
+        first = pool.submit(lambda: httpx.put(url, content=slowly(), trust_env=False, timeout=FOREVER))
+        assert started.wait(FOREVER)
         while not list(folder.glob(".*")):
             time.sleep(0.01)
         second = put(url, b"another")

@@ -44,13 +44,11 @@ def step(api: Api, model: str, seq: int) -> httpx.Response:
 
 
 def ended(api: Api, submitted: httpx.Response) -> int:
-    while (answer := api.result(submitted)).status_code == 408:
-        pass
-    return answer.status_code
+    return api.result(submitted).status_code
 
 
 def ask(api: Api, submitted: httpx.Response) -> dict[str, Any]:
-    answer = api.result(submitted)
+    answer = api.ask(submitted)
     assert answer.status_code == 408
     return dict(answer.json())
 

@@ -16,7 +16,7 @@ import httpx
 import pytest
 from starlette.routing import BaseRoute, Mount, Route
 
-from tests.contract.api_fixtures import Api, running_api
+from tests.contract.api_fixtures import Api, forged, get, running_api
 from tests.contract.test_api_rules import PROMPT, find, message
 from tinsmith.manifests import seal_folder
 from tinsmith.store import keys, records
@@ -270,7 +270,7 @@ def exported(api: Api, belongings: Belongings, tmp_path: Path) -> str:
 
 
 def fetch(url: str) -> tuple[int, bytes]:
-    answer = httpx.get(url, trust_env=False)
+    answer = get(url)
     return answer.status_code, answer.content
 
 
@@ -278,8 +278,8 @@ def test_a_signed_address_is_for_the_files_of_its_own_checkpoint(exported: str) 
     assert fetch(exported) == (200, b"weights")
     base, token, name = exported.rsplit("/", 2)
     payload, signature = token.rsplit(".", 1)
-    for forged in (f"{payload}.{signature[:-2]}AA", f"{payload[:-2]}AA.{signature}", payload, f"{payload}."):
-        assert fetch(f"{base}/{forged}/{name}")[0] == 404
+    for wrong in (forged(token), f"{payload[:-2]}AA.{signature}", payload, f"{payload}."):
+        assert fetch(f"{base}/{wrong}/{name}")[0] == 404
     for other in ("manifest.json", "../adapter_model.safetensors", "..", "/etc/passwd", "adapter_model.safetensors\0"):
         assert fetch(f"{base}/{token}/{quote(other, safe='')}")[0] == 404, other
 

@@ -25,7 +25,7 @@ Labels = dict[str, str]
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    with running_api(tmp_path_factory.mktemp("observed"), poll_seconds=0.3) as api:
+    with running_api(tmp_path_factory.mktemp("observed")) as api:
         yield api
 
 

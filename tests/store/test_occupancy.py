@@ -54,10 +54,13 @@ def serving(url: str, *bases: str, wait_seconds: float = LONG) -> Iterator[Occup
 
 def cut_off(url: str) -> None:
     """Ends the connections that hold locks in this database, as a restart of Postgres would; returns when they have."""
-    of_this = "FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = %s)"
+    held = (
+        "FROM pg_locks WHERE locktype = 'advisory' "
+        "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    )
     with connect(url) as conn:
-        conn.execute(f"SELECT pg_terminate_backend(pid) {of_this}", (conn.info.dbname,))
-        while conn.execute(f"SELECT pid {of_this}", (conn.info.dbname,)).fetchall():
+        conn.execute(f"SELECT pg_terminate_backend(pid) {held}".encode())
+        while conn.execute(f"SELECT pid {held}".encode()).fetchall():
             time.sleep(0.01)
 
 
