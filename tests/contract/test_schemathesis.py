@@ -72,4 +72,4 @@ schema = schemathesis.pytest.from_fixture("described").exclude(path_regex="^/v1/
     suppress_health_check=list(HealthCheck),
 )
 def test_what_is_described_is_answered_as_described(case: Any) -> None:
-    case.call_and_validate(headers={"X-API-Key": KEY}, checks=CHECKS, timeout=20)
+    case.call_and_validate(headers={"X-API-Key": KEY}, checks=CHECKS, timeout=60)

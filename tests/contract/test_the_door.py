@@ -13,7 +13,7 @@ from urllib.parse import quote, urlsplit
 import pytest
 import zstandard
 
-from tests.contract.api_fixtures import Api, running_api
+from tests.contract.api_fixtures import FOREVER, Api, running_api
 from tests.contract.test_api_rules import message
 from tinsmith.api import connections
 from tinsmith.api.connections import MAX_HEAD_BYTES, BoundedConnection
@@ -33,7 +33,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
 @contextmanager
 def connected(api: Api) -> Iterator[socket.socket]:
     address = urlsplit(api.base_url)
-    with socket.create_connection((address.hostname, address.port), timeout=20) as connection:
+    with socket.create_connection((address.hostname, address.port), timeout=FOREVER) as connection:
         yield connection
 
 
@@ -118,7 +118,7 @@ def drip(connection: socket.socket, piece: bytes, pause: float = 0.05) -> None:
             break
     else:
         raise AssertionError("the server took all of it")
-    connection.settimeout(20)
+    connection.settimeout(FOREVER)
 
 
 BODY = b"POST /api/v1/create_session HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n"
@@ -170,14 +170,28 @@ def test_who_sends_nothing_but_empty_lines_or_nothing_at_all_is_cut_off(
 
 
 def test_a_slow_body_that_moves_is_read_to_its_end(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "BODY_SECONDS", 0.4)
     monkeypatch.setattr(connections, "BODY_BYTES", 1000)
+    before = set(connected_now(api))
     with connected(api) as connection:
         connection.sendall(BODY)
+        while not (mine := connected_now(api) - before):
+            time.sleep(0.001)
+        (served,) = mine
         for _ in range(20):
             connection.sendall(b" " * 5000)
-            time.sleep(0.05)
+            look_once_it_has_come(served)
         assert answered(connection) == 400  # no JSON
+
+
+def look_once_it_has_come(served: Any) -> None:
+    """As if a connection's time was over at the moment when some of the body had come."""
+
+    async def look() -> None:
+        served._look_at_body()
+
+    while served._body_bytes < connections.BODY_BYTES:
+        time.sleep(0.001)
+    asyncio.run_coroutine_threadsafe(look(), served.loop).result(FOREVER)
 
 
 def test_a_body_that_the_server_itself_makes_wait_is_read_to_its_end(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,8 +211,6 @@ def test_a_body_that_the_server_itself_makes_wait_is_read_to_its_end(api: Api, m
 
 
 def test_a_waiting_answer_is_no_slow_request(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HEAD_SECONDS", "BODY_SECONDS", "READ_SECONDS"):
-        monkeypatch.setattr(connections, name, 0.2)
     sampler = api.sampler(api.session())
     body = {"sampling_session_id": sampler, "seq_id": 0, "sampling_params": {}}
     prompt = {"chunks": [{"type": "encoded_text", "tokens": [1]}]}
@@ -206,6 +218,8 @@ def test_a_waiting_answer_is_no_slow_request(api: Api, monkeypatch: pytest.Monke
         request_id = api.post("/asample", prompt=prompt, **body).json()["request_id"]
         waiting = json.dumps({"request_id": request_id}).encode()
         head = f"POST /api/v1/retrieve_future HTTP/1.1\r\nHost: x\r\nContent-Length: {len(waiting)}\r\n\r\n"
+        for name in ("HEAD_SECONDS", "BODY_SECONDS", "READ_SECONDS"):
+            monkeypatch.setattr(connections, name, 0.2)
         with connected(api) as connection:
             connection.sendall(head.encode() + waiting)
             time.sleep(1)
@@ -216,8 +230,7 @@ def test_a_waiting_answer_is_no_slow_request(api: Api, monkeypatch: pytest.Monke
 
 def test_who_does_not_read_an_answer_is_cut_off(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "READ_SECONDS", 0.5)
-    api.http.get("/healthz")  # its connection is there already
-    assert left(api, before := 1)
+    assert left(api, before := 1)  # that of all other tests
     with connected(api) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         asked = b"GET /" + b"y" * 60_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n"  # its refusal is as long
@@ -232,7 +245,7 @@ def connected_now(api: Api) -> set[object]:
 
 def left(api: Api, count: int) -> bool:
     """Whether the server has no more than so many connections, soon."""
-    for _ in range(200):
+    for _ in range(1200):
         if len(connected_now(api)) <= count:
             return True
         time.sleep(0.05)
@@ -240,8 +253,8 @@ def left(api: Api, count: int) -> bool:
 
 
 def test_one_connection_too_many_is_told_to_try_again(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    api.http.get("/healthz")
     assert left(api, 1)
+    api.http.get("/healthz")  # whose connection is the first
     monkeypatch.setattr(BoundedConnection, "limit", 1 + 3)
     with connected(api) as first, connected(api) as second, connected(api) as third, connected(api) as fourth:
         for connection in (first, second, third):
