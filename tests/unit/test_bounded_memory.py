@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from tests.unit.test_engine import Bench, lesson
 from tests.unit.test_recovery import save
-from tinsmith.engine import loop, sampling_turns
+from tinsmith.engine import loop, sampling_turns, silence
 from tinsmith.store import records
 from tinsmith.store.tables import sessions
 from tinsmith.wire.packing import SampleCall
@@ -74,8 +74,8 @@ def test_what_a_silent_client_has_on_the_device_waits_on_disk_until_it_comes_bac
     drawn, expected = bench.greedy(sampler), bench.logprobs(model)
     bench.engine.rest_silent_models()
     assert held(bench)["models"] == 1, "its client beats"
-    bench.engine._began_at = 0.0
-    bench.database.write(fall_silent, loop.PATIENCE_SECONDS + 1)
+    bench.engine._silence.began_at = 0.0
+    bench.database.write(fall_silent, silence.PATIENCE_SECONDS + 1)
     bench.engine.rest_silent_models()
     bench.engine.close_models()
     assert held(bench) | {"lanes": 0, "shares": 0} == dict.fromkeys(held(bench), 0)
@@ -87,16 +87,36 @@ def test_a_session_that_is_silent_for_a_day_ends_unless_the_server_was_away_itse
     model = bench.create("m")
     lesson(bench, model, range(2))
     kept, expected = save(bench, model, "kept"), bench.logprobs(model)
-    bench.database.write(fall_silent, loop.SILENT_SECONDS + 1)
+    bench.database.write(fall_silent, silence.SILENT_SECONDS + 1)
     bench.engine.close_models()
     assert held(bench)["models"] == 1
-    bench.engine._began_at = 0.0
+    bench.engine._silence.began_at = 0.0
     bench.engine.close_models()
     assert not any(held(bench).values()), held(bench)
     assert "session is over" in bench.error(bench.train(model, [1, 2, 3]))
     heir = bench.create("heir")
     bench.result(bench.submit(heir, "load_weights", {"path": kept, "optimizer": True, "create": False}))
     np.testing.assert_array_equal(bench.logprobs(heir), expected)
+
+
+def test_a_machine_that_wakes_up_does_not_end_the_sessions_that_slept_with_it(bench: Bench) -> None:
+    slept = [0.0]
+    bench.engine._silence = silence.Silence(lambda: time.time() + slept[0])
+    bench.engine._silence.began_at = 0.0
+    model = bench.create("m")
+    lesson(bench, model, range(2))
+    bench.run()
+    slept[0] = silence.SILENT_SECONDS + 3600.0
+    keep_house(bench)
+    assert held(bench)["models"] == 1, "its client has had no time to beat"
+    bench.engine._silence.began_at = 0.0
+    keep_house(bench)
+    assert not any(held(bench).values()), "it has, and did not"
+
+
+def keep_house(bench: Bench) -> None:
+    bench.engine._kept_house_at = -loop.KEEP_HOUSE_SECONDS
+    bench.engine.turn()
 
 
 def fall_silent(conn: sa.Connection, seconds: float) -> None:

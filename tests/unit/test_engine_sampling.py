@@ -163,7 +163,7 @@ def test_samples_of_a_silent_client_are_dropped_and_those_of_others_go_on(
     bench.database.write(make_old, long_ago, [*silent, *others])
     bench.engine.drop_abandoned_samples()
     assert bench.engine._sampling._sampler.load == 4, "the server has not been there for long enough to be found"
-    bench.engine._began_at = long_ago
+    bench.engine._silence.began_at = long_ago
     bench.engine.drop_abandoned_samples()
     assert bench.engine._sampling._sampler.load == 1
     bench.run()
@@ -308,7 +308,7 @@ def look_again(bench: Bench) -> None:
     """Deletes what has not been used for an hour, in an engine that has run for as long."""
     engine: Any = bench.engine
     engine._snapshot_seconds = 3600.0
-    engine._began_at = time.time() - 3600.0
+    engine._silence.began_at = time.time() - 3600.0
     engine.drop_superseded_snapshots()
 
 
@@ -402,7 +402,7 @@ def test_many_superseded_snapshots_are_deleted_a_few_at_a_time_without_long_paus
     samplers, _ = series(bench, "abcd")
     grow_old(bench, *samplers.values())
     engine: Any = bench.engine
-    engine._snapshot_seconds, engine._began_at = 3600.0, time.time() - 3600.0
+    engine._snapshot_seconds, engine._silence.began_at = 3600.0, time.time() - 3600.0
     for left in ("cd", "d"):
         engine._kept_order_at -= 1.0 if left == "d" else KEEP_ORDER_SECONDS
         engine.turn()

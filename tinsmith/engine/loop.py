@@ -22,6 +22,7 @@ from tinsmith.engine.recovery import Recovery
 from tinsmith.engine.residency import Residency
 from tinsmith.engine.sampling_turns import SamplingTurns
 from tinsmith.engine.shares import Shares
+from tinsmith.engine.silence import PATIENCE_SECONDS, SILENT_SECONDS, Silence
 from tinsmith.engine.trials import Trials
 from tinsmith.engine.watching import Watch
 from tinsmith.errors import TinsmithError, UnavailableError, UserError
@@ -43,8 +44,6 @@ IDLE_SECONDS = 1.0  # how long to sleep when nobody rings
 BEAT_SECONDS = 5.0
 KEEP_HOUSE_SECONDS = 10.0
 KEEP_ORDER_SECONDS = 30.0  # between two looks for what nobody will ask for any more
-SILENT_SECONDS = 24 * 3600.0  # a session without heartbeats (a sleeping laptop, a dead client) is kept this long
-PATIENCE_SECONDS = 900.0  # after so long without them, its samples are given up and its models leave the device
 SNAPSHOTS_PER_MODEL = 8  # on the device at most, of as many models as may be there; the sampler bounds their bytes
 GAP_SECONDS = 330.0  # clients give up on a submission after 300 s; then what waits behind it goes on
 
@@ -108,7 +107,7 @@ class Engine:
         self._samples_queued = False
         self._pruning = False
         self._kept_house_at = self._kept_order_at = time.monotonic()
-        self._began_at = time.time()
+        self._silence = Silence()
 
     # The loop
 
@@ -404,6 +403,7 @@ class Engine:
     # House-keeping
 
     def _keep_house(self) -> None:
+        self._silence.look()
         now = time.monotonic()
         model_id = self._points.due(self._unwritten(), now)
         if model_id is not None:
@@ -420,16 +420,11 @@ class Engine:
             self._pruning = True
         if now - self._kept_order_at > KEEP_ORDER_SECONDS:
             self._kept_order_at = now
-            self._ledger.forget(time.time(), self._silent_since(SILENT_SECONDS))
+            self._ledger.forget(time.time(), self._silence.since(SILENT_SECONDS))
             if self.drop_superseded_snapshots():  # more are left: a few every second, so that nobody waits for it
                 self._kept_order_at = now - KEEP_ORDER_SECONDS + 1.0
         if self._pruning:  # a little every turn, so that nobody waits for it
-            self._pruning = self._ledger.prune(time.time() - self._future_seconds)
-
-    def _silent_since(self, seconds: float) -> float:
-        """Clients not heard since then have been silent for `seconds`; nobody has before they could find the server."""
-        now = time.time()
-        return now - seconds if now - self._began_at > PATIENCE_SECONDS else 0.0
+            self._pruning = self._ledger.prune(self._silence.since(self._future_seconds))
 
     def write_points(self) -> None:
         """Gives every model that has stepped since its last recovery point a new one."""
@@ -448,7 +443,7 @@ class Engine:
 
     def close_models(self) -> None:
         """Frees the models of sessions that are over, once nothing of theirs waits."""
-        for model_id in self._ledger.closing_models(self._silent_since(SILENT_SECONDS)):
+        for model_id in self._ledger.closing_models(self._silence.since(SILENT_SECONDS)):
             lane = self._lanes.get(model_id)
             if lane is not None and lane.waiting:
                 continue
@@ -460,7 +455,7 @@ class Engine:
 
     def rest_silent_models(self) -> None:
         """Moves what silent clients have on the device to disk; it comes back with their next request."""
-        for model_id in self._ledger.silent_models(self._silent_since(PATIENCE_SECONDS)):
+        for model_id in self._ledger.silent_models(self._silence.since(PATIENCE_SECONDS)):
             lane = self._lanes.get(model_id)
             if not (lane and lane.waiting):
                 self._to_disk(self._residency.rest, model_id)
@@ -468,7 +463,7 @@ class Engine:
     def drop_abandoned_samples(self) -> None:
         """Drops the samples of silent clients, and those given up by a client whose ring was lost."""
         if numbers := self._sampling.under_way():
-            gone = self._ledger.abandoned(list(numbers), self._silent_since(PATIENCE_SECONDS))
+            gone = self._ledger.abandoned(list(numbers), self._silence.since(PATIENCE_SECONDS))
             self._sampling.give_up(numbers[number] for number in gone)
 
     def drop_superseded_snapshots(self) -> bool:
@@ -478,7 +473,7 @@ class Engine:
         """
         if not self._snapshot_seconds:
             return False
-        unused_since = self._silent_since(self._snapshot_seconds)  # nobody could use any while there was no server
+        unused_since = self._silence.since(self._snapshot_seconds)  # nobody could use any while there was no server
         released, more = self._ledger.release_superseded_snapshots(unused_since)
         for snapshot_id, model_id in released:
             log.info("deleting snapshot %s, superseded and long unused", snapshot_id)
