@@ -1,10 +1,11 @@
 """Request bodies, off the wire and bounded: streamed, decompressed, decoded from JSON. Knows no route."""
 
 import asyncio
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -15,6 +16,8 @@ from tinsmith.wire.codec import decompress
 SMALL_BODY = 2**20  # bytes, of every request that carries no tokens
 THREAD_BYTES = 2**18  # larger bodies are decoded and encoded beside the event loop
 
+_PLACE = re.compile(r" - at `\$((?:\.\w+|\[\d+\])+)`$")  # as msgspec ends its messages
+_STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
 _THREADS = ThreadPoolExecutor(2, "tinsmith-bodies")  # more would only keep the event loop from the interpreter
 
 Body = TypeVar("Body")
@@ -69,6 +72,35 @@ def decode_json(content: bytes, kind: type[Body]) -> Body:
     try:
         return msgspec.json.decode(content, type=kind)
     except msgspec.ValidationError as error:
-        raise UserError(f"the request is not valid: {error}") from error
+        raise UserError(f"the request is not valid: {_explain(str(error), content)}") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"the body is not JSON: {error}") from error
+
+
+def _explain(message: str, content: bytes) -> str:
+    """msgspec's message says where something is and what may be there; added is what was there."""
+    place = _PLACE.search(message)
+    if "got `null`" in message and "`float`" in message:
+        return f"{message} (clients send NaN and infinity as null)"
+    if place is None or ", got " in message or len(content) > SMALL_BODY:
+        return message
+    try:
+        value = _follow(msgspec.json.decode(content), place[1])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # behind the place that was reached
+        return message
+    if " of length " in message and isinstance(value, str | list | dict):
+        value = len(value)
+    found = f", got {value}" if isinstance(value, int | float) else ""
+    return f"{message[: place.start()]}{found}{place[0]}"
+
+
+def _follow(value: Any, place: str) -> Any:
+    """What stands at a place such as `.sampling_params.stop[3]`; None if a name occurs twice and leads elsewhere."""
+    for name, index in _STEP.findall(place):
+        if name and isinstance(value, dict):
+            value = value.get(name)
+        elif index and isinstance(value, list) and int(index) < len(value):
+            value = value[int(index)]
+        else:
+            return None
+    return value

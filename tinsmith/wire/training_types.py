@@ -8,6 +8,7 @@ from msgspec import Meta, Struct
 from tinsmith.wire.types import (
     BelowOne,
     Count,
+    Epsilon,
     Id,
     Labels,
     Metadata,
@@ -100,7 +101,7 @@ class AdamParams(Request):
     learning_rate: NotNegative = 1e-4
     beta1: BelowOne = 0.9
     beta2: BelowOne = 0.95
-    eps: NotNegative = 1e-12
+    eps: Epsilon = 1e-12
     weight_decay: NotNegative = 0.0
     grad_clip_norm: NotNegative = 0.0
 

@@ -22,6 +22,7 @@ Seed = Annotated[int, Meta(ge=0, le=MAX_INT64)]
 Ttl = Annotated[int, Meta(ge=TTL_RANGE[0], le=TTL_RANGE[1])]
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
+Epsilon = Annotated[float, Meta(ge=1e-37)]  # in fp32 not 0, which would make 0 / 0 of what has had no gradient yet
 BelowOne = Annotated[float, Meta(ge=0, lt=1)]
 Labels = dict[str, str]
 
