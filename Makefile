@@ -1,4 +1,5 @@
 # setup: an environment in .venv.  demo: one command to see it work.  test, check, bench: what a change must pass.
+# fuzz: properties with examples that no run had before; what it finds becomes an `@example`.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -11,10 +12,10 @@ export UV_FIND_LINKS := $(PIP_FIND_LINKS)
 # Without compiled modules, each start of a process that uses torch takes ten seconds more.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test compat recipes check format bench proto
+.PHONY: help setup demo test fuzz compat recipes check format bench proto
 
 help:
-	@echo "make setup | demo | test | compat | recipes | check | format | bench | proto"
+	@echo "make setup | demo | test | fuzz | compat | recipes | check | format | bench | proto"
 
 setup: .venv/installed
 
@@ -37,6 +38,9 @@ demo: setup
 
 test: setup
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadgroup
+
+fuzz: setup
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadgroup -m hypothesis --hypothesis-profile=fresh
 
 # Writes docs/compatibility.md from what works: every method, every command, and earlier versions of the SDK.
 compat: setup

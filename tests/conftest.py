@@ -1,14 +1,24 @@
-"""What every tier shares: databases to test on. One Postgres server per test run, one database per test."""
+"""What every tier shares: databases to test on, and how hypothesis chooses its examples.
+
+One Postgres server per test run, one database per test. Examples are the same in every run, so that a change fails or
+passes for its own sake; `make fuzz` takes new ones.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.throwaway_postgres import ThrowawayPostgres, find_binaries, new_folder
 
 _FOLDER = pytest.StashKey[Path]()
+
+# How long an example takes is the machine's affair.
+settings.register_profile("fresh", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.register_profile("repeated", settings.get_profile("fresh"), derandomize=True, database=None)
+settings.load_profile("repeated")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.contract.api_fixtures import Api, running_api
@@ -212,7 +212,6 @@ def test_every_route_with_every_method(api: Api, method: str) -> None:
 
 
 @given(st.data())
-@settings(max_examples=100, deadline=None)
 def test_damaged_protobuf(api: Api, bodies: dict[str, dict[str, Any]], data: st.DataObject) -> None:
     intact = message(bodies["/get_info"]["model_id"], data.draw(st.integers(1, 2**31 - 1)), count=5)
     damaged = bytearray(intact)

@@ -1,6 +1,6 @@
 """The OpenAPI document is the truth: it names every route, and what it describes is answered as it says.
 
-schemathesis makes requests from the document, right and wrong ones, the same in every run.
+schemathesis makes requests from the document, right and wrong ones.
 """
 
 from collections.abc import Iterator
@@ -65,9 +65,6 @@ schema = schemathesis.pytest.from_fixture("described").exclude(path_regex="^/v1/
 @schema.parametrize()
 @settings(
     max_examples=EXAMPLES,
-    derandomize=True,
-    deadline=None,
-    database=None,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )

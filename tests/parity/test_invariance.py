@@ -21,8 +21,6 @@ KINDS = pytest.mark.parametrize("spec", [SPECS["all"], FULL], ids=["lora", "full
 LENGTHS = (7, 1, 20, 3, 12, 5, 16, 9)
 cheap = settings(
     max_examples=12,
-    deadline=None,
-    derandomize=True,
     phases=[Phase.explicit, Phase.generate],  # shrinking would take minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

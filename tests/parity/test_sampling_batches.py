@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.parity.conftest import Bases
@@ -400,7 +400,7 @@ def workloads(draw: st.DrawFn) -> list[tuple[str, Any]]:
     max_running=st.sampled_from([2, 5, 16]),
     prefill_tokens=st.sampled_from([10, 40, 512]),
 )
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20)
 def test_any_workload_ends_with_every_request_answered_and_every_block_free(
     actions: list[tuple[str, Any]],
     kv_tokens: int,

@@ -137,9 +137,7 @@ def call_of(number: int, options: dict[str, Any]) -> Any:
     return sample(f"r{number}", tokens, **options)
 
 
-@settings(
-    max_examples=12, derandomize=True, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=12, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(events=EVENTS, kv_tokens=st.sampled_from([64, 96, 160, 512]), block_size=st.sampled_from([2, 4, 8]))
 def test_whatever_comes_and_goes_results_are_those_without_bursts(
     model: BaseModel, events: list[Any], kv_tokens: int, block_size: int

@@ -153,11 +153,12 @@ def conn(database: Database) -> Iterator[sa.Connection]:
         transaction.rollback()
 
 
+@pytest.mark.hypothesis
 def test_the_queue_behaves_as_its_model(conn: sa.Connection) -> None:
     def machine() -> QueueMachine:
         for table in (tables.payloads, tables.results, tables.jobs):
             conn.execute(sa.delete(table))
         return QueueMachine(conn)
 
-    examples = settings(max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
+    examples = settings(max_examples=25, stateful_step_count=25, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(machine, settings=examples)

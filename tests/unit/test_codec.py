@@ -303,14 +303,14 @@ def test_sparse_tensors_cannot_fill_more_than_the_limit() -> None:
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_bytes_that_are_no_message_are_refused(data: bytes) -> None:
     with suppress(UserError):
         train_call(parse_forward_backward(data), LIMITS)
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_damaged_message_is_refused_or_read(data: st.DataObject) -> None:
     intact = request(policy(3), policy(2), loss="ppo").SerializeToString()
     damaged = bytearray(intact)

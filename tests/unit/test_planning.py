@@ -186,7 +186,7 @@ class Rush:
 sizes = st.lists(st.integers(1, BUDGET), min_size=1, max_size=40)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(flood=sizes, asked=st.lists(st.integers(1, BUDGET // 2), min_size=1, max_size=8), models=st.integers(1, 20))
 def test_beside_a_hundred_times_the_load_a_small_tenant_waits_for_one_batch_at_most_beyond_the_running_one(
     flood: list[int], asked: list[int], models: int
@@ -202,7 +202,6 @@ def test_beside_a_hundred_times_the_load_a_small_tenant_waits_for_one_batch_at_m
         assert len(waited) <= (0 if has_had_less else 1)
 
 
-@settings(deadline=None)
 @given(
     weights=st.lists(st.sampled_from([0.5, 1.0, 2.0, 5.0]), min_size=2, max_size=5),
     tokens=st.lists(sizes, min_size=5, max_size=5),

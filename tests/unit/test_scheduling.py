@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from itertools import count, permutations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tinsmith.sampling.scheduling import (
@@ -158,7 +158,6 @@ def test_who_has_more_than_a_waiting_tenant_makes_room_for_it_youngest_first(run
     assert reclaimed(holdings(*running), "c", EQUAL, slots=slots, blocks=blocks) == expected
 
 
-@settings(deadline=None)
 @given(
     weights=st.lists(st.sampled_from([0.5, 1.0, 2.0, 4.0]), min_size=2, max_size=5),
     places=st.integers(5, 40),

@@ -39,13 +39,13 @@ def joined(pieces: Sequence[Piece]) -> str:
 
 
 @given(st.lists(st.integers(0, 511), max_size=40), st.integers(1, 7))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_text_in_pieces_is_the_text_in_one(tokens: list[int], size: int) -> None:
     assert joined(read(tokens, size=size)[0]) == joined(read(tokens, size=100)[0])
 
 
 @given(st.text(max_size=30))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_no_piece_ends_within_a_character(text: str) -> None:
     tokens = WORDS.encode(text)
     pieces, came, _ = read(tokens)
