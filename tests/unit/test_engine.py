@@ -1,8 +1,10 @@
 """The engine with the real trainer, sampler and store, on the embedded model: order, errors, paging, recovery."""
 
 import json
+import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +18,7 @@ from transformers import AutoTokenizer
 
 from tinsmith.demo import tiny_folder
 from tinsmith.engine.loop import Engine
+from tinsmith.engine.sampling_turns import SamplingTurns
 from tinsmith.engine.trials import Trials
 from tinsmith.models.loading import BaseModel, load_base
 from tinsmith.protocols import ModelSpec
@@ -165,6 +168,15 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     bench = Bench(tmp_path)
     yield bench
     bench.close()
+
+
+@contextmanager
+def one_pass_a_turn() -> Iterator[None]:
+    """Sampling's turns are one pass long, and not as long as training before them: what a test counts is no time."""
+    take_turn = SamplingTurns.take_turn
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SamplingTurns, "take_turn", lambda turns, _since: take_turn(turns, math.inf))
+        yield
 
 
 def lesson(bench: Bench, model_id: str, steps: range) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from tests.unit.test_engine import BASE, SESSION, Bench, datums, lesson
+from tests.unit.test_engine import BASE, SESSION, Bench, datums, lesson, one_pass_a_turn
 from tinsmith.engine.loop import KEEP_ORDER_SECONDS
 from tinsmith.errors import UnavailableError, UserError
 from tinsmith.store import queue, records, snapshots, tables
@@ -25,7 +25,8 @@ LONG = 40
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
     bench = Bench(tmp_path)
-    yield bench
+    with one_pass_a_turn():
+        yield bench
     bench.close()
 
 
@@ -465,7 +466,7 @@ def test_a_crowd_does_not_fill_the_sampler_beside_a_small_tenant_and_all_is_done
 def store_held_up(bench: Bench) -> Iterator[None]:
     """Nothing is written until the block ends."""
     go_on = threading.Event()
-    waiting = bench.database.write_soon(lambda _: go_on.wait(5))
+    waiting = bench.database.write_soon(lambda _: go_on.wait(60))
     try:
         yield
     finally:
