@@ -4,6 +4,8 @@ One Postgres server per test run, one database per test. Examples are the same i
 passes for its own sake; `make fuzz` takes new ones.
 """
 
+import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,15 @@ _FOLDER = pytest.StashKey[Path]()
 settings.register_profile("fresh", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.register_profile("repeated", settings.get_profile("fresh"), derandomize=True, database=None)
 settings.load_profile("repeated")
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """Each test draws the same numbers, whatever was drawn before it in this process."""
+    random.seed(0)
+    for name, seed in (("numpy.random", "seed"), ("torch", "manual_seed")):
+        if name in sys.modules:  # it takes seconds to import
+            getattr(sys.modules[name], seed)(0)
 
 
 def pytest_configure(config: pytest.Config) -> None:
