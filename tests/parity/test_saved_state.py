@@ -232,9 +232,9 @@ def tensors_of(weights: LoraWeights | FullWeights) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("other", "complaint"),
     [
-        (ModelSpec(rank=4, seed=1), "rank=4"),
-        (ModelSpec(rank=8, seed=1, alpha=16.0), "alpha=16"),
-        (ModelSpec(rank=8, seed=1, train_mlp=False), "train_mlp=False"),
+        (ModelSpec(rank=4, seed=1), r"model: it has rank=8, not 4; create_training_client_from_state"),
+        (ModelSpec(rank=8, seed=1, alpha=16.0), r"alpha=32\.0, not 16"),
+        (ModelSpec(rank=8, seed=1, train_mlp=False), "train_mlp=True, not False"),
         (FULL, "full-parameter"),
     ],
 )

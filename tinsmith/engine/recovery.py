@@ -174,7 +174,7 @@ def load_checkpoint(ledger: "Ledger", trainer: Trainer, model_id: str, path: str
     """Replaces a model's weights (and optimizer state) by a checkpoint's."""
     checkpoint = ledger.find_checkpoint(path)
     if checkpoint is None:
-        raise CheckpointGoneError(f"checkpoint {path} does not exist any more (deleted or expired)")
+        raise CheckpointGoneError(f"there is no checkpoint {path}: deleted, expired, or never saved")
     trainer.load(model_id, readable_folder(checkpoint.folder, path), optimizer=optimizer)
 
 

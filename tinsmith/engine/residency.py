@@ -189,7 +189,7 @@ class Residency:
     def _require_named(self, path: str) -> str:
         checkpoint = self._ledger.find_checkpoint(path)
         if checkpoint is None:
-            raise NotFoundError(f"checkpoint {path} does not exist any more (deleted or expired)")
+            raise NotFoundError(f"there is no checkpoint {path}: deleted, expired, or never saved")
         if checkpoint.folder not in self._snapshots:
             self.publish(checkpoint.folder, readable_folder(checkpoint.folder, path), None)
         self._snapshots.move_to_end(checkpoint.folder)

@@ -27,6 +27,7 @@ from tinsmith.models.weights import (
     save_full,
     write_tensors,
 )
+from tinsmith.protocols import ModelSpec
 from tinsmith.training.optimizers import AdamW
 from tinsmith.training.runs import Trainable
 
@@ -79,10 +80,20 @@ def _read_weights(model: Trainable, folder: Path) -> tuple[Tensor, dict[str, Ten
         own = weights.spec
         saved = replace(adapter_spec(folder), seed=own.seed, optimizer=own.optimizer)
         if saved != own:
-            raise UserError(f"the checkpoint's adapter does not fit this model: {saved} is not {own}")
+            raise UserError(
+                f"the checkpoint's adapter does not fit this model: {_compare(saved, own)}; "
+                "create_training_client_from_state makes a model that it fits"
+            )
         return read_adapter(folder, weights.layout), {}
     buffers = read_buffers(folder / MODEL_FILE, weights.module)
     return read_flat(folder / MODEL_FILE, weights.layout, others=buffers), buffers
+
+
+def _compare(saved: ModelSpec, own: ModelSpec) -> str:
+    """What a checkpoint's specification has otherwise than the model's own."""
+    others = own.to_dict()
+    differing = [name for name, value in saved.to_dict().items() if value != others[name]]
+    return ", ".join(f"it has {name}={getattr(saved, name)}, not {others[name]}" for name in differing)
 
 
 def _optimizer_tensors(optimizer: AdamW, layout: Layout) -> dict[str, Tensor]:
