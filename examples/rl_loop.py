@@ -22,7 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16, help="questions in a batch")
     parser.add_argument("--group-size", type=int, default=16, help="samples for each question")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--loss", default="importance_sampling", help="or ppo, cispo, dro, gspo")
+    parser.add_argument("--loss", default="importance_sampling", help="or ppo, cispo, dro, stable_reinforce")
     return parser.parse_args()
 
 

@@ -39,7 +39,7 @@ def main() -> None:
 
     service = tinker.ServiceClient()
     client = service.create_lora_training_client(  # PEFT's "all-linear" leaves the unembedding alone
-        base_model=arguments.model, rank=arguments.rank, train_unembed=False
+        base_model=arguments.model, rank=arguments.rank, train_unembed=arguments.rank == 0
     ).result()
     batch = make_batch(client.get_tokenizer())
     for step in range(arguments.steps):

@@ -216,6 +216,7 @@ def test_models_and_samplers_are_created_once(api: Api, session: str) -> None:
             {"lora_config": {"rank": 8, "train_attn": False, "train_mlp": False, "train_unembed": False}},
             "trains nothing",
         ),
+        ({"lora_config": {"rank": 0, "train_unembed": False}}, "rank 0 trains all parameters"),
         ({"optimizer_config": {"type": "dimuon", "version": 1}}, "'dimuon'"),
         ({"lora_config": {"rank": -1}}, "rank"),
         ({"colour": "red"}, "colour"),

@@ -120,6 +120,11 @@ def _spec(lora: training_types.LoraConfig | None, capabilities: Capabilities) ->
         )
     if not (lora.train_attn or lora.train_mlp or lora.train_unembed):
         raise UserError("lora_config trains nothing; one of train_attn, train_mlp, train_unembed must be true")
+    if lora.rank == 0 and not (lora.train_attn and lora.train_mlp and lora.train_unembed):
+        raise UserError(
+            "rank 0 trains all parameters, with train_attn, train_mlp and train_unembed true; "
+            "only an adapter (rank 1 and more) can leave parts out"
+        )
     seed = secrets.randbits(63) if lora.seed is None else lora.seed
     return ModelSpec(lora.rank, seed, lora.train_attn, lora.train_mlp, lora.train_unembed)
 

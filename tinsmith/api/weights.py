@@ -42,8 +42,8 @@ def _new_path(
     """Where a checkpoint will be. Raises UserError if the name is not allowed, or taken."""
     path = CheckpointPath(model.id, kind, check_name(name))
     if not overwrite and records.find_checkpoint(conn, str(path)) is not None:
-        hint = ", or save with overwrite=true" if kind == "training" else ""
-        raise UserError(f"{path} exists already; choose another name, delete it{hint}")
+        hint = ", delete it, or save with overwrite=true" if kind == "training" else " or delete it"
+        raise UserError(f"{path} exists already; choose another name{hint}")
     return path
 
 
