@@ -1,6 +1,7 @@
 """A real server, trained and sampled by the SDK, and what an operator sees of it: every number as it must be."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
 
 
 def scrape(server: LocalServer) -> Samples:
-    text = httpx.get(f"{server.base_url}/metrics", trust_env=False, timeout=30).raise_for_status().text
+    text = httpx.get(f"{server.base_url}/metrics", trust_env=False, timeout=60).raise_for_status().text
     return {(s.name, frozenset(s.labels.items())): s.value for family in parse(text) for s in family.samples}
 
 
@@ -64,13 +65,14 @@ def ended(samples: Samples) -> dict[tuple[str, str], float]:
 
 
 def lines(server: LocalServer) -> list[dict[str, Any]]:
-    """The log's JSON objects; the supervisor greets people in plain text."""
-    return [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+    """The log's JSON objects; the supervisor greets people in plain text, and the last line may be half written."""
+    whole = server.log.read_text().rpartition("\n")[0]
+    return [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
 
 
-def tinsmith(*arguments: str) -> subprocess.CompletedProcess[str]:
+def tinsmith(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from tinsmith.cli import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, text=True, env=dict(os.environ) | environment)
 
 
 def test_the_numbers_move_by_what_was_done(server: LocalServer) -> None:
@@ -88,7 +90,7 @@ def test_the_numbers_move_by_what_was_done(server: LocalServer) -> None:
         output = sampler.sample(prompt, 3, params).result()
         assert [len(sequence.tokens) for sequence in output.sequences] == [6, 6, 6]
     nothing = {"tinker_path": "tinker://nobody:train:0/weights/nothing"}
-    httpx.post(f"{server.base_url}/api/v1/weights_info", json=nothing, trust_env=False)
+    httpx.post(f"{server.base_url}/api/v1/weights_info", json=nothing, trust_env=False, timeout=60)
     after = told(server)
     jobs = {end: count - ended(before).get(end, 0) for end, count in ended(after).items()}
     assert jobs == {
@@ -147,7 +149,8 @@ def test_status_asks_a_running_server(server: LocalServer, tmp_path: Path) -> No
     assert "tiny" in shown.stdout and "ready" in shown.stdout
     as_json = json.loads(tinsmith("status", "--url", server.base_url, "--json").stdout)
     assert as_json["engines"][0]["state"] == "ready"
-    nobody = tinsmith("status", "--url", "http://127.0.0.1:9")
+    assert tinsmith("status", TINKER_BASE_URL=server.base_url).returncode == 0
+    nobody = tinsmith("status", "--url", "http://127.0.0.1:9", TINKER_BASE_URL=server.base_url)
     assert nobody.returncode == 1 and "127.0.0.1:9" in nobody.stderr
     doctor = tinsmith(
         "doctor", "--data-dir", str(server.data_dir), "--port", server.base_url.rpartition(":")[2], "tiny"

@@ -21,15 +21,17 @@ _LONGEST_ERROR = 120
 
 
 def status(
-    url: Annotated[str | None, typer.Option(help="The server's address, if it is not that of the settings.")] = None,
+    url: Annotated[str | None, typer.Option(help="The server; else --config's, $TINKER_BASE_URL.")] = None,
     key: Annotated[str | None, typer.Option(help="An admin's key; else TINKER_API_KEY.")] = None,
     as_json: Json = False,
     config: Config = None,
 ) -> None:
     """Ask a running server: engines, queue, what is on the device, latest failures. Exit code 1 unless all is ready."""
     environment = read_environment()
-    address = (url or _address(load_settings(config, environment))).rstrip("/")
-    told = _ask(address, key or environment.get("TINKER_API_KEY", ""))
+    if url is None and config is None:  # a file of settings says which server is meant
+        url = environment.get("TINKER_BASE_URL")
+    address = url or _address(load_settings(config, environment))
+    told = _ask(address.rstrip("/"), key or environment.get("TINKER_API_KEY", ""))
     if as_json:
         typer.echo(json.dumps(told, indent=2))
     else:
