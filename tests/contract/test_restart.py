@@ -37,7 +37,7 @@ def kill(server: LocalServer, role: str) -> None:
     """kill -9; returns when the process is gone."""
     process = server.processes()[role]
     os.kill(process.pid, signal.SIGKILL)
-    process.wait(10)
+    process.wait(60)
 
 
 def start(service: tinker.ServiceClient, rank: int) -> tinker.TrainingClient:

@@ -13,6 +13,8 @@ from tests.contract.api_fixtures import Api, running_api
 from tests.contract.datums import greedy, tokens
 from tests.contract.raw import RawClient
 from tinsmith.demo.local_server import LocalServer
+from tinsmith.store import queue
+from tinsmith.store.database import Database
 
 pytestmark = [pytest.mark.xdist_group("server"), pytest.mark.timeout(300)]
 
@@ -81,13 +83,19 @@ def test_a_finished_session_gives_up_its_samples_and_nobody_elses(api: Api) -> N
 def test_the_sdk_cancels_what_is_abandoned_and_the_engine_stops_sampling_it(
     server: LocalServer, raw: RawClient
 ) -> None:
-    async def wait_a_little(sampler: tinker.SamplingClient) -> None:
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(sampler.sample(PROMPT, 4, LONG), 1.0)
+    async def wait_a_little(sampler: tinker.SamplingClient, request_id: str) -> None:
+        waiting = asyncio.ensure_future(sampler.sample(PROMPT, 4, LONG))
+        while database.read(queue.find, request_id) is None:
+            await asyncio.sleep(0.05)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
 
+    database = Database(f"sqlite:///{server.data_dir}/tinsmith.db")
     with tinker.ServiceClient(base_url=server.base_url) as service:
         sampler = service.create_sampling_client(base_model="tiny").result()
-        asyncio.run(wait_a_little(sampler))
-        request = {"request_id": f"{sampler._sampling_session_id}:0"}
-        assert eventually(lambda: raw.post("/retrieve_future", request).status_code == 410)
+        request_id = f"{sampler._sampling_session_id}:0"
+        asyncio.run(wait_a_little(sampler, request_id))
+        assert eventually(lambda: raw.post("/retrieve_future", {"request_id": request_id}).status_code == 410)
         assert len(sampler.sample(PROMPT, 1, greedy(4)).result().sequences[0].tokens) == 4
+    database.close()
