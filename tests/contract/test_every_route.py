@@ -55,9 +55,6 @@ OPERATORS = {"/metrics", "/status"}
 
 LISTS = {"/sessions", "/training_runs", "/checkpoints", "/audit", "/billing/usage/checkpoints/current"}
 LISTS |= {"/sessions/search", "/billing/usage/events"}
-TODAY = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
-WINDOW = {"starting_on": TODAY.isoformat(), "ending_before": (TODAY + timedelta(hours=2)).isoformat()}
-QUERIES = {"/billing/usage/events": f"?{urlencode(WINDOW)}"}
 
 READ_BY_ADMINS = LISTS | {
     "/sessions/{session_id}/trace_export",
@@ -91,6 +88,15 @@ class Belongings:
     sampler: str
     sample: str
     upload: str
+    since: datetime
+
+    @property
+    def queries(self) -> dict[str, str]:
+        """By path: of the time when Anna did what she did, also behind the end of its hour or day."""
+        begin = self.since.replace(minute=0, second=0, microsecond=0)
+        window = {"starting_on": begin.isoformat(), "ending_before": (begin + timedelta(hours=2)).isoformat()}
+        day = {"day": self.since.date().isoformat()}
+        return {"/billing/usage/events": f"?{urlencode(window)}", "/audit": f"?{urlencode(day)}"}
 
     @property
     def path(self) -> str:
@@ -115,14 +121,14 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
 
 @pytest.fixture(scope="module")
 def belongings(api: Api) -> Belongings:
-    session = api.session()
+    since, session = datetime.now(UTC), api.session()
     model, sampler = api.model(session), api.sampler(session)
     sample = {"sampling_session_id": sampler, "seq_id": 0, "prompt": PROMPT, "sampling_params": {"max_tokens": 1}}
     for seq, kind in enumerate(("weights", "weights_external"), 1):
         api.result(api.post(f"/save_{kind}", model_id=model, seq_id=seq, path="mine"))
     sampled = str(api.post("/asample", **sample).json()["request_id"])
     begun = api.post("/external_weights_upload_start", base_model="tiny", lora_config={"rank": 4}).json()
-    return Belongings(session, model, sampler, sampled, str(begun["upload_id"]))
+    return Belongings(session, model, sampler, sampled, str(begun["upload_id"]), since)
 
 
 def requests(mine: Belongings, own_session: str) -> dict[str, Any]:
@@ -197,7 +203,7 @@ def statuses(api: Api, mine: Belongings, client: httpx.Client) -> dict[tuple[str
     for method, full in walk(api.routes):
         path = full.removeprefix(PREFIX)
         if full not in OPEN and path not in NOBODYS:
-            filled = mine.fill(full) + QUERIES.get(path, "")
+            filled = mine.fill(full) + mine.queries.get(path, "")
             answers[method, path] = ask(client, api.base_url, method, filled, bodies.get(path))
     return answers
 

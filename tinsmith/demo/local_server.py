@@ -22,6 +22,7 @@ import psutil
 
 START_SECONDS = 180.0
 STOP_SECONDS = 90.0
+ANSWER_SECONDS = 30.0
 CLIENT_ENVIRONMENT = {"TINKER_API_KEY": "tml-local", "NO_PROXY": "127.0.0.1,localhost", "HF_HUB_OFFLINE": "1"}
 """What a client of a local server needs beside TINKER_BASE_URL."""
 
@@ -108,7 +109,7 @@ class LocalServer:
     def is_ready(self) -> bool:
         """Whether the server says that it can serve."""
         address = urlsplit(self.base_url)
-        connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=5)
+        connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=ANSWER_SECONDS)
         try:
             connection.request("GET", "/api/v1/healthz")
             response = connection.getresponse()
