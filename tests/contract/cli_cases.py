@@ -1,7 +1,8 @@
 """What every `tinker` command is run with, and what it must print; in table and in JSON form.
 
-`{run}`, `{session}`, `{state}` and `{spare}` in arguments stand for what the test has made (`{spare}`: a checkpoint of
-the form's own), `{form}` for the form, `{out}` for a folder, `{begin}` and `{end}` for hours before and after the test.
+`{run}`, `{session}`, `{state}` and `{spare}` in arguments stand for what the test has made (`{spare}`: a published
+checkpoint of the command's and the form's own), `{form}` for the form, `{out}` for a folder, `{begin}` and `{end}` for
+hours before and after the test.
 """
 
 from dataclasses import dataclass

@@ -31,6 +31,7 @@ class Made:
 
     def __init__(self, server: LocalServer, folder: Path, hub: FakeHub) -> None:
         self.client = tinker.ServiceClient(base_url=server.base_url, project_id=PROJECT)
+        self.rest = tinker.RestClient(base_url=server.base_url)
         self.training = self.client.create_lora_training_client("tiny", rank=4, seed=1).result()
         self.training.forward_backward([supervised(tokens(8))], "cross_entropy").result()
         sampler = self.client.create_sampling_client(base_model="tiny").result()
@@ -48,10 +49,15 @@ class Made:
             "COLUMNS": "400",
         }
 
-    def names(self, form: str) -> dict[str, str]:
+    def save_spare(self, name: str) -> str:
+        """The path of a published checkpoint."""
+        path = str(self.training.save_state(name).result().path)
+        self.rest.publish_checkpoint_from_tinker_path(path).result()
+        return path
+
+    def names(self, form: str, spare: str) -> dict[str, str]:
         """What stands for the names in braces."""
         begin = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
-        spare = self.state.rpartition("/")[0] + f"/spare-{form}"
         return {
             "run": str(self.training.model_id),
             "session": str(self.client.holder.get_session_id()),
@@ -69,8 +75,6 @@ class Made:
 def made(server: LocalServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     with fake_hub() as hub:
         made = Made(server, tmp_path_factory.mktemp("cli"), hub)
-        for form in FORMS:
-            made.training.save_state(f"spare-{form}").result()
         yield made
         made.client.close("success").result()
 
@@ -92,9 +96,9 @@ def test_every_command_is_exercised() -> None:
     assert sorted(leaves(tinker_cli)) == sorted(COMMANDS)
 
 
-def run(made: Made, name: str, case: Command, form: str) -> str:
+def run(made: Made, name: str, case: Command, names: dict[str, str]) -> str:
     """What the command printed. Logging in and out have a home of their own, for they leave something there."""
-    arguments = case.arguments.format(**made.names(form)).split()
+    arguments, form = case.arguments.format(**names).split(), names["form"]
     environment = made.environment
     if name in ("auth login", "auth logout"):
         home = made.folder / f"home-{form}"
@@ -106,10 +110,9 @@ def run(made: Made, name: str, case: Command, form: str) -> str:
     return ended.stdout
 
 
-def check(made: Made, case: Command, form: str, printed: str) -> None:
-    names = made.names(form)
+def check(made: Made, case: Command, names: dict[str, str], printed: str) -> None:
     assert case.told.format(**names) in printed
-    if form == "json" and case.keys:
+    if names["form"] == "json" and case.keys:
         found: dict[str, Any] = json.loads(printed[printed.index("{") :])
         assert set(case.keys) <= set(found)
     for file in case.written:
@@ -119,10 +122,14 @@ def check(made: Made, case: Command, form: str, printed: str) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_works_in_both_forms(name: str, made: Made) -> None:
     case = COMMANDS[name]
+    spares = {
+        form: made.save_spare(f"{name.split()[-1]}-{form}") if "{spare}" in case.arguments else "" for form in FORMS
+    }
+    forms = [made.names(form, spare) for form, spare in spares.items()]
     with ThreadPoolExecutor(len(FORMS)) as threads:
-        printed = list(threads.map(lambda form: run(made, name, case, form), FORMS))
-    for form, text in zip(FORMS, printed, strict=True):
-        check(made, case, form, text)
+        printed = list(threads.map(lambda names: run(made, name, case, names), forms))
+    for names, text in zip(forms, printed, strict=True):
+        check(made, case, names, text)
     if name == "checkpoint push-hf":
         check_pushed(made)
 
