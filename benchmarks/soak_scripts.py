@@ -4,10 +4,12 @@ Knows clients, and nothing of blows.
 """
 
 import hashlib
+import secrets
 import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,10 +105,14 @@ def _rollout(prompt: Sequence[int], sampled: Sequence[int], logprobs: Sequence[f
 
 
 def free_port() -> int:
-    """A loopback port that is free now, to be the same one after every restart."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+    """A loopback port that is free now, to be the same one after every restart.
+
+    It is none of those that a kernel gives to whoever asks for any: while the server is away, a client may get it.
+    """
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def run_tenants(tenants: Sequence[Tenant], base_url: str) -> list[threading.Thread]:
