@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 
 from tinsmith.api.app import create_app
 from tinsmith.api.calls import Services
-from tinsmith.api.connections import BoundedConnection
+from tinsmith.api.connections import ACCEPTED_AT_ONCE, BoundedConnection, PatientServer
 from tinsmith.config import Settings
 from tinsmith.protocols import Capabilities
 from tinsmith.served import choose_served
@@ -241,7 +241,8 @@ def running_api(folder: Path, capabilities: Capabilities | None = CAPABILITIES, 
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it only where the protocol is named
     app = create_app(settings, served, database, doorbell)
     quiet: dict[str, Any] = {"log_level": "warning", "ws": "none", "timeout_graceful_shutdown": 1}
-    server = uvicorn.Server(uvicorn.Config(app, http=BoundedConnection, **quiet))
+    config = uvicorn.Config(app, http=BoundedConnection, backlog=ACCEPTED_AT_ONCE, **quiet)
+    server = PatientServer(config, app.state.services.waiters.leave)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     api = Api(listener.getsockname()[1], app, engine, server)

@@ -2,15 +2,18 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from tests.contract.api_fixtures import FOREVER, Api, running_api
+from tests.contract.api_fixtures import CAPABILITIES, FOREVER, Api, running_api
 from tests.store import makers
 from tinsmith.api.waiting import Waiters
 from tinsmith.store import queue
@@ -164,6 +167,27 @@ def test_waiting_ends_when_the_client_goes_away(api: Api, model: str) -> None:
         with api.client("tml-other") as impatient, pytest.raises(httpx.ReadTimeout):
             impatient.post("/retrieve_future", json={"request_id": request_id}, timeout=timeout)
     assert retrieve(api, request_id).status_code == 200
+
+
+def test_a_server_that_ends_sends_those_who_wait_away_to_ask_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chat: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hello!"}]}
+    capable = replace(CAPABILITIES, vocab_size=1280)
+    with running_api(tmp_path, capable) as api, ThreadPoolExecutor(3) as waiting, api.engine.working:
+        session = api.session()
+        sampler = api.sampler(session)
+        future = waiting.submit(retrieve, api, step(api, api.model(session), 1))
+        target = {"sampling_session_id": sampler, "cloned_sampler_id": 0}
+        futures = waiting.submit(api.post, "/retrieve_futures", target=target, prev_cursor=0)
+        answer = waiting.submit(api.post, f"{api.base_url}/v1/chat/completions", **chat)
+        while api.waiters.held < 3:
+            time.sleep(0.01)
+        api.server.should_exit = True
+        assert (future.result().status_code, future.result().json()["type"]) == (408, "try_again")
+        assert futures.result().json()["completions"] == []
+        assert answer.result().status_code == 503
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def announce(api: Api, state: str) -> None:

@@ -40,7 +40,7 @@ async def retrieve_futures(call: Call) -> Response:
                 completions.ended_since, sampler.id, target.cloned_sampler_id, body.prev_cursor / _SECOND
             )
             remaining = deadline - time.monotonic()
-            if ends or remaining <= 0:
+            if ends or remaining <= 0 or services.waiters.is_leaving:
                 return answer(_told(ends, body.prev_cursor))
             await wait_for_ring(rung, min(_LOOK_SECONDS, remaining))
             # All clients of the sampler have woken.

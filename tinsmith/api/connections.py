@@ -56,11 +56,21 @@ def connection_limit() -> int:
 class PatientServer(uvicorn.Server):
     """Accepts new connections a few at a time. Its configuration's `backlog` must be ACCEPTED_AT_ONCE."""
 
+    def __init__(self, config: uvicorn.Config, leave: Callable[[], None]) -> None:
+        """When the server ends, `leave` makes requests that wait for something answer."""
+        super().__init__(config)
+        self._leave = leave
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """The event loop takes one number for how many to accept at once and for how many the kernel keeps."""
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(BACKLOG)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Connections are told first that their answer is the last one."""
+        asyncio.get_running_loop().call_soon(self._leave)
+        await super().shutdown(sockets)
 
 
 class BoundedConnection(HttpToolsProtocol):

@@ -27,6 +27,8 @@ async def retrieve_future(call: Call) -> Response:
     """POST /retrieve_future. After `poll_seconds` without a result: 408, which clients answer by asking again."""
     body = await call.json(RetrieveFutureRequest)
     future = await ended(call, body.request_id)
+    if future is None and call.services.waiters.is_leaving:
+        return answer(TryAgain(body.request_id, "paused_capacity", "the server is stopping"), 408)
     if future is None:
         return await _try_again(call, body.request_id)
     answer_for(call.request, future.trace)
@@ -35,7 +37,10 @@ async def retrieve_future(call: Call) -> Response:
 
 
 async def ended(call: Call, request_id: str) -> Future | None:
-    """The job once it has ended; None if that takes longer than a request is held. Raises NotFoundError."""
+    """The job once it has ended; None if that takes longer than a request is held, or the process ends before.
+
+    Raises NotFoundError.
+    """
     services = call.services
     deadline = time.monotonic() + services.settings.poll_seconds
     with services.waiters.watch(request_id) as rung:
@@ -50,6 +55,8 @@ async def ended(call: Call, request_id: str) -> Future | None:
             if remaining <= 0:
                 return None
             await wait_for_ring(rung, remaining)
+            if services.waiters.is_leaving:  # without a turn, or another look: there may be thousands, and no time
+                return None
             await services.turns.take(key_sent(call.request.scope), request_id.partition(":")[0])
 
 

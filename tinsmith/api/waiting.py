@@ -32,12 +32,20 @@ class Waiters:
         self._database = database
         self._events: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self._closing = threading.Event()
+        self.is_leaving = False  # the process ends: nobody is held any more
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._listen, args=(loop,), name="finished-jobs", daemon=True)
         self._thread.start()
+
+    def leave(self) -> None:
+        """Wakes everybody for good, so that they tell their clients to ask again. Belongs in the event loop."""
+        self.is_leaving = True
+        for events in self._events.values():
+            for event in events:
+                event.set()
 
     def close(self) -> None:
         """Ends the thread, within a second."""

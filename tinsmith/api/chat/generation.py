@@ -16,7 +16,7 @@ from tinsmith.api.chat.continuations import continue_with, rest_of
 from tinsmith.api.chat.sessions import ChatSessions
 from tinsmith.api.chat.streams import Inbox, TokenStreams
 from tinsmith.api.chat.targets import Target
-from tinsmith.errors import GoneError, TinsmithError, UserError
+from tinsmith.errors import GoneError, TinsmithError, UnavailableError, UserError
 from tinsmith.store import queue
 from tinsmith.wire import sampling_types, types
 from tinsmith.wire.jobs import Future, Job
@@ -74,7 +74,7 @@ class Generation:
         """All samples, once they have ended. Raises UserError, ClientDisconnect, and what the engine failed with."""
         job = await self._job(call, target, ask, stream=False)
         await self._submit(call, job)
-        waiting = asyncio.create_task(self._result(call, job.request_id))
+        waiting = asyncio.create_task(self._result(call, job))
         gone = asyncio.create_task(_hung_up(call))
         try:
             await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -145,17 +145,20 @@ class Generation:
         call.accepted(job.request_id)
         call.services.doorbell.ring("jobs")
 
-    async def _result(self, call: Call, request_id: str) -> SampleOutput:
+    async def _result(self, call: Call, job: Job) -> SampleOutput:
         patience = _FIRST_LOOK_SECONDS
-        with call.services.waiters.watch(request_id) as rung:
+        with call.services.waiters.watch(job.request_id) as rung:
             while True:
                 rung.clear()  # before the look: what rings during it is not lost
-                output = await self._look(call, request_id)
+                output = await self._look(call, job.request_id)
                 if output is not None:
                     return output
                 with suppress(TimeoutError):
                     async with asyncio.timeout(patience):
                         await rung.wait()
+                if call.services.waiters.is_leaving:
+                    await _give_up(call, job)
+                    raise UnavailableError("the server is stopping; ask again")
                 await self._sessions.keep(call)
                 patience = min(2 * patience, _LONGEST_LOOK_SECONDS)
 
