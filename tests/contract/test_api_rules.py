@@ -314,7 +314,7 @@ def test_pages_follow_each_other(api: Api, session: str) -> None:
     assert pages[0]["cursor"]["total_count"] >= 3
 
 
-KEYS = ("tml-red", "tml-blue")
+KEYS = ("tml-red", "tml-blue", "tml-black")
 
 
 @pytest.fixture(scope="module")
@@ -348,13 +348,13 @@ def test_only_keys_have_a_days_worth_of_sessions_and_samplers(
     monkeypatch.setattr(quotas, "SAMPLERS_A_DAY", 1)
     everybodys = [api.session() for _ in range(2)]
     assert all(api.sampler(session) for session in everybodys)
-    with keyed.client(KEYS[1]) as blue:
+    with keyed.client(KEYS[2]) as black:  # with which no other test does anything
         asked = {"tags": [], "sdk_version": "0.38.0"}
-        session = blue.post("/create_session", json=asked).json()["session_id"]
-        refused = [blue.post("/create_session", json=asked)]
+        session = black.post("/create_session", json=asked).json()["session_id"]
+        refused = [black.post("/create_session", json=asked)]
         sampler = {"session_id": session, "base_model": "tiny"}
         for number, status in ((0, 200), (0, 200), (1, 403)):
-            answer = blue.post("/create_sampling_session", json=sampler | {"sampling_session_seq_id": number})
+            answer = black.post("/create_sampling_session", json=sampler | {"sampling_session_seq_id": number})
             assert answer.status_code == status
         refused.append(answer)
     for answer, things in zip(refused, ("sessions", "samplers"), strict=True):
