@@ -25,12 +25,20 @@ Futures = list[tinker.APIFuture[object]]
 
 
 @pytest.fixture(scope="module")
-def own_server(tmp_path_factory: pytest.TempPathFactory, client_environment: None) -> Iterator[LocalServer]:
-    """A server that may be hurt."""
+def hurt_server(tmp_path_factory: pytest.TempPathFactory, client_environment: None) -> Iterator[LocalServer]:
     folder = tmp_path_factory.mktemp("hurt")
     environment = {"TINSMITH_STUCK_MINUTES": "0.15"}  # longer than any slice of work here
     with LocalServer(folder / "data", folder / "log.txt", environment=environment) as server:
         yield server
+
+
+@pytest.fixture
+def own_server(hurt_server: LocalServer) -> LocalServer:
+    """A server that may be hurt; it is started again if another test has ended it."""
+    assert hurt_server._process is not None
+    if hurt_server._process.poll() is not None:
+        hurt_server.start()
+    return hurt_server
 
 
 def kill(server: LocalServer, role: str) -> None:
