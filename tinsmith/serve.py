@@ -248,7 +248,7 @@ def run_api(
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=int(API_GRACE) - 3,
     )
-    server = PatientServer(config, app.state.services.waiters.leave)
+    server = PatientServer(config, app.state.leave)
     sys.setswitchinterval(SWITCH_SECONDS)
 
     def stop_server() -> None:

@@ -242,7 +242,7 @@ def running_api(folder: Path, capabilities: Capabilities | None = CAPABILITIES, 
     app = create_app(settings, served, database, doorbell)
     quiet: dict[str, Any] = {"log_level": "warning", "ws": "none", "timeout_graceful_shutdown": 1}
     config = uvicorn.Config(app, http=BoundedConnection, backlog=ACCEPTED_AT_ONCE, **quiet)
-    server = PatientServer(config, app.state.services.waiters.leave)
+    server = PatientServer(config, app.state.leave)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     api = Api(listener.getsockname()[1], app, engine, server)

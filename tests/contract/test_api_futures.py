@@ -174,19 +174,21 @@ def test_a_server_that_ends_sends_those_who_wait_away_to_ask_again(
 ) -> None:
     chat: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hello!"}]}
     capable = replace(CAPABILITIES, vocab_size=1280)
-    with running_api(tmp_path, capable) as api, ThreadPoolExecutor(3) as waiting, api.engine.working:
+    with running_api(tmp_path, capable) as api, ThreadPoolExecutor(4) as waiting, api.engine.working:
         session = api.session()
         sampler = api.sampler(session)
         future = waiting.submit(retrieve, api, step(api, api.model(session), 1))
         target = {"sampling_session_id": sampler, "cloned_sampler_id": 0}
         futures = waiting.submit(api.post, "/retrieve_futures", target=target, prev_cursor=0)
         answer = waiting.submit(api.post, f"{api.base_url}/v1/chat/completions", **chat)
-        while api.waiters.held < 3:
+        stream = waiting.submit(api.post, f"{api.base_url}/v1/chat/completions", **chat, stream=True)
+        while api.waiters.held < 3 or not api.chat.streams.held:
             time.sleep(0.01)
         api.server.should_exit = True
         assert (future.result().status_code, future.result().json()["type"]) == (408, "try_again")
         assert futures.result().json()["completions"] == []
         assert answer.result().status_code == 503
+        assert "the server is stopping" in stream.result().text
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 

@@ -112,7 +112,10 @@ log = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings, served: Sequence[Served], database: Database, doorbell: Doorbell) -> Starlette:
-    """The application. Database and doorbell are the caller's to open, migrate and close."""
+    """The application. Database and doorbell are the caller's to open, migrate and close.
+
+    Its `state.leave`, called in the event loop when the process ends, makes requests that wait for results answer.
+    """
     catalog, access = Catalog(served, settings.aliases, database, doorbell), Access(settings, database)
     services = Services(
         settings,
@@ -158,7 +161,13 @@ def create_app(settings: Settings, served: Sequence[Served], database: Database,
         },
     )
     app.state.services, app.state.chat, app.state.counts = services, chat, counts
+    app.state.leave = partial(_leave, services, chat)
     return app
+
+
+def _leave(services: Services, chat: Chat) -> None:
+    services.waiters.leave()
+    chat.streams.wake()
 
 
 def _open_routes(services: Services) -> list[Route]:

@@ -24,6 +24,7 @@ from tinsmith.wire.packing import SampleOutput
 from tinsmith.wire.progress import Progress
 from tinsmith.wire.sample_codec import sample_call, sample_cost
 
+_LEAVING = "the server is stopping; ask again"
 _FIRST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 1.0, 8.0  # these looks only make good for a lost ring
 
 
@@ -120,6 +121,8 @@ class Generation:
                             yield new
                         yield output
                         return
+                if call.services.waiters.is_leaving:
+                    raise UnavailableError(_LEAVING)
                 if not rung:
                     patience = min(2 * patience, _LONGEST_LOOK_SECONDS)
                     yield None
@@ -158,7 +161,7 @@ class Generation:
                         await rung.wait()
                 if call.services.waiters.is_leaving:
                     await _give_up(call, job)
-                    raise UnavailableError("the server is stopping; ask again")
+                    raise UnavailableError(_LEAVING)
                 await self._sessions.keep(call)
                 patience = min(2 * patience, _LONGEST_LOOK_SECONDS)
 

@@ -80,6 +80,11 @@ class TokenStreams:
         """How many requests are read along with."""
         return len(self._inboxes)
 
+    def wake(self) -> None:
+        """Has every reader look for itself. Belongs in the event loop."""
+        for inbox in self._inboxes.values():
+            inbox.put(None)
+
     def shut(self) -> None:
         """Ends the thread."""
         if self._bell is not None and self._thread is not None:
@@ -95,8 +100,7 @@ class TokenStreams:
 
     def _hand_out(self, messages: Sequence[str]) -> None:
         if not set(_TOPICS).isdisjoint(messages):  # rings were lost: every reader looks for itself
-            for inbox in self._inboxes.values():
-                inbox.put(None)
+            self.wake()
         for message in messages:
             request_id, space, _ = message.partition(" ")
             if request_id in self._inboxes:
