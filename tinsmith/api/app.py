@@ -112,10 +112,7 @@ log = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings, served: Sequence[Served], database: Database, doorbell: Doorbell) -> Starlette:
-    """The application. Database and doorbell are the caller's to open, migrate and close.
-
-    Its `state.leave`, called in the event loop when the process ends, makes requests that wait for results answer.
-    """
+    """The application; its `state.leave` ends all waiting. Database and doorbell are the caller's to open and close."""
     catalog, access = Catalog(served, settings.aliases, database, doorbell), Access(settings, database)
     services = Services(
         settings,
