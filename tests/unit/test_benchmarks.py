@@ -11,6 +11,7 @@ from benchmarks.training_memory import Problem
 from benchmarks.workloads import Sizes
 
 TINY = Sizes(32, 2, 64, 97, heads=4, kv_heads=2, head_dim=16)
+BEST_OF = 2  # one pause of the machine makes no ratio that rounds to nothing
 PROBLEM = Problem("cpu", tokens=48, vocabulary=97, hidden=32)
 
 # transformers' own, while PEFT asks a module about its checkpointing.
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 def test_adapters_are_compared_with_the_base_and_with_peft() -> None:
     batch = adapters.random_batch(8, 4, TINY.vocabulary, torch.device("cpu"))
-    rows = adapters.measure(TINY, batch, torch.float32, rounds=1)
+    rows = adapters.measure(TINY, batch, torch.float32, rounds=BEST_OF)
     names = [row.name for row in rows]
     assert all(row.value > 0 for row in rows)
     assert "ours, 8 adapters of ranks 4 to 128: ratio to the frozen base" in names
@@ -71,7 +72,7 @@ def test_sampling_is_compared_with_generate_for_every_number_of_requests(tmp_pat
     shape = sampling_cpu.SHAPE | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     folder = sampling_cpu.write_model(tmp_path, shape)
     load = sampling_cpu.Load((1, 3), prompt=4, sampled=3, adapters=2, group=2, group_prompt=20)
-    rows = {row.name: row for row in sampling_cpu.throughput(folder, "bfloat16", load, rounds=1)}
+    rows = {row.name: row for row in sampling_cpu.throughput(folder, "bfloat16", load, rounds=BEST_OF)}
     assert all(row.value > 0 for row in rows.values())
     assert rows["bfloat16, 1 requests: ours / generate"].goal == "1.5"
     assert "bfloat16, 3 requests: adapters / base" in rows
