@@ -25,7 +25,7 @@ def model_folder(served: Served, report: Callable[[str], None]) -> Path:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{folder} has no config.json; give the folder of a Hugging Face model")
         return folder
-    if folder.is_absolute():
+    if folder.is_absolute() or served.base.startswith((".", "~")):  # no hub name
         raise ConfigError(f"the folder {folder} of model {served.name!r} does not exist (any more)")
     return _download(served, report)
 

@@ -156,3 +156,5 @@ def test_what_a_model_cannot_be_is_refused(tmp_path: Path, arguments: list[str],
 def test_a_name_that_is_neither_a_folder_nor_to_be_had_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'nobody/nothing' is no folder here"):
         tinsmith("add", "nobody/nothing", "--data-dir", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"folder nothing of model '\./nothing' does not exist"):
+        tinsmith("add", "./nothing", "--data-dir", str(tmp_path))
