@@ -301,6 +301,7 @@ def test_a_connection_lost_in_a_commit_neither_loses_nor_repeats_the_write(proxy
     assert database.write(run_and_note) == (2 if when == "before" else 1)
     assert proxy.cuts == 1
     assert database.read(noted_texts) == ["a"]
+    assert database._writer._away_since is None, "the next loss is waited for as long as this one"
     database.close()
 
 

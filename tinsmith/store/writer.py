@@ -164,6 +164,7 @@ class Writer:
                         self._wait(unsure.__cause__, unsure)
                         continue
                     if committed:
+                        self._away_since = None
                         return unsure.outcomes
                 unsure = None
                 outcomes = _commit(conn, batch, self._receipts)
