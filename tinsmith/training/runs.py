@@ -173,8 +173,8 @@ class Run:
         self._go_back()
         self.error = UserError(
             f"the loss {self.call.loss!r} or its gradient is not finite (loss {loss}); nothing of this request was "
-            f"added to the gradient. Inputs must be finite numbers, and importance ratios within fp32's range; if they "
-            "are, the model's weights have probably diverged (by too large steps)"
+            "added to the gradient. Either inputs, importance ratios, or what a custom loss computes are beyond fp32's "
+            "range, or the model's weights have probably diverged (by too large steps)"
         )
 
 
