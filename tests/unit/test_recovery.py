@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.store import makers
-from tests.unit.test_engine import SESSION, Bench, lesson
+from tests.unit.test_engine import SESSION, Bench, embedded, lesson
 from tinsmith.engine import residency
 from tinsmith.store import queue, records
 from tinsmith.wire.packing import SampleCall
@@ -62,6 +62,18 @@ def test_a_damaged_newest_recovery_point_is_passed_over(bench: Bench, rounds: in
     model, expected = trained(bench, rounds)
     assert len(points(bench)) == min(rounds, 2)
     cut_one_file(points(bench)[-1], seed)
+    bench.new_engine()
+    np.testing.assert_allclose(bench.logprobs(model), expected, atol=2e-6)
+
+
+def test_a_model_on_a_base_that_has_other_weights_now_says_so_until_those_are_back(bench: Bench) -> None:
+    model, expected = trained(bench, 1)
+    base, _ = embedded()
+    with pytest.MonkeyPatch.context() as others:
+        others.setattr(base, "fingerprint", "0123456789abcdef")
+        others.setattr(base, "_layouts", {})
+        bench.new_engine()
+        assert "trained on other weights of the base model" in bench.error(bench.train(model, [1, 2, 3]))
     bench.new_engine()
     np.testing.assert_allclose(bench.logprobs(model), expected, atol=2e-6)
 

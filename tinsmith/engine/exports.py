@@ -12,10 +12,12 @@ from tinsmith.errors import UserError
 from tinsmith.manifests import verify_folder
 
 _ADAPTER_CONFIG = "adapter_config.json"
+_BASE = "base.json"
 
 
 def prepare_export(folder: Path, base_name: str, recipients: Sequence[str]) -> None:
-    """Makes an export of freshly saved weights: the base's folder on this server is nobody else's business."""
+    """Makes an export of freshly saved weights: what the base is on this server is nobody else's business."""
+    (folder / _BASE).unlink(missing_ok=True)
     config_file = folder / _ADAPTER_CONFIG
     if config_file.exists():
         config = json.loads(config_file.read_text())

@@ -30,6 +30,7 @@ from tinsmith.models.experts import MultiAdapterExperts
 from tinsmith.models.families import SAME_INPUT, Target, find_targets
 from tinsmith.models.grouped import GroupedAdapters, can_group
 from tinsmith.models.head import SpareColumns
+from tinsmith.models.identity import fingerprint_of
 from tinsmith.models.invariant import RowInvariance
 from tinsmith.models.lora import (
     Adapter,
@@ -66,6 +67,8 @@ class BaseModel:
         self.config = config
         self.module = module
         self.targets = tuple(targets)
+        self.fingerprint = fingerprint_of(module, targets)
+        """Of the weights: `identity`."""
         self.device = device
         self.dtype: torch.dtype = module.dtype
         self.vocab_size: int = config.vocab_size
@@ -168,7 +171,7 @@ class BaseModel:
         """The flat layout of an adapter with this rank and these targets."""
         key = (spec.rank, spec.train_attn, spec.train_mlp, spec.train_unembed)
         if key not in self._layouts:
-            self._layouts[key] = adapter_layout(self.targets, self._groups, spec)
+            self._layouts[key] = adapter_layout(self.targets, self._groups, spec, self.fingerprint)
         return self._layouts[key]
 
     def new_adapter(self, spec: ModelSpec) -> Adapter:
@@ -252,7 +255,9 @@ def input_groups(module: Any, targets: Sequence[Target]) -> list[tuple[int, ...]
     return [tuple(group) for group in groups]
 
 
-def adapter_layout(targets: Sequence[Target], groups: Sequence[tuple[int, ...]], spec: ModelSpec) -> AdapterLayout:
+def adapter_layout(
+    targets: Sequence[Target], groups: Sequence[tuple[int, ...]], spec: ModelSpec, fingerprint: str = ""
+) -> AdapterLayout:
     """The flat layout of an adapter of this rank, for these targets and their `input_groups`."""
     trained = {"attn": spec.train_attn, "mlp": spec.train_mlp, "unembed": spec.train_unembed}
     names: list[str] = []
@@ -269,7 +274,7 @@ def adapter_layout(targets: Sequence[Target], groups: Sequence[tuple[int, ...]],
         if targets[group[0]].experts:
             transposed.append(len(shapes) + 1)
         shapes += [*shapes_a, *shapes_b]
-    return AdapterLayout(names, shapes, linears, transposed)
+    return AdapterLayout(names, shapes, linears, transposed, fingerprint)
 
 
 def _numbers_per_token(config: Any, targets: Sequence[Target]) -> int:

@@ -38,9 +38,14 @@ class AdapterLayout(Layout):
         shapes: Sequence[tuple[int, ...]],
         linears: Sequence[int],
         transposed: Collection[int] = (),
+        fingerprint: str = "",
     ) -> None:
-        """The matrices at the positions `transposed` lie in the buffer with their columns one after the other."""
+        """The matrices at the positions `transposed` lie in the buffer with their columns one after the other.
+
+        `fingerprint` is that of the base's weights, which adapters are trained on; empty if that does not matter.
+        """
         super().__init__(names, shapes)
+        self.fingerprint = fingerprint
         self.transposed = frozenset(transposed)
         self.linears = tuple(linears)
         self.a_positions = [position for position, linear in enumerate(linears) if linear not in linears[:position]]

@@ -18,7 +18,7 @@ from tinsmith.errors import UserError
 from tinsmith.models.families import EXPERT_PARAMETERS
 from tinsmith.models.flat import Layout
 from tinsmith.models.loading import BaseModel
-from tinsmith.models.lora import Adapter
+from tinsmith.models.lora import Adapter, AdapterLayout
 from tinsmith.models.peft_format import (
     check_adapter_config,
     check_names,
@@ -32,6 +32,7 @@ from tinsmith.protocols import ModelSpec
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 MODEL_FILE = "model.safetensors"
+BASE_FILE = "base.json"  # what an adapter's base was; not in its files, whose names and settings others read, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +86,10 @@ def load_weights(model: BaseModel, folder: Path) -> LoraWeights | FullWeights:
 
 
 def save_adapter(adapter: Adapter, base: str, folder: Path) -> None:
-    """Writes adapter_model.safetensors (fp32) and adapter_config.json."""
+    """Writes adapter_model.safetensors (fp32), adapter_config.json, and what the base's weights were."""
     tensors = {peft_name(name): view for name, view in adapter.layout.named_views(adapter.weights).items()}
     write_tensors(tensors, folder / ADAPTER_FILE)
+    (folder / BASE_FILE).write_text(json.dumps({"fingerprint": adapter.layout.fingerprint}) + "\n")
     modules, parameters = peft_targets(list(tensors))
     alpha = float(adapter.spec.alpha)
     config = {
@@ -170,11 +172,14 @@ def adapter_spec(folder: Path) -> ModelSpec:
     )
 
 
-def read_adapter(folder: Path, layout: Layout) -> Tensor:
+def read_adapter(folder: Path, layout: AdapterLayout) -> Tensor:
     """Flat fp32 CPU weights of an adapter folder, written by `save_adapter` or by PEFT. Raises UserError.
 
+    `save_adapter` notes what the base's weights were, and they must be the layout's, if it has any; PEFT does not.
     An adapter of fewer modules than the layout's is zero in the others: it computes, and trains, as if they had none.
     """
+    if (folder / BASE_FILE).exists():
+        _check_base(_read_json(folder / BASE_FILE).get("fingerprint"), layout.fingerprint)
     path = folder / ADAPTER_FILE
     modules = trained_modules(_read_json(folder / ADAPTER_CONFIG))
     flat = torch.zeros(layout.total)
@@ -186,6 +191,14 @@ def read_adapter(folder: Path, layout: Layout) -> Tensor:
             if name in stored:
                 _copy(path, file, stored[name], view)
     return flat
+
+
+def _check_base(trained_on: str | None, fingerprint: str) -> None:
+    if trained_on and fingerprint and trained_on != fingerprint:
+        raise UserError(
+            f"the adapter was trained on other weights of the base model (fingerprint {trained_on}) than these "
+            f"({fingerprint}): serve those again, or take it over to these knowingly, with tinsmith export and import"
+        )
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
