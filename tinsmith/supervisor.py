@@ -265,15 +265,19 @@ class Supervisor:
 def _watch(child: Child, process: subprocess.Popen[bytes], ended: threading.Event) -> None:
     """Follows one process's pulse until it has ended; ends it if it stops moving.
 
-    Until its first pulse it is loading, however long that takes.
+    Until its first pulse it is loading, however long that takes. Time for which this process did not move either (the
+    whole machine was paused) is nobody's fault.
     """
-    pulse, moved_at = child.pulse_before, None
-    while not ended.wait(min(1.0, child.patience / 4 or 1.0)):
-        now, latest = time.monotonic(), child.last_change()
+    pulse, still, now = child.pulse_before, None, time.monotonic()
+    interval = min(1.0, child.patience / 4 or 1.0)
+    while not ended.wait(interval):
+        before, now, latest = now, time.monotonic(), child.last_change()
         if latest != pulse:
-            pulse, moved_at = latest, now
+            pulse, still = latest, 0.0
             child.moving_since = child.moving_since or now
-        elif moved_at is not None and child.patience and now - moved_at > child.patience:
+        elif still is not None:
+            still += min(now - before, 2 * interval)
+        if still is not None and child.patience and still > child.patience:
             _end_stuck(child, process, ended)
             return
 

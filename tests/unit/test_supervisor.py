@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -259,6 +260,27 @@ def test_a_child_that_stops_moving_is_ended_and_started_again_but_never_while_it
     assert [line for line in lines(log) if line != "stands"][:4] == ["loads", "moves", "loads", "moves"]
     assert "alive but has not moved for 0.5 s" in caplog.text
     assert "was killed by SIGABRT" in caplog.text
+
+
+@pytest.mark.parametrize(("pauses", "is_stuck"), [([0.0] + [0.5] * 30, True), ([0.0, 0.5, 1000.0, 0.5], False)])
+def test_a_pause_of_the_whole_machine_is_no_ones_fault(
+    pauses: list[float], is_stuck: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1.0]
+
+    class Ended(threading.Event):
+        def wait(self, _seconds: float | None = None) -> bool:
+            clock[0] += pauses.pop(0) if pauses else 0.0
+            return not pauses
+
+    monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    pulse = tmp_path / "pulse"
+    pulse.write_text("beat")
+    engine = Child("engine", [], "", pulse=pulse, patience=10.0)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        supervisor._watch(engine, process, Ended())
+        process.communicate(b"\n")
+    assert (process.returncode < 0) == is_stuck
 
 
 CRASH = [sys.executable, "-c", "raise SystemExit(3)"]
