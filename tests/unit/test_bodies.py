@@ -20,6 +20,7 @@ from tinsmith.wire.training_types import AdamParams, LoraConfig, SaveWeightsRequ
         (LoraConfig, b'{"rank": "8"}', "Expected `int`, got `str` - at `$.rank`"),
         (LoraConfig, b'{"rank": 8, "alpha": 3}', "unknown field `alpha`"),
         (SaveWeightsRequest, b'{"model_id": "", "seq_id": 1}', "length >= 1, got 0 - at `$.model_id`"),
+        (SaveWeightsRequest, b'{"model_id": "a\\n", "seq_id": 1}', "matching regex"),
         (SampleRequest, b'{"sampling_params": {"max_tokens": -7}}', ">= 1, got -7 - at `$.sampling_params.max_tokens`"),
         (list[LoraConfig], b'[{"rank": 8}, {"rank": -3}]', "got -3 - at `$[1].rank`"),
     ],

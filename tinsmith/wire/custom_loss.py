@@ -24,13 +24,13 @@ _METRIC = re.compile(r"custom/[a-z0-9_./-]{1,64}:(sum|mean)")
 _IN_CLIENT = "; a plain function, given to forward_backward_custom without create_custom_loss, runs in the client"
 _FLOATS = ("inf", "-inf", "nan")
 
-Name = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Name = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$(?!\n)")]
 
 
 class LossInput(Request):
     """`logprobs`, or the loss_fn_input that the loss reads; 0 dimensions, [T] or [T, K]."""
 
-    name: Annotated[str, Meta(pattern=r"^[a-z_][a-z0-9_]{0,63}$")]
+    name: Annotated[str, Meta(pattern=r"^[a-z_][a-z0-9_]{0,63}$(?!\n)")]
     rank: Literal[0, 1, 2]
 
 

@@ -14,7 +14,8 @@ MAX_INT64 = 2**63 - 1
 MAX_SEQ = 10**18 - 1
 TTL_RANGE = (3600, 10 * 365 * 24 * 3600)
 
-Id = Annotated[str, Meta(min_length=1, max_length=300, pattern=r"^[^\x00-\x1f\x7f]+$")]
+# "$" alone would let a last line feed pass.
+Id = Annotated[str, Meta(min_length=1, max_length=300, pattern=r"^[^\x00-\x1f\x7f]+$(?!\n)")]
 Text = Annotated[str, Meta(max_length=2000, pattern=r"^[^\x00]*$")]
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Seq = Annotated[int, Meta(ge=1, le=MAX_SEQ)]
