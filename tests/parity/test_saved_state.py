@@ -154,7 +154,8 @@ def test_an_adapters_files_have_the_names_and_shapes_that_exporters_read(
     trainer = new_trainer()
     trainer.add("m", SPECS["all"])
     trainer.save("m", tmp_path, optimizer=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    files = ["adapter_config.json", "adapter_model.safetensors", "base.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (8, 32.0, trainer._model.folder)
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:

@@ -178,8 +178,6 @@ def read_adapter(folder: Path, layout: AdapterLayout) -> Tensor:
     `save_adapter` notes what the base's weights were, and they must be the layout's, if it has any; PEFT does not.
     An adapter of fewer modules than the layout's is zero in the others: it computes, and trains, as if they had none.
     """
-    if (folder / BASE_FILE).exists():
-        _check_base(_read_json(folder / BASE_FILE).get("fingerprint"), layout.fingerprint)
     path = folder / ADAPTER_FILE
     modules = trained_modules(_read_json(folder / ADAPTER_CONFIG))
     flat = torch.zeros(layout.total)
@@ -187,6 +185,8 @@ def read_adapter(folder: Path, layout: AdapterLayout) -> Tensor:
         stored = _stored_names(file)
         wanted = {name for name in layout.names if name in stored or modules is None or module_of(name) in modules}
         _check_names(path, wanted, stored.keys())
+        if (folder / BASE_FILE).exists():
+            _check_base(_read_json(folder / BASE_FILE).get("fingerprint"), layout.fingerprint)
         for name, view in layout.named_views(flat).items():
             if name in stored:
                 _copy(path, file, stored[name], view)
