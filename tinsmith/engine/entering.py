@@ -36,7 +36,7 @@ Session = tuple[str, str]
 
 def session_of(header: Header) -> Session:
     """Whose sample it is."""
-    return header.owner, header.subject.partition(":")[0]
+    return header.owner, header.session_id
 
 
 def tenants(samples: Mapping[Session, int]) -> list[int]:

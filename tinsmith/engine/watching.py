@@ -28,7 +28,7 @@ class Watch:
         kind, numbers = headers[0].kind, self._numbers
         if not headers[0].is_barrier:
             numbers.batch_requests.add(len(headers))
-            numbers.batch_tenants.add(len({header.subject.partition(":")[0] for header in headers}))
+            numbers.batch_tenants.add(len({header.session_id for header in headers}))
             numbers.batch_tokens.add(sum(header.tokens for header in headers))
         if REQUESTS.isEnabledFor(logging.INFO):
             traces = [header.trace for header in headers if header.trace]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tinsmith.errors import ConfigError
 from tinsmith.models.delta_nets import CONVOLUTION, is_delta_net
@@ -46,6 +46,10 @@ class Target:
         """Of A and B, as PEFT saves them: all experts' ranks side by side."""
         ranks = rank * max(1, self.experts)
         return (ranks, self.inputs), (self.outputs, ranks)
+
+    def weight(self, module: nn.Module) -> Tensor:
+        """The layer's parameter in a model as it was loaded."""
+        return module.get_parameter(self.path if self.experts else f"{self.path}.weight")
 
 
 def find_targets(module: Any) -> list[Target]:

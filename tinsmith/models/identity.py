@@ -19,14 +19,8 @@ _NUMBERS = 256  # of each layer, evenly spaced: training moves most of them, or 
 @torch.no_grad()
 def fingerprint_of(module: Any, targets: Sequence[Target]) -> str:
     """16 hexadecimal digits, of a causal language model as it was loaded and the linear layers in it."""
-    numbers = torch.stack([_some_of(weight_of(module, target)) for target in targets])
+    numbers = torch.stack([_some_of(target.weight(module)) for target in targets])
     return hashlib.sha256(numbers.cpu().view(torch.int16).numpy().tobytes()).hexdigest()[:16]
-
-
-def weight_of(module: Any, target: Target) -> Tensor:
-    """The parameter of a linear layer, or of all experts' together."""
-    parameter: Tensor = module.get_parameter(target.path if target.experts else f"{target.path}.weight")
-    return parameter
 
 
 def _some_of(weight: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tinsmith.errors import ConfigError, TinsmithError
 from tinsmith.models.experts import expert_pair
 from tinsmith.models.families import Target, find_targets
-from tinsmith.models.identity import weight_of
 from tinsmith.models.loading import adapter_layout, input_groups, load_base, text_part
 from tinsmith.models.probes import packed_logprobs, plain_logprobs, probe_prompts
 from tinsmith.models.weights import (
@@ -151,7 +150,7 @@ def _merge(module: Any, weights: Path) -> bool:
 
 @torch.no_grad()
 def _add(text: Any, target: Target, pair: tuple[Tensor, Tensor], scale: float) -> None:
-    weight = weight_of(text, target)
+    weight = target.weight(text)
     if not target.experts:
         matrix_a, matrix_b = pair
         weight.copy_(torch.addmm(weight.float(), matrix_b, matrix_a, alpha=scale))

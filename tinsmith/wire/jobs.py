@@ -49,6 +49,11 @@ class Header:
         return f"{self.subject}:{self.seq}"
 
     @property
+    def session_id(self) -> str:
+        """The ids of models and samplers begin with their session's."""
+        return self.subject.partition(":")[0]
+
+    @property
     def is_barrier(self) -> bool:
         return self.kind not in BATCHED
 
