@@ -83,13 +83,13 @@ def main() -> None:
         result = rival(arguments.sizes[0], arguments.cases[0], arguments.rounds)
         print(json.dumps([result.tokens_per_second, result.peak]))
         return
-    rows = []
+    rows: list[Row] = []
     for size in arguments.sizes:
         settings = [setting for setting in SETTINGS[size] if setting.case in arguments.cases]
         compared = [] if arguments.no_rival else [each.case for each in settings if each.case in RIVALS]
         theirs = {case: rival_in_a_process(size, case, arguments.rounds) for case in compared}
         rows += measure(size, settings, arguments.rounds, theirs)
-    record("training_gpu", rows, f"1 x {torch.cuda.get_device_name()}")
+        record("training_gpu", rows, f"1 x {torch.cuda.get_device_name()}")  # each time: the next size may fail
 
 
 def measure(size: str, settings: Sequence[Setting], rounds: int, rivals: Mapping[str, Result]) -> list[Row]:

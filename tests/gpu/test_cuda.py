@@ -8,7 +8,9 @@ import torch
 from transformers import AutoTokenizer
 
 from tinsmith.demo import tiny_folder
+from tinsmith.models import lora
 from tinsmith.models.loading import load_base
+from tinsmith.models.lora import AdapterLayout, initial_weights
 from tinsmith.protocols import AdamParams, ModelCall, ModelSpec, SnapshotCall
 from tinsmith.sampling.sampler import TorchSampler
 from tinsmith.training.trainer import TorchTrainer
@@ -72,6 +74,15 @@ def test_training_and_sampling_agree_with_the_cpu_in_float32() -> None:
     for ours, theirs in zip(logprobs, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-3)
     assert tokens == expected_tokens
+
+
+def test_a_seed_gives_the_same_adapter_as_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{linear}.{part}" for linear in range(40) for part in "AB"]
+    layout = AdapterLayout(names, [(32, 256), (512, 32)] * 40, [linear for linear in range(40) for _ in "AB"])
+    expected = initial_weights(layout, 3, torch.device("cpu"))
+    for most in (10**4, 10**9):
+        monkeypatch.setattr(lora, "_MOST_STAGED", most)
+        assert torch.equal(initial_weights(layout, 3, torch.device("cuda")).cpu(), expected)
 
 
 def test_bfloat16_stays_near_float32() -> None:

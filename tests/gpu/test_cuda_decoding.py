@@ -125,6 +125,19 @@ def plain(model: BaseModel, **options: Any) -> TorchSampler:
     return sampler
 
 
+def test_rows_of_ended_sequences_attend_to_nothing(model: BaseModel, fused: Callable[..., TorchSampler]) -> None:
+    sampler = fused(kv_tokens=1024)
+    for number in range(3):
+        sampler.submit(sample(f"{number}", prompt(20), max_tokens=60, seed=number))
+    while sampler._flight is None:
+        sampler.step()
+    flight, graphs = sampler._flight, sampler._cuda.graphs
+    graphs.follow(flight, {1}, 2)
+    ends = [2] * flight.rows  # two steps from the beginning
+    ends[1] = flight.starts[1] + flight.steps + 2
+    assert graphs._state.positions_N[: flight.rows].tolist() == ends
+
+
 @pytest.mark.skipif(ON_GPU, reason="bfloat16 draws other tokens where two are nearly as likely")
 @pytest.mark.parametrize("kv_tokens", [1024, 256])
 def test_tokens_and_logprobs_are_those_of_the_plain_sampler(

@@ -185,6 +185,27 @@ def test_a_newcomer_with_few_tokens_to_go_does_not_wait_for_the_long_ones(model:
     assert finished == ["short"]
 
 
+def test_tokens_take_turns_with_the_passes_of_a_long_prompt(model: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step beside each pass that leaves some of it, two beside the last, and then as many as there are."""
+    sampler, graphs = in_bursts(model, prefill_tokens=16)
+    graphs.most_steps = 8
+    sampler.submit(sample("neighbour", prompt(5), max_tokens=60))
+    for _ in range(2):
+        sampler.step()
+    steps: list[int] = []
+    launch = graphs.launch
+
+    def counted(samples: Sequence[Sample], count: int) -> Flight:
+        steps.append(count)
+        return launch(samples, count)
+
+    monkeypatch.setattr(graphs, "launch", counted)
+    sampler.submit(sample("long", prompt(50), max_tokens=30))
+    for _ in range(5):
+        sampler.step()
+    assert steps == [1, 1, 2, 8]  # beside the first pass, the burst that was on its way
+
+
 @pytest.mark.parametrize("steps", range(2, 6))
 def test_a_sample_that_begins_again_takes_nothing_of_the_burst_that_it_was_in(model: BaseModel, steps: int) -> None:
     call = sample("a", prompt(10), max_tokens=40, seed=3)

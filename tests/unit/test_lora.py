@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tinsmith.models import lora
 from tinsmith.models.grouped import GroupedAdapters, can_group
 from tinsmith.models.lora import (
     Adapter,
@@ -150,6 +151,15 @@ def test_every_a_of_every_seed_begins_with_other_weights_and_with_the_same_ones_
     matrices = [layout.views(flat)[position] for flat in drawn for position in layout.a_positions]
     assert len({tuple(matrix.flatten().tolist()) for matrix in matrices}) == 2 * len(layout.a_positions)
     assert torch.equal(drawn[0], initial_weights(layout, 3, CPU))
+
+
+@pytest.mark.parametrize("most", [1, 4 * INPUTS, 10**9])
+def test_how_many_are_drawn_at_once_changes_nothing(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = layout_of(4)
+    expected = initial_weights(layout, 3, CPU)
+    monkeypatch.setattr(lora, "_MOST_STAGED", most)
+    assert torch.equal(initial_weights(layout, 3, CPU), expected)
+    assert [position for batch in lora._batches(layout) for position in batch] == layout.a_positions
 
 
 def test_layers_with_the_same_input_are_one_product_and_equal_separate_ones() -> None:

@@ -14,6 +14,7 @@ from tinsmith.sampling.scheduling import (
     Holding,
     Prefilling,
     admissible,
+    burst_steps,
     fair_order,
     fork_allowance,
     prefill_shares,
@@ -187,3 +188,17 @@ def test_tenants_that_always_have_samples_waiting_hold_their_share_of_the_places
     counts = Counter(running.values())
     for rich, poor in permutations(of_tenant, 2):
         assert (counts[rich] - 1) / of_tenant[rich] < (counts[poor] + 1) / of_tenant[poor]
+
+
+@pytest.mark.parametrize(
+    ("remaining", "prompts_wait", "prompts_left", "expected"),
+    [
+        ([3, 500], False, False, 8),
+        ([3, 5], False, False, 5),  # nobody has more to go
+        ([3, 500], True, False, 2),  # a prompt waits for the burst, and has then all that it needs
+        ([1, 1], True, False, 1),
+        ([3, 500], True, True, 1),  # some prompts have not even begun
+    ],
+)
+def test_prompts_shorten_the_bursts_of_those_who_decode(remaining, prompts_wait, prompts_left, expected):
+    assert burst_steps(remaining, prompts_wait=prompts_wait, prompts_left=prompts_left, most=8) == expected

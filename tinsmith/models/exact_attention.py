@@ -17,6 +17,7 @@ from torch import Tensor
 from tinsmith.models import exact_attention_kernels as kernels
 from tinsmith.models.exact_products import ExactKernel
 from tinsmith.models.launch import blocks, power_of_two
+from tinsmith.models.transfer import on_device
 
 TILE_ROWS = kernels.ROWS.value
 _KEYS, _CHUNK = kernels.KEYS.value, kernels.CHUNK.value
@@ -85,7 +86,9 @@ def row_tiles(spans: Sequence[tuple[int, int, int]], sharing: int, device: torch
         part[:, 0], part[:, 1], part[:, 2] = row + offsets, np.minimum(step, count - offsets), table
         tiles.append(part)
         positions.append(position + offsets)
-    return RowTiles(upload(np.concatenate(tiles), device), upload(np.concatenate(positions, dtype=np.int32), device))
+    return RowTiles(
+        on_device(np.concatenate(tiles), device), on_device(np.concatenate(positions, dtype=np.int32), device)
+    )
 
 
 def key_tiles(lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -97,12 +100,7 @@ def key_tiles(lengths: Sequence[int], device: torch.device) -> Tensor:
         part[:, 0], part[:, 1], part[:, 2] = begin + firsts, firsts, length
         parts.append(part)
         begin += length
-    return upload(np.concatenate(parts), device)
-
-
-def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return on_device(np.concatenate(parts), device)
 
 
 def attend(

@@ -8,7 +8,7 @@ Shapes: `T` rows of the batch, `N` rows of one segment, `I` inputs, `O` outputs 
 `P` outputs of one of them.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tinsmith.models.flat import FlatWeights, Layout
@@ -23,6 +24,8 @@ from tinsmith.protocols import ModelSpec
 
 KAIMING_SLOPE = 5**0.5
 """The slope of PEFT's kaiming-uniform initialisation of A: uniform in ±1/√in."""
+
+_MOST_STAGED = 2**24  # numbers: 64 MiB of pinned memory
 
 
 class AdapterLayout(Layout):
@@ -134,17 +137,46 @@ def initial_weights(layout: AdapterLayout, seed: int, device: torch.device) -> T
     Each A has a random stream of its own, of `seed` and its position in the layout, so that threads draw them at once.
     """
     flat = torch.zeros(layout.total, device=device)
-    views = layout.views(flat)
-
-    def draw(position: int) -> Tensor:
-        stream = np.random.SeedSequence([seed, position]).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(stream[0]))
-        return nn.init.kaiming_uniform_(torch.empty(layout.shapes[position]), KAIMING_SLOPE, generator=generator)
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        for position, a_RI in zip(layout.a_positions, threads.map(draw, layout.a_positions), strict=True):
-            views[position].copy_(a_RI)
+    count = torch.get_num_threads()
+    with ThreadPoolExecutor(count) as threads:
+        for positions in _batches(layout):
+            targets = [layout.view(flat, position) for position in positions]
+            drawn = _staged(targets)
+            streams = [np.random.SeedSequence([seed, position]).generate_state(1, np.uint64) for position in positions]
+            jobs = list(zip(drawn, streams, strict=True))
+            # A thread draws many matrices: threads that ask for one at a time wait for Python more than they draw.
+            list(threads.map(_draw, [jobs[first::count] for first in range(count)]))
+            for target, drawn_RI in zip(targets, drawn, strict=True):
+                if drawn_RI is not target:
+                    target.copy_(drawn_RI, non_blocking=True)
     return flat
+
+
+def _batches(layout: AdapterLayout) -> Iterator[list[int]]:
+    """The positions of all A, as many at once as may be on their way to a device."""
+    batch: list[int] = []
+    for position in layout.a_positions:
+        if batch and sum(layout.sizes[other] for other in (*batch, position)) > _MOST_STAGED:
+            yield batch
+            batch = []
+        batch.append(position)
+    if batch:
+        yield batch
+
+
+def _staged(targets: Sequence[Tensor]) -> Sequence[Tensor]:
+    """On a CPU the targets; else as many matrices on the host, from where a GPU copies while others are drawn."""
+    device, sizes = targets[0].device, [target.numel() for target in targets]
+    if device.type == "cpu":
+        return targets
+    parts = torch.empty(sum(sizes), pin_memory=device.type == "cuda").split(sizes)
+    return [part.view(target.shape) for part, target in zip(parts, targets, strict=True)]
+
+
+def _draw(jobs: Sequence[tuple[Tensor, NDArray[np.uint64]]]) -> None:
+    for drawn_RI, stream in jobs:
+        generator = torch.Generator().manual_seed(int(stream[0]))
+        nn.init.kaiming_uniform_(drawn_RI, KAIMING_SLOPE, generator=generator)
 
 
 @dataclass(slots=True)

@@ -30,7 +30,7 @@ TILE_ROWS = 16
 
 _MOST_PARTS = 3
 _WIDTH = 1 + _MOST_PARTS
-_COLUMNS = 128
+_COLUMNS = 256
 _DEPTH = 256
 _RANK_BLOCK = 32
 _NUMBERS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -90,6 +90,17 @@ def _shrink(
     )
 
 
+@triton.jit
+def _sum(ptr, inside, stride, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of tiles that lie so far apart, some read at once: one by one, each would wait until the one before is there."""
+    AT_ONCE: tl.constexpr = min(SPLITS, 4)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in tl.static_range(0, SPLITS, AT_ONCE):
+        split = first + tl.arange(0, AT_ONCE)[:, None, None]
+        total += tl.sum(tl.load(ptr[None] + split * stride, mask=inside[None], other=0.0), 0)
+    return total
+
+
 @triton.jit(do_not_specialize=["group", "groups"])
 def _expand(
     z_ptr,
@@ -109,13 +120,16 @@ def _expand(
     COLUMNS: tl.constexpr,
     SPLITS: tl.constexpr,
     NUMBER: tl.constexpr,
+    EVEN: tl.constexpr,
     ADD: tl.constexpr,
 ):
     """y[rows, columns of one layer] = scale · (sum of z over the splits) Bᵀ, and what is there if `ADD`."""
     tile = tl.program_id(0)
     part = tl.load(blocks_ptr + tl.program_id(1) * 4)
-    begin = tl.load(blocks_ptr + tl.program_id(1) * 4 + 1)
+    begin = tl.multiple_of(tl.load(blocks_ptr + tl.program_id(1) * 4 + 1), COLUMNS)
     outputs = tl.load(blocks_ptr + tl.program_id(1) * 4 + 2)
+    if EVEN:
+        outputs = tl.multiple_of(outputs, 8)  # or every number would be stored by itself
     y_begin = tl.multiple_of(tl.load(blocks_ptr + tl.program_id(1) * 4 + 3), 8)
     first = tl.load(tiles_ptr + tile * 3)
     count = tl.load(tiles_ptr + tile * 3 + 1)
@@ -142,9 +156,7 @@ def _expand(
         )
         inside = (row < count)[:, None] & (rank < ranks)[None, :]
         place = (first + row)[:, None] * z_stride + part * ranks + rank[None, :]
-        z = tl.load(z_ptr + place, mask=inside, other=0.0)
-        for split in tl.static_range(1, SPLITS):
-            z += tl.load(z_ptr + split * z_split_stride + place, mask=inside, other=0.0)
+        z = _sum(z_ptr + place, inside, z_split_stride, SPLITS, ROWS, RANK_BLOCK)
         total = tl.dot(z.to(b.dtype), b, total)
     total *= scale
     if ADD:
@@ -261,8 +273,9 @@ class AdapterTiles:
             COLUMNS=_COLUMNS,
             SPLITS=self._splits(x_TI.shape[1]),
             NUMBER=_NUMBERS[x_TI.dtype],
+            EVEN=not any(width % 8 for width in outputs),
             ADD=add,
-            num_warps=2,
+            num_warps=8,
             num_stages=1,
         )
 

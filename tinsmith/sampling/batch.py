@@ -19,6 +19,7 @@ from tinsmith.models.invariant import LEAST_ROWS
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import Segment
 from tinsmith.models.quick import QuickLayers
+from tinsmith.models.transfer import on_device
 from tinsmith.sampling.attention import PagedAttention
 from tinsmith.sampling.decoding import SAMPLE_STREAM, TokenDistributions, uniforms
 from tinsmith.sampling.kv_cache import KVCache
@@ -73,7 +74,7 @@ def forward(
         spans.append(Span(sample.key, work.start, work.rows, past, sample.blocks))
     module = works[0].sample.request.snapshot.module
     if layers is not None and module is None:
-        tokens_T = torch.tensor(tokens).to(model.device, non_blocking=True)
+        tokens_T = on_device(np.array(tokens), model.device)
         return layers.pass_of(spans, tokens_T, segments_of((work.sample.adapter, work.rows) for work in works))
     quick = model.quick if module is None and isinstance(lanes, Lanes) else None
     same_bits = quick.is_packed if quick else model.dtype == torch.bfloat16

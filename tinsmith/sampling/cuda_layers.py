@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +24,7 @@ from tinsmith.models.kernels import add_rms_norm, swiglu
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import AdaptersInTurn, LinearGroup, Segment
 from tinsmith.models.plain_layers import FAMILIES, LayerParts, Probe, gates_are_silu, parts_of, weight_of
+from tinsmith.models.transfer import on_device
 from tinsmith.protocols import ModelSpec
 from tinsmith.sampling.adapter_tiles import AdapterTiles, TileSizes, tiles_needed
 from tinsmith.sampling.cuda_kernels import HeadNorms, HeadShape, attend_rows, store_heads
@@ -72,17 +74,17 @@ class PrefillingRows:
 
     def __init__(self, cache: KVCache, spans: Sequence[Span]) -> None:
         device = cache.keys_LBSGd.device
-        positions = [torch.arange(span.past, span.past + span.count) for span in spans]
-        self.positions_T = torch.cat(positions).to(device, non_blocking=True)
+        positions = [np.arange(span.past, span.past + span.count) for span in spans]
+        self.positions_T = on_device(np.concatenate(positions), device)
         slots = [_slots(span, cache.block_size) for span in spans]
         own = [part[span.past :] for span, part in zip(spans, slots, strict=True)]
-        self.slots_T = torch.cat(own).to(device, non_blocking=True)
+        self.slots_T = on_device(np.concatenate(own), device)
         self._cache = cache
         self._begins = _bounds([span.count for span in spans], device)
         self._most = max(span.count for span in spans)
         self._slots_K = None
         if any(span.past for span in spans):
-            self._slots_K = torch.cat(slots).to(device, non_blocking=True)
+            self._slots_K = on_device(np.concatenate(slots), device)
             self._key_begins = _bounds([span.past + span.count for span in spans], device)
             self._most_keys = max(span.past + span.count for span in spans)
         else:
@@ -99,14 +101,14 @@ class PrefillingRows:
         return flash(query, key, value, *bounds, 0.0, True, False, scale=shape.scaling, **window)[0].flatten(1)
 
 
-def _slots(span: Span, size: int) -> Tensor:
+def _slots(span: Span, size: int) -> np.ndarray[Any, Any]:
     """Of all of a sequence's tokens up to the last of the span."""
-    blocks = torch.tensor(span.blocks)
-    return (blocks[:, None] * size + torch.arange(size)).flatten()[: span.past + span.count]
+    blocks = np.array(span.blocks)
+    return (blocks[:, None] * size + np.arange(size)).ravel()[: span.past + span.count]
 
 
 def _bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+    return on_device(np.array([0, *itertools.accumulate(lengths)], np.int32), device)
 
 
 class CudaLayers:
@@ -155,8 +157,8 @@ class CudaLayers:
         """[T, D], of the rows of these spans, which follow each other without gaps."""
         if any(span.count > 1 for span in spans):
             return self.hidden(tokens_T, PrefillingRows(self._cache, spans), self._of_prompts(segments))
-        tables_NW = torch.tensor(block_tables(spans), dtype=torch.int32).to(tokens_T.device, non_blocking=True)
-        positions_N = torch.tensor([span.past for span in spans]).to(tokens_T.device, non_blocking=True)
+        tables_NW = on_device(np.array(block_tables(spans), np.int32), tokens_T.device)
+        positions_N = on_device(np.array([span.past for span in spans]), tokens_T.device)
         rows = DecodingRows(self._cache, tables_NW, positions_N)
         return self.hidden(tokens_T, rows, self._of_single_rows(segments))
 

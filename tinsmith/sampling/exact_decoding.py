@@ -21,6 +21,7 @@ from tinsmith.models.exact_attention import Paging, RowTiles, SingleRows, row_ti
 from tinsmith.models.exact_products import TILE_ROWS, CacheRows, ExactAdapters, adapters_of
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import Segment
+from tinsmith.models.transfer import on_device
 from tinsmith.protocols import ModelSpec
 from tinsmith.sampling.batch import Ready, last_logits, top_tokens
 from tinsmith.sampling.cuda_kernels import RowState, choose_tokens
@@ -79,12 +80,11 @@ class ExactSampling:
     def pass_of(self, spans: Sequence[Span], tokens_T: Tensor, segments: Sequence[Segment]) -> Tensor:
         """[T, D], of the rows of these spans, which follow each other without gaps."""
         device, size = self._model.device, self._cache.block_size
-        tables = block_tables(spans)
-        tables_NW = torch.tensor(tables, dtype=torch.int32).to(device, non_blocking=True)
+        tables = np.array(block_tables(spans), np.int32)
         positions = np.concatenate([np.arange(span.past, span.past + span.count) for span in spans])
         sequences = np.repeat(np.arange(len(spans)), [span.count for span in spans])
-        slots = np.array(tables)[sequences, positions // size] * size + positions % size
-        slots_T, positions_T = (torch.from_numpy(each).to(device, non_blocking=True) for each in (slots, positions))
+        slots = tables.astype(np.int64)[sequences, positions // size] * size + positions % size
+        tables_NW, slots_T, positions_T = (on_device(each, device) for each in (tables, slots, positions))
         rows = CachedRows(self._cache, slots_T, Paging(tables_NW, size), _Spans(spans, device))
         return self.layers.rows_through(tokens_T, positions_T, rows, adapters_of(self.layers.places, segments, device))
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from tinsmith.models.head import full_product
 from tinsmith.models.loading import BaseModel
 from tinsmith.models.lora import AdaptersInTurn, Segment
+from tinsmith.models.transfer import on_device
 from tinsmith.sampling.adapter_tiles import TILE_ROWS, AdapterTiles, TileSizes
 from tinsmith.sampling.cuda_kernels import RowState, choose_tokens
 from tinsmith.sampling.cuda_layers import CudaLayers, DecodingRows, PassAdapters
@@ -165,7 +166,8 @@ class DecodeGraphs:
         """
         starts = [start + flight.steps for start in flight.starts]
         blocks = [sample.blocks if row in alive else [] for row, sample in enumerate(flight.samples)]
-        self._state.positions_N[len(blocks) : flight.rows].zero_()
+        idle = np.array([row for row in range(flight.rows) if row not in alive], np.int64)
+        self._state.positions_N.index_fill_(0, on_device(idle, self._model.device), 0)  # nothing is attended to there
         self._state.steps_N.zero_()
         self._load_tables(blocks, flight.rows, max(starts) + steps)
         return self._fly(flight.samples, flight.tables, starts, steps, flight.rows, flight.step)

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PREFILL_TOKENS, CUDA_PREFILL_TOKENS = 512, 4096
+PREFILL_TOKENS, CUDA_PREFILL_TOKENS = 512, 8192
 """Prompt tokens that one step runs at most, on a CPU and on a GPU: what a decoding sequence may have to wait for."""
 
 
@@ -329,9 +329,13 @@ class TorchSampler:
         flight, self._flight = self._flight, None
         if flight is not None:
             return flight
+        rows = {work.sample.key: work.rows for work in others}
         steps = scheduling.burst_steps(
             [sample.request.limit - len(sample.tokens) for sample in samples],
             prompts_wait=prompts_wait,
+            prompts_left=any(
+                sample.pending > max(1, rows.get(sample.key, 0)) for sample in self._seats.running.values()
+            ),
             most=graphs.most_steps,
         )
         growth = sum(self._seats.growth(sample, steps) for sample in samples)

@@ -193,11 +193,14 @@ def fork_allowance(
     return max(0, min(slots, part - Counter(running_tenants)[tenant]))
 
 
-def burst_steps(remaining: Sequence[int], *, prompts_wait: bool, most: int) -> int:
+def burst_steps(remaining: Sequence[int], *, prompts_wait: bool, prompts_left: bool, most: int) -> int:
     """How many tokens in a row, at most `most`, sequences may decode that have so many to go at most.
 
-    Those that end earlier run on in vain, which costs less than stopping for each of them. Prompts wait for fewer.
+    Those that end earlier run on in vain, which costs less than stopping for each of them. Prompts wait for fewer; and
+    for one only, if the pass beside it leaves some: the sooner all have begun, the fewer steps there are of few rows.
     """
+    if prompts_left:
+        return 1
     return min(max(remaining), max(1, most // 4) if prompts_wait else most)
 
 
