@@ -136,6 +136,8 @@ class Bench:
             max_rank=RANK,
         )
         self._sampler.warm_up(lambda progress: None)
+        if self._sampler._cuda is None:
+            raise SystemExit("this device samples without captured steps (the log says why): nothing to compare")
         torch.cuda.synchronize()
         self._started = time.perf_counter() - started
         for number in range(ADAPTERS):

@@ -125,6 +125,23 @@ def plain(model: BaseModel, **options: Any) -> TorchSampler:
     return sampler
 
 
+def test_everything_is_prepared_at_the_start(
+    model: BaseModel, fused: Callable[..., TorchSampler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = fused(kv_tokens=1024)
+    if INTERPRETED:  # which would take hours for thousands of rows
+        monkeypatch.setattr("tinsmith.sampling.cuda_layers._WARM_ROWS", (4, 16))
+    prepared: list[str] = []
+    sampler.warm_up(prepared.append)
+    assert sampler._cuda is not None, "what fails in preparation turns the fast way off"
+    kinds, sizes = set(sampler._cuda.graphs._steps), sampler._cuda.graphs._sizes
+    assert {kind.rows for kind in kinds} == set(sizes)
+    assert len(prepared) == 1 + len(kinds)
+    if ON_GPU:
+        everything(sampler, model)
+        assert set(sampler._cuda.graphs._steps) == kinds
+
+
 def test_rows_of_ended_sequences_attend_to_nothing(model: BaseModel, fused: Callable[..., TorchSampler]) -> None:
     sampler = fused(kv_tokens=1024)
     for number in range(3):

@@ -162,6 +162,15 @@ def test_how_many_are_drawn_at_once_changes_nothing(most: int, monkeypatch: pyte
     assert [position for batch in lora._batches(layout) for position in batch] == layout.a_positions
 
 
+def test_weights_that_are_made_in_inference_mode_can_be_trained_later() -> None:
+    """Threads, which are never in it, draw them."""
+    layout = layout_of(4)
+    with torch.inference_mode():
+        flat = initial_weights(layout, 3, CPU)
+    assert torch.equal(flat, initial_weights(layout, 3, CPU))
+    assert not flat.is_inference()
+
+
 def test_layers_with_the_same_input_are_one_product_and_equal_separate_ones() -> None:
     torch.manual_seed(1)
     layers = [nn.Linear(INPUTS, outputs).requires_grad_(False) for outputs in (10, 4, 7)]

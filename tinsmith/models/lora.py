@@ -131,6 +131,7 @@ class Adapter(FlatWeights):
         return Adapter(self.spec, self.layout, self.weights.clone(), self.compute.dtype)
 
 
+@torch.inference_mode(False)  # in which the threads below never are
 def initial_weights(layout: AdapterLayout, seed: int, device: torch.device) -> Tensor:
     """Flat fp32 weights: A kaiming-uniform as in PEFT, B zero. Equal on every device.
 
