@@ -146,6 +146,54 @@ def test_completions_say_every_tokens_logprob_and_place(chats: openai.OpenAI) ->
     assert all(max(top.values()) >= -5 for top in scores.top_logprobs)
 
 
+@pytest.mark.parametrize("as_tokens", [False, True])
+def test_an_echo_scores_the_prompt_as_the_sdk_does(
+    chats: openai.OpenAI, checkpoint: tuple[str, tinker.SamplingClient], as_tokens: bool
+) -> None:
+    path, trained = checkpoint
+    text = "What is 16 + 19? It is 35."
+    prompt = WORDS.encode(text)
+    expected = trained.compute_logprobs(types.ModelInput.from_ints(prompt)).result()
+    asked: Any = {"model": path, "prompt": [prompt, prompt[:4]] if as_tokens else [text, "What is"], "echo": True}
+    answer = chats.completions.create(**asked, max_tokens=0, logprobs=2)
+    choice, short = answer.choices
+    assert (choice.text, choice.finish_reason) == (text, "length")
+    assert text.startswith(short.text)
+    assert answer.usage is not None and answer.usage.completion_tokens == 0
+    scores = choice.logprobs
+    assert scores is not None and scores.tokens and scores.token_logprobs and scores.top_logprobs
+    assert "".join(scores.tokens) == text
+    assert expected[0] is None and scores.token_logprobs[0] is None and scores.top_logprobs[0] is None
+    np.testing.assert_allclose(scores.token_logprobs[1:], expected[1:], atol=1e-3)
+    best = [max(top.values()) for top in scores.top_logprobs[1:]]
+    assert all(top >= logprob - 1e-3 for top, logprob in zip(best, scores.token_logprobs[1:], strict=True))
+
+
+def test_an_echo_is_followed_by_what_is_sampled(chats: openai.OpenAI) -> None:
+    said = chats.completions.create(**LONG, max_tokens=5, logprobs=1).choices[0]
+    echoed = chats.completions.create(**LONG, max_tokens=5, logprobs=1, echo=True).choices[0]
+    assert echoed.text == LONG["prompt"] + said.text
+    assert echoed.logprobs is not None and said.logprobs is not None
+    assert echoed.logprobs.tokens is not None and "".join(echoed.logprobs.tokens) == echoed.text
+    assert echoed.logprobs.token_logprobs is not None and said.logprobs.token_logprobs is not None
+    np.testing.assert_allclose(echoed.logprobs.token_logprobs[-5:], said.logprobs.token_logprobs, atol=1e-3)
+    assert echoed.logprobs.top_logprobs is not None
+    assert len(echoed.logprobs.top_logprobs) == len(echoed.logprobs.tokens)
+    plain = chats.completions.create(**LONG, max_tokens=5, echo=True).choices[0]
+    assert (plain.text, plain.logprobs) == (echoed.text, None)
+
+
+def test_an_echo_that_cannot_be_had_is_refused(chats: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="max_tokens is 0, which needs echo"):
+        chats.completions.create(**LONG, max_tokens=0)
+    with pytest.raises(openai.BadRequestError, match="echo and stream"):
+        chats.completions.create(**LONG, max_tokens=1, echo=True, stream=True)
+    with pytest.raises(openai.BadRequestError, match="prompt token"):
+        chats.completions.create(model="tiny", prompt=[1, 10**6], max_tokens=0, echo=True)
+    with pytest.raises(openai.BadRequestError, match="echo"):
+        chats.chat.completions.create(model="tiny", messages=QUESTION, extra_body={"echo": True})
+
+
 def test_the_client_lists_and_describes_models(chats: openai.OpenAI, checkpoint: tuple[str, Any]) -> None:
     names = [model.id for model in chats.models.list()]
     assert names[0] == "tiny"

@@ -45,6 +45,7 @@ class Ask:
     seed: int | None = None
     stops: tuple[str, ...] = ()
     top_logprobs: int = 0
+    scores_prompt: bool = False  # of the prompt's tokens as well
 
     def to_request(self, sampler_id: str, seq: int) -> sampling_types.SampleRequest:
         return sampling_types.SampleRequest(
@@ -61,6 +62,8 @@ class Ask:
             seq_id=seq,
             num_samples=self.samples,
             topk_sample_logprobs=self.top_logprobs,
+            prompt_logprobs=self.scores_prompt,
+            topk_prompt_logprobs=self.top_logprobs if self.scores_prompt else 0,
         )
 
 

@@ -3,6 +3,8 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
+from itertools import count
 
 from msgspec import Struct
 from starlette.responses import Response
@@ -12,6 +14,7 @@ from tinsmith.api.calls import Call, answer
 from tinsmith.api.chat import openai_types as types
 from tinsmith.api.chat.continuations import samples_of
 from tinsmith.api.chat.conversations import of_openai, openai_tools
+from tinsmith.api.chat.echoes import Echo, without_samples
 from tinsmith.api.chat.errors import OPENAI, error_body
 from tinsmith.api.chat.events import WAITING, EventStream, event
 from tinsmith.api.chat.generation import Ask, Reading
@@ -53,12 +56,22 @@ async def completions(chat: Chat, call: Call) -> Response:
     """POST /completions."""
     body = await read_body(call, types.CompletionRequest)
     refuse_unsupported(body)
+    if body.max_tokens == 0 and not body.echo:
+        raise UserError("max_tokens is 0, which needs echo; without it, 1 or more are allowed")
+    if body.echo and body.stream:
+        raise UserError("echo and stream are both true; leave out one of them")
     subject = await subject_of(call, chat, body.model)
     prompts = await _prompts(subject, body.prompt)
-    longest = _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    asks = [_ask(body, prompt, longest, body.logprobs or 0) for prompt in prompts]
+    longest = _COMPLETION_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
+    asks = [_ask(body, prompt.tokens, longest, body.logprobs or 0) for prompt in prompts]
     writer = TextWriter(body.model, subject.vocabulary, logprobs=body.logprobs is not None)
-    return await _answer(chat, call, body, subject, asks, writer)
+    if not body.echo:
+        return await _answer(chat, call, body, subject, asks, writer)
+    asks = [replace(ask, scores_prompt=body.logprobs is not None) for ask in asks]
+    outputs = await _sample_all(chat, call, subject, asks)
+    if body.max_tokens == 0:  # what a prompt's scores cost is one token
+        outputs = [without_samples(output) for output in outputs]
+    return await _written(subject, asks, outputs, writer, echoes=prompts)
 
 
 async def list_models(chat: Chat, call: Call) -> Response:
@@ -90,17 +103,18 @@ def _ask(body: types.Generating, prompt: list[int], max_tokens: int | None, top:
     )
 
 
-async def _prompts(subject: Subject, given: str | Sequence[str | int | list[int]]) -> list[list[int]]:
-    """Each prompt's tokens. Raises UserError for a list that mixes kinds, or has none or too many."""
+async def _prompts(subject: Subject, given: str | Sequence[str | int | list[int]]) -> list[Echo]:
+    """Each prompt. Raises UserError for a list that mixes kinds, or has none or too many."""
     if isinstance(given, str):
-        return [await tokens_of(subject, given)]
+        return [Echo(given, await tokens_of(subject, given))]
     tokens = [entry for entry in given if isinstance(entry, int)]
     if tokens and len(tokens) == len(given):
-        return [tokens]
+        return [Echo(None, tokens)]
     if tokens or not 0 < len(given) <= _MOST_PROMPTS:
         raise UserError(f"prompt must be a text, one prompt's token ids, or a list of 1 to {_MOST_PROMPTS} of either")
-    texts = {entry: await tokens_of(subject, entry) for entry in given if isinstance(entry, str)}
-    return [texts[entry] if isinstance(entry, str) else entry for entry in given if not isinstance(entry, int)]
+    texts = {entry: Echo(entry, await tokens_of(subject, entry)) for entry in given if isinstance(entry, str)}
+    lists = [entry for entry in given if not isinstance(entry, int)]
+    return [texts[entry] if isinstance(entry, str) else Echo(None, entry) for entry in lists]
 
 
 async def _answer(
@@ -114,29 +128,49 @@ async def _answer(
     tools: bool = False,
 ) -> Response:
     """Samples all prompts, and writes what they say."""
-    transcripts = [Transcript(subject.vocabulary, ask.stops, tools=tools) for ask in asks for _ in range(ask.samples)]
-    prompt_tokens = sum(len(ask.prompt) for ask in asks)
     if not body.stream:
         outputs = await _sample_all(chat, call, subject, asks)
-        size = sum(len(output.tokens_S) for output in outputs) * (1 + asks[0].top_logprobs) * _TOKEN_BYTES
-        return await compute(size, _whole, outputs, transcripts, writer, prompt_tokens)
+        return await _written(subject, asks, outputs, writer, tools=tools)
     if len(asks) > 1:
         raise UserError(f"stream is true, but prompt holds {len(asks)} prompts; ask for them one by one, or without it")
     reading = await chat.generation.read(call, subject.target, asks[0])
     with_usage = body.stream_options is not None and body.stream_options.include_usage
-    return EventStream(_events(reading, transcripts, writer, prompt_tokens if with_usage else None))
+    transcripts = _transcripts(subject, asks[0], tools=tools)
+    return EventStream(_events(reading, transcripts, writer, len(asks[0].prompt) if with_usage else None))
 
 
-def _whole(
-    outputs: Sequence[SampleOutput], transcripts: Sequence[Transcript], writer: Writer, prompt_tokens: int
+def _transcripts(subject: Subject, ask: Ask, *, tools: bool) -> list[Transcript]:
+    return [Transcript(subject.vocabulary, ask.stops, tools=tools) for _ in range(ask.samples)]
+
+
+async def _written(
+    subject: Subject,
+    asks: Sequence[Ask],
+    outputs: Sequence[SampleOutput],
+    writer: Writer,
+    *,
+    tools: bool = False,
+    echoes: Sequence[Echo] = (),
 ) -> Response:
-    samples = [sample for output in outputs for sample in samples_of("", output)]
-    stopped = [bool(one) for output in outputs for one in output.stopped]
-    for index, (transcript, sample) in enumerate(zip(transcripts, samples, strict=True)):
-        pieces = transcript.feed(sample.tokens)
-        rest, ending = transcript.end(stopped=stopped[index])
-        writer.add(index, sample, pieces + rest, ending)
-    return answer(writer.whole(usage_of(prompt_tokens, outputs)))
+    """What all prompts' samples say, each behind its prompt if there are `echoes`."""
+    tokens = sum(len(output.tokens_S) for output in outputs) + sum(len(echo.tokens) for echo in echoes)
+    size = tokens * (1 + asks[0].top_logprobs) * _TOKEN_BYTES
+
+    def whole() -> Response:
+        places = count()
+        for number, (ask, output) in enumerate(zip(asks, outputs, strict=True)):
+            parts = zip(_transcripts(subject, ask, tools=tools), samples_of("", output), output.stopped, strict=True)
+            for transcript, sample, stopped in parts:
+                pieces = transcript.feed(sample.tokens)
+                rest, ending = transcript.end(stopped=bool(stopped))
+                said = pieces + rest
+                if echoes:
+                    said = [echoes[number].read(subject.vocabulary), *said]
+                    sample = echoes[number].before(sample, output)
+                writer.add(next(places), sample, said, ending)
+        return answer(writer.whole(usage_of(sum(len(ask.prompt) for ask in asks), outputs)))
+
+    return await compute(size, whole)
 
 
 async def _sample_all(chat: Chat, call: Call, subject: Subject, asks: Sequence[Ask]) -> list[SampleOutput]:

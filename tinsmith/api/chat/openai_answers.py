@@ -6,6 +6,7 @@ Log-probabilities cover every sampled token, also the one that ends a sample and
 import time
 from collections import Counter
 from collections.abc import Sequence
+from math import isnan
 from typing import Protocol
 
 from msgspec import UNSET, Struct
@@ -157,10 +158,11 @@ class TextWriter:
             offsets.append(self._length[index])
             self._length[index] += len(token)
         top = [
-            {self._shown(token): logprob for token, logprob in zip(ids, logprobs, strict=True)}
+            {self._shown(token): logprob for token, logprob in zip(ids, logprobs, strict=True)} or None
             for ids, logprobs in zip(part.top_ids, part.top_logprobs, strict=True)
         ]
-        return types.TextLogprobs(tokens, part.logprobs, top or None, offsets)
+        logprobs = [None if isnan(logprob) else logprob for logprob in part.logprobs]
+        return types.TextLogprobs(tokens, logprobs, top or None, offsets)
 
     def _shown(self, token: int) -> str:
         return _shown(self._words.token_bytes(token))

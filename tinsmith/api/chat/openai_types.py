@@ -142,9 +142,10 @@ class ChatRequest(Generating, kw_only=True):
 
 class CompletionRequest(Generating, kw_only=True):
     prompt: str | list[str | int | list[int]]  # texts, or the tokens of one prompt or of several
+    max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None  # none with `echo` only
     logprobs: TopLogprobs | None = None
+    echo: bool | None = None
     best_of: Any = None
-    echo: Any = None
     suffix: Any = None
 
 
@@ -242,8 +243,8 @@ class DeltaChoice(Answer):
 
 class TextLogprobs(Answer):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]  # None for a prompt's first token, which follows nothing
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 

@@ -14,7 +14,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "container": (None,),
     "diagnostics": (None,),
     "eager_input_streaming": (None, False),
-    "echo": (None, False),
     "frequency_penalty": (None, 0),
     "function_call": (None,),
     "functions": (None,),
