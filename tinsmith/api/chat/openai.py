@@ -29,6 +29,7 @@ from tinsmith.wire.progress import Progress
 
 _COMPLETION_TOKENS = 16  # the dialect's default for completions; chats go on to the context's end
 _MOST_PROMPTS = 128
+_MOST_SCORED = 2**20  # log-probabilities of prompts in one answer
 _TOKEN_BYTES = 100  # of an answer, roughly
 _DONE = b"data: [DONE]\n\n"
 
@@ -67,7 +68,9 @@ async def completions(chat: Chat, call: Call) -> Response:
     writer = TextWriter(body.model, subject.vocabulary, logprobs=body.logprobs is not None)
     if not body.echo:
         return await _answer(chat, call, body, subject, asks, writer)
-    asks = [replace(ask, scores_prompt=body.logprobs is not None) for ask in asks]
+    if body.logprobs is not None:
+        _check_scored(asks)
+        asks = [replace(ask, scores_prompt=True) for ask in asks]
     outputs = await _sample_all(chat, call, subject, asks)
     if body.max_tokens == 0:  # what a prompt's scores cost is one token
         outputs = [without_samples(output) for output in outputs]
@@ -101,6 +104,16 @@ def _ask(body: types.Generating, prompt: list[int], max_tokens: int | None, top:
         stops=stops,
         top_logprobs=top,
     )
+
+
+def _check_scored(asks: Sequence[Ask]) -> None:
+    """Raises UserError for prompts with more log-probabilities than an answer can hold."""
+    scored = sum(len(ask.prompt) * ask.samples * (1 + ask.top_logprobs) for ask in asks)
+    if scored > _MOST_SCORED:
+        raise UserError(
+            f"the prompts' log-probabilities would be {scored} numbers, and {_MOST_SCORED} are allowed in an answer; "
+            "ask for fewer prompts at once, a smaller n, or a smaller logprobs"
+        )
 
 
 async def _prompts(subject: Subject, given: str | Sequence[str | int | list[int]]) -> list[Echo]:
