@@ -185,8 +185,11 @@ def test_a_newcomer_with_few_tokens_to_go_does_not_wait_for_the_long_ones(model:
     assert finished == ["short"]
 
 
-def test_tokens_take_turns_with_the_passes_of_a_long_prompt(model: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One step beside each pass that leaves some of it, two beside the last, and then as many as there are."""
+@pytest.mark.parametrize(("tenant", "expected"), [("a", [1, 1, 2, 8]), ("another", [2, 2, 2, 8])])
+def test_tokens_take_turns_with_the_passes_of_a_long_prompt(
+    model: BaseModel, monkeypatch: pytest.MonkeyPatch, tenant: str, expected: list[int]
+) -> None:
+    """One step beside each pass that leaves some of the same tenant's, two beside others, then as many as there are."""
     sampler, graphs = in_bursts(model, prefill_tokens=16)
     graphs.most_steps = 8
     sampler.submit(sample("neighbour", prompt(5), max_tokens=60))
@@ -200,10 +203,10 @@ def test_tokens_take_turns_with_the_passes_of_a_long_prompt(model: BaseModel, mo
         return launch(samples, count)
 
     monkeypatch.setattr(graphs, "launch", counted)
-    sampler.submit(sample("long", prompt(50), max_tokens=30))
+    sampler.submit(sample("long", prompt(50), tenant=tenant, max_tokens=30))
     for _ in range(5):
         sampler.step()
-    assert steps == [1, 1, 2, 8]  # beside the first pass, the burst that was on its way
+    assert steps == expected  # beside the first pass, the burst that was on its way
 
 
 @pytest.mark.parametrize("steps", range(2, 6))

@@ -330,12 +330,12 @@ class TorchSampler:
         if flight is not None:
             return flight
         rows = {work.sample.key: work.rows for work in others}
+        running = self._seats.running.values()
+        unfinished = {sample.tenant for sample in running if sample.pending > max(1, rows.get(sample.key, 0))}
         steps = scheduling.burst_steps(
             [sample.request.limit - len(sample.tokens) for sample in samples],
             prompts_wait=prompts_wait,
-            prompts_left=any(
-                sample.pending > max(1, rows.get(sample.key, 0)) for sample in self._seats.running.values()
-            ),
+            prompts_left=unfinished.issuperset(sample.tenant for sample in samples),
             most=graphs.most_steps,
         )
         growth = sum(self._seats.growth(sample, steps) for sample in samples)

@@ -197,7 +197,8 @@ def burst_steps(remaining: Sequence[int], *, prompts_wait: bool, prompts_left: b
     """How many tokens in a row, at most `most`, sequences may decode that have so many to go at most.
 
     Those that end earlier run on in vain, which costs less than stopping for each of them. Prompts wait for fewer; and
-    for one only, if the pass beside it leaves some: the sooner all have begun, the fewer steps there are of few rows.
+    for one only, if the pass beside it leaves prompts of every tenant that decodes: the sooner all have begun, the
+    fewer steps there are of few rows. Nobody's tokens wait longer for the sake of others' prompts.
     """
     if prompts_left:
         return 1
