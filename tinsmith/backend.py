@@ -96,7 +96,7 @@ def _make(
 ) -> "tuple[TorchTrainer, TorchSampler]":
     from transformers import AutoTokenizer
 
-    from tinsmith.sampling.sampler import TorchSampler
+    from tinsmith.sampling.sampler import TorchSampler, most_prefill_tokens
     from tinsmith.training.trainer import TorchTrainer
 
     trainer = TorchTrainer(
@@ -114,6 +114,7 @@ def _make(
         AutoTokenizer.from_pretrained(folder, trust_remote_code=served.trust_remote_code),
         kv_tokens=budgets.kv_tokens,
         max_running=budgets.running,
+        prefill_tokens=min(most_prefill_tokens(model.device), budgets.layer_tokens),
         snapshot_bytes=budgets.snapshot_bytes,
         deterministic=settings.deterministic,
         max_rank=settings.max_lora_rank,
@@ -245,6 +246,7 @@ def _budgets(settings: Settings, served: Served, model: "BaseModel") -> "Budgets
     return sizing.Budgets(
         running=min(running, sizing.useful_sequences(kv_tokens)),
         kv_tokens=kv_tokens,
+        layer_tokens=sizing.layer_tokens(sizes, free),
         train_tokens=settings.train_tokens or fixed or fitting,
         kept_tokens=sizing.trainable_tokens(sizes, free, checkpointing=False),
         snapshot_bytes=int(free * sizing.SNAPSHOT_SHARE),

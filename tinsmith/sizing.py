@@ -66,11 +66,13 @@ class Budgets:
     """What a server may do at once: sequences sampled, tokens cached, tokens trained, bytes of weights to sample
     from, and of models that train.
 
-    A training pass of more than `kept_tokens` must not keep all activations.
+    A training pass of more than `kept_tokens` must not keep all activations, and no pass of prompts may be of more than
+    `layer_tokens`.
     """
 
     running: int
     kv_tokens: int
+    layer_tokens: int
     train_tokens: int
     kept_tokens: int
     snapshot_bytes: int
@@ -144,6 +146,11 @@ def trainable_tokens(sizes: ModelSizes, free_bytes: int, *, checkpointing: bool)
     """Tokens of one pass whose activations fit into training's share of memory."""
     token_bytes = sizes.checkpointed_bytes if checkpointing else sizes.activation_bytes
     return int(free_bytes * TRAIN_SHARE) // token_bytes
+
+
+def layer_tokens(sizes: ModelSizes, free_bytes: int) -> int:
+    """Tokens of which the inside of one layer fits into training's share of memory, which samples use in turn."""
+    return max(256, int(free_bytes * TRAIN_SHARE) * sizes.layers // sizes.activation_bytes)
 
 
 def context_tokens(sizes: ModelSizes, free_bytes: int, *, checkpointing: bool) -> int:

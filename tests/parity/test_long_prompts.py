@@ -7,7 +7,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from tests.parity.conftest import saved_and_loaded
 from tests.parity.sampling_lab import new_sampler, prompt, run, sample, sequences
 from tests.tiny_families import SIZES
+from tinsmith import sizing
+from tinsmith.backend import load_backend
+from tinsmith.config import Settings
 from tinsmith.models.loading import BaseModel
+from tinsmith.served import Served
 
 LONG, CHUNK, NEIGHBOURS = 30_000, 2048, 6
 NARROW = {
@@ -52,3 +56,15 @@ def test_others_get_a_token_in_every_step_while_a_very_long_prompt_runs(model: B
     assert max(chunks[5:16]) < CHUNK // 4, "a chunk far behind the beginning costs more, so it is shorter"
     assert max(chunks) <= CHUNK == chunks[17], "nobody waits any more"
     assert "long" in finished
+
+
+@pytest.mark.parametrize(("share", "expected"), [(1.0, 512), (0.0, 256)])
+def test_a_server_with_little_memory_runs_prompts_in_smaller_chunks(
+    share: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = sizing.layer_tokens
+    monkeypatch.setattr(sizing, "layer_tokens", lambda sizes, free: room(sizes, int(share * free)))
+    _, sampler = load_backend(Settings(device="cpu"), Served("tiny", "tiny"), lambda _: None)
+    sampler.submit(sample("long", prompt(600), max_tokens=1))
+    sampler.step()
+    assert sampler.usage().prefilled == expected

@@ -13,6 +13,7 @@ from tinsmith.sizing import (
     divide,
     free_host_memory,
     kv_cache_tokens,
+    layer_tokens,
     model_bytes,
     running_sequences,
     step_bytes,
@@ -41,6 +42,13 @@ def test_the_cache_and_a_micro_batch_stay_within_their_shares() -> None:
     assert kv_cache_tokens(SIZES, free, 64, on_cpu=False) * SIZES.kv_bytes <= 0.35 * free
     assert train_tokens(SIZES, free, on_cpu=False) * SIZES.activation_bytes <= 0.25 * free
     assert train_tokens(SIZES, 0, on_cpu=False) == 256
+
+
+def test_a_pass_of_prompts_takes_no_more_than_training_would_of_one_layer() -> None:
+    free = GIB // 8
+    tokens = layer_tokens(SIZES, free)
+    assert 0.24 * free < tokens * SIZES.activation_bytes / SIZES.layers <= 0.25 * free
+    assert layer_tokens(SIZES, 0) == 256
 
 
 def test_models_get_their_weights_and_equal_parts_of_the_rest() -> None:

@@ -44,8 +44,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PREFILL_TOKENS, CUDA_PREFILL_TOKENS = 512, 8192
-"""Prompt tokens that one step runs at most, on a CPU and on a GPU: what a decoding sequence may have to wait for."""
+_PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}
+
+
+def most_prefill_tokens(device: torch.device) -> int:
+    """Prompt tokens that one step runs at most: what a decoding sequence may have to wait for."""
+    return _PREFILL_TOKENS[device.type]
 
 
 class TorchSampler:
@@ -76,7 +80,7 @@ class TorchSampler:
         self._model = model
         self._block_size = block_size
         on_gpu = model.device.type == "cuda"
-        self._prefill_tokens = prefill_tokens or (CUDA_PREFILL_TOKENS if on_gpu else PREFILL_TOKENS)
+        self._prefill_tokens = prefill_tokens or most_prefill_tokens(model.device)
         self._reach = attention_reach(model)
         self._max_context = min(model.max_context, kv_tokens // block_size * block_size)
         self._stop_strings = StopStrings(tokenizer)
