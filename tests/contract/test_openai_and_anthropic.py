@@ -191,8 +191,10 @@ def test_an_echo_that_cannot_be_had_is_refused(chats: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="prompt token"):
         chats.completions.create(model="tiny", prompt=[1, 10**6], max_tokens=0, echo=True)
     many: Any = [[1] * 400] * 100
-    with pytest.raises(openai.BadRequestError, match="would be 1680000 numbers, and 1048576 are allowed"):
+    with pytest.raises(openai.BadRequestError, match=r"would have 1680000 tokens.*1048576 are allowed"):
         chats.completions.create(model="tiny", prompt=many, n=2, max_tokens=0, echo=True, logprobs=20)
+    with pytest.raises(openai.BadRequestError, match="would have 1280000 tokens"):
+        chats.completions.create(model="tiny", prompt=[[1] * 100] * 100, n=128, max_tokens=0, echo=True)
     with pytest.raises(openai.BadRequestError, match="echo"):
         chats.chat.completions.create(model="tiny", messages=QUESTION, extra_body={"echo": True})
 

@@ -29,7 +29,7 @@ from tinsmith.wire.progress import Progress
 
 _COMPLETION_TOKENS = 16  # the dialect's default for completions; chats go on to the context's end
 _MOST_PROMPTS = 128
-_MOST_SCORED = 2**20  # log-probabilities of prompts in one answer
+_MOST_ECHOED = 2**20  # tokens of prompts in one answer, and the likeliest in their places
 _TOKEN_BYTES = 100  # of an answer, roughly
 _DONE = b"data: [DONE]\n\n"
 
@@ -68,8 +68,8 @@ async def completions(chat: Chat, call: Call) -> Response:
     writer = TextWriter(body.model, subject.vocabulary, logprobs=body.logprobs is not None)
     if not body.echo:
         return await _answer(chat, call, body, subject, asks, writer)
+    _check_echoed(asks)
     if body.logprobs is not None:
-        _check_scored(asks)
         asks = [replace(ask, scores_prompt=True) for ask in asks]
     outputs = await _sample_all(chat, call, subject, asks)
     if body.max_tokens == 0:  # what a prompt's scores cost is one token
@@ -106,13 +106,13 @@ def _ask(body: types.Generating, prompt: list[int], max_tokens: int | None, top:
     )
 
 
-def _check_scored(asks: Sequence[Ask]) -> None:
-    """Raises UserError for prompts with more log-probabilities than an answer can hold."""
-    scored = sum(len(ask.prompt) * ask.samples * (1 + ask.top_logprobs) for ask in asks)
-    if scored > _MOST_SCORED:
+def _check_echoed(asks: Sequence[Ask]) -> None:
+    """Raises UserError for prompts of which an answer cannot hold as much as is asked for."""
+    echoed = sum(len(ask.prompt) * ask.samples * (1 + ask.top_logprobs) for ask in asks)
+    if echoed > _MOST_ECHOED:
         raise UserError(
-            f"the prompts' log-probabilities would be {scored} numbers, and {_MOST_SCORED} are allowed in an answer; "
-            "ask for fewer prompts at once, a smaller n, or a smaller logprobs"
+            f"the echoes would have {echoed} tokens, counting the likeliest in their places, and {_MOST_ECHOED} are "
+            "allowed in an answer; ask for fewer prompts at once, a smaller n, or a smaller logprobs"
         )
 
 
@@ -166,7 +166,9 @@ async def _written(
     echoes: Sequence[Echo] = (),
 ) -> Response:
     """What all prompts' samples say, each behind its prompt if there are `echoes`."""
-    tokens = sum(len(output.tokens_S) for output in outputs) + sum(len(echo.tokens) for echo in echoes)
+    tokens = (
+        sum(len(output.tokens_S) for output in outputs) + sum(len(echo.tokens) for echo in echoes) * asks[0].samples
+    )
     size = tokens * (1 + asks[0].top_logprobs) * _TOKEN_BYTES
 
     def whole() -> Response:
