@@ -20,19 +20,26 @@ class Echo:
         return words.decode(self.tokens, specials=True) if self.text is None else self.text
 
     def before(self, sample: Progress, output: SampleOutput) -> Progress:
-        """The sample with the prompt in front of it, and what `output` says of the prompt: NaN for the first token."""
+        """The sample with the prompt in front of it, and what `output` says of the prompt: NaN for the first token.
+
+        Whoever finds a token in the list of the likeliest finds it with the number that the token itself has: clients
+        compare them, and the engine's two ways to compute it may differ in their last bits.
+        """
         extras = output.extras
-        logprobs = extras["prompt_logprobs"].tolist() if "prompt_logprobs" in extras else []
-        top_ids, top_logprobs = (
-            [[], *extras[name][1:].tolist()] if name in extras else []
-            for name in ("topk_prompt_ids", "topk_prompt_logprobs")
-        )
+        logprobs_P = extras.get("prompt_logprobs")
+        if logprobs_P is None:
+            return replace(sample, tokens=self.tokens + sample.tokens)
+        top_ids, top_logprobs = sample.top_ids, sample.top_logprobs
+        if "topk_prompt_ids" in extras:
+            ids_Pk, values_Pk = extras["topk_prompt_ids"], extras["topk_prompt_logprobs"]
+            agreed_Pk = np.where(ids_Pk == np.array(self.tokens)[:, None], logprobs_P[:, None], values_Pk)
+            top_ids, top_logprobs = [[], *ids_Pk[1:].tolist(), *top_ids], [[], *agreed_Pk[1:].tolist(), *top_logprobs]
         return replace(
             sample,
             tokens=self.tokens + sample.tokens,
-            logprobs=logprobs + sample.logprobs,
-            top_ids=top_ids + sample.top_ids,
-            top_logprobs=top_logprobs + sample.top_logprobs,
+            logprobs=logprobs_P.tolist() + sample.logprobs,
+            top_ids=top_ids,
+            top_logprobs=top_logprobs,
         )
 
 

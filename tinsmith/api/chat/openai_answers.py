@@ -3,8 +3,9 @@
 Log-probabilities cover every sampled token, also the one that ends a sample and those of a stop string.
 """
 
+import codecs
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from math import isnan
 from typing import Protocol
@@ -122,7 +123,7 @@ class TextWriter:
         self._head = (new_id("cmpl-"), int(time.time()), model)
         self._words = words
         self._logprobs = logprobs
-        self._length: Counter[int] = Counter()  # characters of the tokens told of, by sample
+        self._places: defaultdict[int, _Places] = defaultdict(_Places)  # by sample
         self._choices: list[types.TextChoice] = []
 
     def opening(self, index: int) -> list[Struct]:
@@ -152,20 +153,34 @@ class TextWriter:
     def _scores(self, index: int, part: Progress) -> types.TextLogprobs | None:
         if not self._logprobs:
             return None
-        tokens = [self._shown(token) for token in part.tokens]
-        offsets = []
-        for token in tokens:
-            offsets.append(self._length[index])
-            self._length[index] += len(token)
+        raw = [self._words.token_bytes(token) for token in part.tokens]
+        offsets = [self._places[index].next(token) for token in raw]
         top = [
-            {self._shown(token): logprob for token, logprob in zip(ids, logprobs, strict=True)} or None
+            self._likeliest(ids, logprobs) or None
             for ids, logprobs in zip(part.top_ids, part.top_logprobs, strict=True)
         ]
         logprobs = [None if isnan(logprob) else logprob for logprob in part.logprobs]
-        return types.TextLogprobs(tokens, logprobs, top or None, offsets)
+        return types.TextLogprobs([_shown(token) for token in raw], logprobs, top or None, offsets)
 
-    def _shown(self, token: int) -> str:
-        return _shown(self._words.token_bytes(token))
+    def _likeliest(self, ids: Sequence[int], logprobs: Sequence[float]) -> dict[str, float]:
+        """By their texts; of several with the same, as parts of characters have it, the first one."""
+        found: dict[str, float] = {}
+        for token, logprob in zip(ids, logprobs, strict=True):
+            found.setdefault(_shown(self._words.token_bytes(token)), logprob)
+        return found
+
+
+class _Places:
+    """Where in a text its tokens begin, in characters; each part of a character begins where the character does."""
+
+    def __init__(self) -> None:
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+        self._length = 0
+
+    def next(self, raw: bytes) -> int:
+        begin = self._length
+        self._length += len(self._characters.decode(raw))
+        return begin
 
 
 def _text(pieces: Sequence[Piece]) -> str:
