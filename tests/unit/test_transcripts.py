@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers.models import Unigram
 from transformers import AutoTokenizer
 
 from tinsmith.api.chat.transcripts import Ending, Piece, ToolCall, Transcript
@@ -36,6 +38,33 @@ def read(
 
 def joined(pieces: Sequence[Piece]) -> str:
     return "".join(piece for piece in pieces if isinstance(piece, str))
+
+
+@pytest.fixture(scope="module")
+def spaced(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
+    """Words with the space before them in the token, which the decoder leaves out where a text begins: as Llama 2's."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁What", "▁is", "▁it", "s"]
+    tokenizer = Tokenizer(Unigram([(word, -1.0) for word in words], unk_id=0, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    strip = decoders.Strip(" ", 1, 0)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    folder = tmp_path_factory.mktemp("spaced")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return Vocabulary(folder)
+
+
+@pytest.mark.parametrize("size", [1, 100])
+def test_a_text_goes_on_with_the_space_of_its_next_word(spaced: Vocabulary, size: int) -> None:
+    tokens = spaced.encode("What is it é s")
+    assert spaced.decode(tokens) == "What is it é s"
+    assert [spaced.token_bytes(token).decode(errors="replace") for token in tokens[:4]] == [" What", " is", " it", " "]
+    assert b"".join(map(spaced.token_bytes, tokens)) == " What is it é s".encode()
+    for after, expected in ((tokens[:2], " it é s"), ((), "it é s"), (spaced.encode("é")[:-1], "it é s")):
+        transcript = Transcript(spaced, after=after)
+        pieces: list[Piece] = []
+        for begin in range(2, len(tokens), size):
+            pieces += transcript.feed(tokens[begin : begin + size])
+        assert joined(pieces + transcript.end(stopped=True)[0]) == expected
 
 
 @given(st.lists(st.integers(0, 511), max_size=40), st.integers(1, 7))

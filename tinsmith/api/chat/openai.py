@@ -138,9 +138,9 @@ async def _answer(
     asks: Sequence[Ask],
     writer: Writer,
     *,
-    tools: bool = False,
+    tools: bool | None = None,
 ) -> Response:
-    """Samples all prompts, and writes what they say."""
+    """Samples all prompts, and writes what they say. `tools` is None for texts, which go on with their prompts."""
     if not body.stream:
         outputs = await _sample_all(chat, call, subject, asks)
         return await _written(subject, asks, outputs, writer, tools=tools)
@@ -152,8 +152,9 @@ async def _answer(
     return EventStream(_events(reading, transcripts, writer, len(asks[0].prompt) if with_usage else None))
 
 
-def _transcripts(subject: Subject, ask: Ask, *, tools: bool) -> list[Transcript]:
-    return [Transcript(subject.vocabulary, ask.stops, tools=tools) for _ in range(ask.samples)]
+def _transcripts(subject: Subject, ask: Ask, *, tools: bool | None) -> list[Transcript]:
+    after = ask.prompt if tools is None else ()
+    return [Transcript(subject.vocabulary, ask.stops, tools=bool(tools), after=after) for _ in range(ask.samples)]
 
 
 async def _written(
@@ -162,7 +163,7 @@ async def _written(
     outputs: Sequence[SampleOutput],
     writer: Writer,
     *,
-    tools: bool = False,
+    tools: bool | None = None,
     echoes: Sequence[Echo] = (),
 ) -> Response:
     """What all prompts' samples say, each behind its prompt if there are `echoes`."""

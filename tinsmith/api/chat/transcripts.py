@@ -39,8 +39,11 @@ class Ending:
 class Transcript:
     """What one sample says. `feed` its tokens in order, then `end`."""
 
-    def __init__(self, vocabulary: Vocabulary, stops: Sequence[str] = (), *, tools: bool = False) -> None:
-        self._characters = _Characters(vocabulary)
+    def __init__(
+        self, vocabulary: Vocabulary, stops: Sequence[str] = (), *, tools: bool = False, after: Sequence[int] = ()
+    ) -> None:
+        """`after` are the tokens of a text that the sample goes on with; an answer of its own follows none."""
+        self._characters = _Characters(vocabulary, after)
         self._stops = _Stops(stops)
         self._calls = _Calls() if tools else None
 
@@ -66,9 +69,12 @@ class Transcript:
 class _Characters:
     """Tokens to text; those with the bytes of an incomplete character wait for the rest of it."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, after: Sequence[int]) -> None:
         self._vocabulary = vocabulary
-        self._before: list[int] = []  # tokens whose text is out, for decoders that look at a token's neighbour
+        # Tokens whose text is out, for decoders that look at a token's neighbour, or strip a text.
+        self._before = list(after[-_LONGEST_WAIT:])
+        if vocabulary.decode(self._before).endswith(_REPLACEMENT):
+            self._before = []  # an incomplete character: nobody knows where its text ends
         self._waiting: list[int] = []
 
     def feed(self, tokens: Sequence[int]) -> str:

@@ -63,7 +63,9 @@ class Vocabulary:
             return bytes(_BYTES[character] for character in piece)
         if len(piece) == 6 and piece.startswith("<0x"):
             return bytes.fromhex(piece[3:5])
-        return self.decode([token], specials=True).encode()
+        alone = self.decode([token], specials=True)
+        # Some decoders leave out the space with which a text begins: the token has it where it is the second one.
+        return self.decode([token, token], specials=True)[len(alone) :].encode()
 
     @cached_property
     def longest_token(self) -> int:
