@@ -4,6 +4,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.processors import TemplateProcessing
 
 from tinsmith.api.chat.echoes import Echo
 from tinsmith.api.chat.generation import Ask
@@ -52,6 +56,33 @@ def test_tokens_begin_where_their_characters_do() -> None:
     for token, offset in zip(tokens, told(tokens, [], []).text_offset, strict=True):
         assert offset == len(before.decode(errors="ignore"))
         before += WORDS.token_bytes(token)
+
+
+@pytest.fixture(scope="module")
+def beginning(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
+    """Of a tokenizer that puts a token and a space before every text, as Llama 2's."""
+    tokenizer = Tokenizer(Unigram([(word, -1.0) for word in ("<unk>", "<s>", "▁", "▁What", "▁is", "▁it")], 0))
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.pre_tokenizer, tokenizer.decoder = Metaspace(), decoders.Metaspace()
+    tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    folder = tmp_path_factory.mktemp("beginning")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return Vocabulary(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("What is it", [0, 0, 4, 7]), ("is", [0, 0]), (" is it", [0, 0, 3]), (None, [0, 3, 8, 11])]
+)
+def test_what_a_tokenizer_puts_before_a_text_takes_no_place(
+    beginning: Vocabulary, text: str | None, expected: list[int]
+) -> None:
+    tokens = beginning.encode(text or "What is it", specials=True)
+    front = Echo(text, tokens).front(beginning)
+    writer = TextWriter("tiny", beginning, logprobs=True, fronts=[front, front])
+    for index in range(2):
+        part = Progress("", index, 0, tokens, [-1.0] * len(tokens), [], [])
+        scores: Any = writer.news(index, part, [])[0]
+        assert scores.choices[0].logprobs.text_offset == expected
 
 
 def test_of_likely_tokens_with_the_same_text_the_likeliest_is_told() -> None:

@@ -19,6 +19,16 @@ class Echo:
     def read(self, words: Vocabulary) -> str:
         return words.decode(self.tokens, specials=True) if self.text is None else self.text
 
+    def front(self, words: Vocabulary) -> int:
+        """How many characters of its tokens' texts come before the text: what a tokenizer puts there by itself."""
+        length, text = 0, self.text or ""
+        for token in self.tokens if self.text is not None else ():
+            shown = words.token_bytes(token).decode(errors="replace")
+            if not words.is_special(token) or text.startswith(shown):
+                return length + (shown.startswith(" ") and not text.startswith(" "))
+            length += len(shown)
+        return length
+
     def before(self, sample: Progress, output: SampleOutput) -> Progress:
         """The sample with the prompt in front of it, and what `output` says of the prompt: NaN for the first token.
 

@@ -65,7 +65,9 @@ async def completions(chat: Chat, call: Call) -> Response:
     prompts = await _prompts(subject, body.prompt)
     longest = _COMPLETION_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
     asks = [_ask(body, prompt.tokens, longest, body.logprobs or 0) for prompt in prompts]
-    writer = TextWriter(body.model, subject.vocabulary, logprobs=body.logprobs is not None)
+    echoes = prompts if body.echo else []
+    fronts = [echo.front(subject.vocabulary) for echo in echoes for _ in range(asks[0].samples)]
+    writer = TextWriter(body.model, subject.vocabulary, logprobs=body.logprobs is not None, fronts=fronts)
     if not body.echo:
         return await _answer(chat, call, body, subject, asks, writer)
     _check_echoed(asks)
@@ -74,7 +76,7 @@ async def completions(chat: Chat, call: Call) -> Response:
     outputs = await _sample_all(chat, call, subject, asks)
     if body.max_tokens == 0:  # what a prompt's scores cost is one token
         outputs = [without_samples(output) for output in outputs]
-    return await _written(subject, asks, outputs, writer, echoes=prompts)
+    return await _written(subject, asks, outputs, writer, echoes=echoes)
 
 
 async def list_models(chat: Chat, call: Call) -> Response:

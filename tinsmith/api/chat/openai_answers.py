@@ -5,7 +5,7 @@ Log-probabilities cover every sampled token, also the one that ends a sample and
 
 import codecs
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from math import isnan
 from typing import Protocol
@@ -119,11 +119,12 @@ class ChatWriter:
 class TextWriter:
     """A Writer of completions of bare texts."""
 
-    def __init__(self, model: str, words: Vocabulary, *, logprobs: bool) -> None:
+    def __init__(self, model: str, words: Vocabulary, *, logprobs: bool, fronts: Sequence[int] = ()) -> None:
+        """`fronts`: of each sample, how many characters of its first tokens are no part of its text."""
         self._head = (new_id("cmpl-"), int(time.time()), model)
         self._words = words
         self._logprobs = logprobs
-        self._places: defaultdict[int, _Places] = defaultdict(_Places)  # by sample
+        self._places = {index: _Places(front) for index, front in enumerate(fronts)}
         self._choices: list[types.TextChoice] = []
 
     def opening(self, index: int) -> list[Struct]:
@@ -154,7 +155,8 @@ class TextWriter:
         if not self._logprobs:
             return None
         raw = [self._words.token_bytes(token) for token in part.tokens]
-        offsets = [self._places[index].next(token) for token in raw]
+        places = self._places.setdefault(index, _Places())
+        offsets = [places.next(token) for token in raw]
         top = [
             self._likeliest(ids, logprobs) or None
             for ids, logprobs in zip(part.top_ids, part.top_logprobs, strict=True)
@@ -173,14 +175,14 @@ class TextWriter:
 class _Places:
     """Where in a text its tokens begin, in characters; each part of a character begins where the character does."""
 
-    def __init__(self) -> None:
+    def __init__(self, front: int = 0) -> None:
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
-        self._length = 0
+        self._length = -front
 
     def next(self, raw: bytes) -> int:
         begin = self._length
         self._length += len(self._characters.decode(raw))
-        return begin
+        return max(0, begin)
 
 
 def _text(pieces: Sequence[Piece]) -> str:
