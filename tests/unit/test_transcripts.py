@@ -67,6 +67,13 @@ def test_a_text_goes_on_with_the_space_of_its_next_word(spaced: Vocabulary, size
         assert joined(pieces + transcript.end(stopped=True)[0]) == expected
 
 
+def test_a_stop_string_may_begin_with_the_space_before_the_first_word(spaced: Vocabulary) -> None:
+    tokens = spaced.encode("What is it")
+    transcript = Transcript(spaced, [" it"], after=tokens[:2])
+    assert transcript.feed(tokens[2:]) == []
+    assert transcript.end(stopped=False) == ([], Ending("stop", " it"))
+
+
 @given(st.lists(st.integers(0, 511), max_size=40), st.integers(1, 7))
 @settings(max_examples=150)
 def test_text_in_pieces_is_the_text_in_one(tokens: list[int], size: int) -> None:

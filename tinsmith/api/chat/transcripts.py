@@ -54,6 +54,7 @@ class Transcript:
     def end(self, *, stopped: bool) -> tuple[list[Piece], Ending]:
         """The rest, and why it ended; `stopped` says whether the sampler met an end or a stop."""
         pieces = self._parsed(self._stops.feed(self._characters.end()) + self._stops.end())
+        stopped = stopped or self._stops.met is not None  # the sampler reads a sample without what it goes on with
         if self._calls is None:
             return pieces, Ending("stop" if stopped else "length", self._stops.met)
         pieces += self._calls.end()
