@@ -49,7 +49,7 @@ GOALS = {
 }
 """By the name of a row, or its beginning."""
 TIMES_THE_RIVAL = {"ragged": 1.2, "groups": 1.2}
-KV_SHARE = 0.8  # of free memory, as a server that only samples has it
+KV_SHARE = 0.8  # of free memory, about what the rival takes; a server takes less unless told (kv_cache_tokens)
 PROBE = sampling_exactness.Probe((64, 256, 1024), RANK, 1e-3)
 
 
