@@ -13,11 +13,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tinsmith.models.attention import PackedAttention
 from tinsmith.models.attention_kernels import merge_attention
+from tinsmith.models.transfer import on_device
 
 _LEAST_LENGTH = 128  # shorter sequences have nothing to gain
 _MOST_PLANNED = 64  # shapes: the library never forgets a plan
@@ -89,8 +91,7 @@ class _Bounds:
     """Where sequences of these lengths begin and end, on the device."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        self.rows_N = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        self.rows_N = self.rows_N.pin_memory().to(device, non_blocking=True)
+        self.rows_N = on_device(np.array([0, *itertools.accumulate(lengths)], np.int32), device)
         self.longest = max(lengths)
 
 
@@ -110,8 +111,8 @@ class SharedPrefixAttention:
                 continued[prefix].append(number)
 
         def rows_of(sequences: Iterable[int]) -> Tensor:
-            rows_S = torch.cat([torch.arange(starts[number], starts[number + 1]) for number in sequences])
-            return rows_S.pin_memory().to(device, non_blocking=True)
+            rows = [np.arange(starts[number], starts[number + 1]) for number in sequences]
+            return on_device(np.concatenate(rows), device)
 
         self._rows_S = rows_of(itertools.chain.from_iterable(continued.values()))
         self._prefix_rows = rows_of(continued)

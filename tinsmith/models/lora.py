@@ -156,11 +156,13 @@ def initial_weights(layout: AdapterLayout, seed: int, device: torch.device) -> T
 def _batches(layout: AdapterLayout) -> Iterator[list[int]]:
     """The positions of all A, as many at once as may be on their way to a device."""
     batch: list[int] = []
+    numbers = 0
     for position in layout.a_positions:
-        if batch and sum(layout.sizes[other] for other in (*batch, position)) > _MOST_STAGED:
+        if batch and numbers + layout.sizes[position] > _MOST_STAGED:
             yield batch
-            batch = []
+            batch, numbers = [], 0
         batch.append(position)
+        numbers += layout.sizes[position]
     if batch:
         yield batch
 

@@ -296,15 +296,15 @@ class TorchSampler:
         decoding = {sample.key for sample in burst}
         others = [work for work in works if work.sample.key not in decoding]
         arithmetic = RowInvariance() if self._deterministic else nullcontext()
-        prompts_wait = any(sample.pending > 1 for sample in self._seats.running.values())
+        prompts = [sample for sample in self._seats.running.values() if sample.pending > 1]
         with torch.inference_mode(), arithmetic:
-            flight = self._take_off(burst, others, cuda.graphs, prompts_wait) if cuda and burst else None
+            flight = self._take_off(burst, others, cuda.graphs, prompts) if cuda and burst else None
             hidden_TD = self._forward(others, lanes) if others else None
-            if flight and prompts_wait:  # the device has the others' rows to do meanwhile
+            if flight and prompts:  # the device has the others' rows to do meanwhile
                 finished += self._accept(self._counted(flight))
             if hidden_TD is not None:
                 finished += self._scored(others, hidden_TD)
-            if cuda and flight and not prompts_wait:
+            if cuda and flight and not prompts:
                 self._flight = self._next_flight(flight, burst, cuda.graphs)
                 finished += self._accept(self._counted(flight))
 
@@ -327,18 +327,20 @@ class TorchSampler:
         return self._accept(choose(self._model, ready, hidden_TD)) if ready else []
 
     def _take_off(
-        self, samples: Sequence[Sample], others: Sequence[Work], graphs: "DecodeGraphs", prompts_wait: bool
+        self, samples: Sequence[Sample], others: Sequence[Work], graphs: "DecodeGraphs", prompts: Sequence[Sample]
     ) -> "Flight":
-        """The burst of these samples that is on its way, or else a new one; leaves the others room for a row each."""
+        """The burst of these samples that is on its way, or else a new one; leaves the others room for a row each.
+
+        `prompts` are the samples whose prompts are not through yet; `others` run beside the burst.
+        """
         flight, self._flight = self._flight, None
         if flight is not None:
             return flight
         rows = {work.sample.key: work.rows for work in others}
-        running = self._seats.running.values()
-        unfinished = {sample.tenant for sample in running if sample.pending > max(1, rows.get(sample.key, 0))}
+        unfinished = {sample.tenant for sample in prompts if sample.pending > rows.get(sample.key, 0)}
         steps = scheduling.burst_steps(
             [sample.request.limit - len(sample.tokens) for sample in samples],
-            prompts_wait=prompts_wait,
+            prompts_wait=bool(prompts),
             prompts_left=unfinished.issuperset(sample.tenant for sample in samples),
             most=graphs.most_steps,
         )
