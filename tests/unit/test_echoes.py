@@ -9,7 +9,7 @@ from tokenizers.models import Unigram
 from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
 
-from tinsmith.api.chat.echoes import Echo
+from tinsmith.api.chat.echoes import Echo, joined
 from tinsmith.api.chat.generation import Ask
 from tinsmith.api.chat.openai import _check_echoed
 from tinsmith.api.chat.openai_answers import TextWriter
@@ -41,7 +41,8 @@ def test_a_token_has_the_same_logprob_by_itself_as_among_the_likeliest() -> None
         "topk_prompt_logprobs": np.array([[-99999, -99999], [near[1], -3], [-0.5, near[2]]], np.float32),
     }
     output = SampleOutput(NOTHING, NOTHING.astype(np.float32), np.zeros(2, np.int64), np.zeros(1, np.int8), 0, extras)
-    sample = Echo(None, prompt).before(Progress("", 0, 0, [8], [-1.0], [[8, 5]], [[-1.0, -2.0]]), output)
+    sampled = Progress("", 0, 0, [8], [-1.0], [[8, 5]], [[-1.0, -2.0]])
+    sample = joined(Echo(None, prompt).scored(output), sampled)
     assert sample.tokens == [5, 6, 7, 8]
     assert sample.logprobs[1:] == [own[1], own[2], -1.0]
     assert sample.top_ids == [[], [6, 9], [9, 7], [8, 5]]

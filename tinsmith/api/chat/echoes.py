@@ -21,36 +21,43 @@ class Echo:
 
     def front(self, words: Vocabulary) -> int:
         """How many characters of its tokens' texts come before the text: what a tokenizer puts there by itself."""
-        length, text = 0, self.text or ""
-        for token in self.tokens if self.text is not None else ():
+        if self.text is None:
+            return 0
+        length = 0
+        for token in self.tokens:
             shown = words.token_bytes(token).decode(errors="replace")
-            if not words.is_special(token) or text.startswith(shown):
-                return length + (shown.startswith(" ") and not text.startswith(" "))
+            if not words.is_special(token) or self.text.startswith(shown):
+                return length + (shown.startswith(" ") and not self.text.startswith(" "))
             length += len(shown)
         return length
 
-    def before(self, sample: Progress, output: SampleOutput) -> Progress:
-        """The sample with the prompt in front of it, and what `output` says of the prompt: NaN for the first token.
+    def scored(self, output: SampleOutput) -> Progress:
+        """Its tokens with what `output` says of them, if anything: NaN for the first.
 
         Whoever finds a token in the list of the likeliest finds it with the number that the token itself has: clients
         compare them, and the engine's two ways to compute it may differ in their last bits.
         """
-        extras = output.extras
-        logprobs_P = extras.get("prompt_logprobs")
+        prompt = Progress("", 0, 0, self.tokens, [], [], [])
+        logprobs_P = output.extras.get("prompt_logprobs")
         if logprobs_P is None:
-            return replace(sample, tokens=self.tokens + sample.tokens)
-        top_ids, top_logprobs = sample.top_ids, sample.top_logprobs
-        if "topk_prompt_ids" in extras:
-            ids_Pk, values_Pk = extras["topk_prompt_ids"], extras["topk_prompt_logprobs"]
-            agreed_Pk = np.where(ids_Pk == np.array(self.tokens)[:, None], logprobs_P[:, None], values_Pk)
-            top_ids, top_logprobs = [[], *ids_Pk[1:].tolist(), *top_ids], [[], *agreed_Pk[1:].tolist(), *top_logprobs]
-        return replace(
-            sample,
-            tokens=self.tokens + sample.tokens,
-            logprobs=logprobs_P.tolist() + sample.logprobs,
-            top_ids=top_ids,
-            top_logprobs=top_logprobs,
-        )
+            return prompt
+        prompt = replace(prompt, logprobs=logprobs_P.tolist())
+        if "topk_prompt_ids" not in output.extras:
+            return prompt
+        ids_Pk, values_Pk = output.extras["topk_prompt_ids"], output.extras["topk_prompt_logprobs"]
+        agreed_Pk = np.where(ids_Pk == np.array(self.tokens)[:, None], logprobs_P[:, None], values_Pk)
+        return replace(prompt, top_ids=[[], *ids_Pk[1:].tolist()], top_logprobs=[[], *agreed_Pk[1:].tolist()])
+
+
+def joined(prompt: Progress, sample: Progress) -> Progress:
+    """A sample with its prompt in front of it."""
+    return replace(
+        sample,
+        tokens=prompt.tokens + sample.tokens,
+        logprobs=prompt.logprobs + sample.logprobs,
+        top_ids=prompt.top_ids + sample.top_ids,
+        top_logprobs=prompt.top_logprobs + sample.top_logprobs,
+    )
 
 
 def without_samples(output: SampleOutput) -> SampleOutput:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from itertools import count
 
@@ -14,7 +14,7 @@ from tinsmith.api.calls import Call, answer
 from tinsmith.api.chat import openai_types as types
 from tinsmith.api.chat.continuations import samples_of
 from tinsmith.api.chat.conversations import of_openai, openai_tools
-from tinsmith.api.chat.echoes import Echo, without_samples
+from tinsmith.api.chat.echoes import Echo, joined, without_samples
 from tinsmith.api.chat.errors import OPENAI, error_body
 from tinsmith.api.chat.events import WAITING, EventStream, event
 from tinsmith.api.chat.generation import Ask, Reading
@@ -50,7 +50,11 @@ async def chat_completions(chat: Chat, call: Call) -> Response:
     longest = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     ask = _ask(body, prompt, longest, body.top_logprobs or 0)
     writer = ChatWriter(body.model, subject.vocabulary, logprobs=bool(body.logprobs))
-    return await _answer(chat, call, body, subject, [ask], writer, tools=tools is not None)
+
+    def transcript(ask: Ask) -> Transcript:
+        return Transcript(subject.vocabulary, ask.stops, tools=tools is not None)
+
+    return await _answer(chat, call, body, subject, [ask], writer, transcript)
 
 
 async def completions(chat: Chat, call: Call) -> Response:
@@ -65,18 +69,22 @@ async def completions(chat: Chat, call: Call) -> Response:
     prompts = await _prompts(subject, body.prompt)
     longest = _COMPLETION_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
     asks = [_ask(body, prompt.tokens, longest, body.logprobs or 0) for prompt in prompts]
-    echoes = prompts if body.echo else []
-    fronts = [echo.front(subject.vocabulary) for echo in echoes for _ in range(asks[0].samples)]
-    writer = TextWriter(body.model, subject.vocabulary, logprobs=body.logprobs is not None, fronts=fronts)
+    logprobs = body.logprobs is not None
+
+    def transcript(ask: Ask) -> Transcript:
+        return Transcript(subject.vocabulary, ask.stops, after=ask.prompt)
+
     if not body.echo:
-        return await _answer(chat, call, body, subject, asks, writer)
+        writer = TextWriter(body.model, subject.vocabulary, logprobs=logprobs)
+        return await _answer(chat, call, body, subject, asks, writer, transcript)
     _check_echoed(asks)
-    if body.logprobs is not None:
-        asks = [replace(ask, scores_prompt=True) for ask in asks]
+    fronts = [front for echo in prompts for front in [echo.front(subject.vocabulary)] * asks[0].samples]
+    writer = TextWriter(body.model, subject.vocabulary, logprobs=logprobs, fronts=fronts)
+    asks = [replace(ask, scores_prompt=logprobs) for ask in asks]
     outputs = await _sample_all(chat, call, subject, asks)
     if body.max_tokens == 0:  # what a prompt's scores cost is one token
         outputs = [without_samples(output) for output in outputs]
-    return await _written(subject, asks, outputs, writer, echoes=echoes)
+    return await _written(subject, asks, outputs, writer, transcript, prompts)
 
 
 async def list_models(chat: Chat, call: Call) -> Response:
@@ -139,24 +147,18 @@ async def _answer(
     subject: Subject,
     asks: Sequence[Ask],
     writer: Writer,
-    *,
-    tools: bool | None = None,
+    transcript: Callable[[Ask], Transcript],
 ) -> Response:
-    """Samples all prompts, and writes what they say. `tools` is None for texts, which go on with their prompts."""
+    """Samples all prompts, and writes what they say, as a `transcript` of each sample reads it."""
     if not body.stream:
         outputs = await _sample_all(chat, call, subject, asks)
-        return await _written(subject, asks, outputs, writer, tools=tools)
+        return await _written(subject, asks, outputs, writer, transcript)
     if len(asks) > 1:
         raise UserError(f"stream is true, but prompt holds {len(asks)} prompts; ask for them one by one, or without it")
     reading = await chat.generation.read(call, subject.target, asks[0])
     with_usage = body.stream_options is not None and body.stream_options.include_usage
-    transcripts = _transcripts(subject, asks[0], tools=tools)
+    transcripts = [transcript(asks[0]) for _ in range(asks[0].samples)]
     return EventStream(_events(reading, transcripts, writer, len(asks[0].prompt) if with_usage else None))
-
-
-def _transcripts(subject: Subject, ask: Ask, *, tools: bool | None) -> list[Transcript]:
-    after = ask.prompt if tools is None else ()
-    return [Transcript(subject.vocabulary, ask.stops, tools=bool(tools), after=after) for _ in range(ask.samples)]
 
 
 async def _written(
@@ -164,28 +166,26 @@ async def _written(
     asks: Sequence[Ask],
     outputs: Sequence[SampleOutput],
     writer: Writer,
-    *,
-    tools: bool | None = None,
+    transcript: Callable[[Ask], Transcript],
     echoes: Sequence[Echo] = (),
 ) -> Response:
     """What all prompts' samples say, each behind its prompt if there are `echoes`."""
-    tokens = (
-        sum(len(output.tokens_S) for output in outputs) + sum(len(echo.tokens) for echo in echoes) * asks[0].samples
-    )
+    repeated = sum(len(echo.tokens) for echo in echoes) * asks[0].samples
+    tokens = repeated + sum(len(output.tokens_S) for output in outputs)
     size = tokens * (1 + asks[0].top_logprobs) * _TOKEN_BYTES
+    echo_of: Sequence[Echo | None] = echoes or [None] * len(asks)
 
     def whole() -> Response:
         places = count()
-        for number, (ask, output) in enumerate(zip(asks, outputs, strict=True)):
-            parts = zip(_transcripts(subject, ask, tools=tools), samples_of("", output), output.stopped, strict=True)
-            for transcript, sample, stopped in parts:
-                pieces = transcript.feed(sample.tokens)
-                rest, ending = transcript.end(stopped=bool(stopped))
-                said = pieces + rest
-                if echoes:
-                    said = [echoes[number].read(subject.vocabulary), *said]
-                    sample = echoes[number].before(sample, output)
-                writer.add(next(places), sample, said, ending)
+        for ask, output, echo in zip(asks, outputs, echo_of, strict=True):
+            beginning = [] if echo is None else [echo.read(subject.vocabulary)]
+            prompt = None if echo is None else echo.scored(output)
+            for sample, stopped in zip(samples_of("", output), output.stopped, strict=True):
+                reader = transcript(ask)
+                said = reader.feed(sample.tokens)
+                rest, ending = reader.end(stopped=bool(stopped))
+                scored = sample if prompt is None else joined(prompt, sample)
+                writer.add(next(places), scored, [*beginning, *said, *rest], ending)
         return answer(writer.whole(usage_of(sum(len(ask.prompt) for ask in asks), outputs)))
 
     return await compute(size, whole)

@@ -5,7 +5,7 @@ Log-probabilities cover every sampled token, also the one that ends a sample and
 
 import codecs
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from math import isnan
 from typing import Protocol
@@ -124,7 +124,7 @@ class TextWriter:
         self._head = (new_id("cmpl-"), int(time.time()), model)
         self._words = words
         self._logprobs = logprobs
-        self._places = {index: _Places(front) for index, front in enumerate(fronts)}
+        self._places = defaultdict(_Places, {index: _Places(front) for index, front in enumerate(fronts)})
         self._choices: list[types.TextChoice] = []
 
     def opening(self, index: int) -> list[Struct]:
@@ -155,8 +155,7 @@ class TextWriter:
         if not self._logprobs:
             return None
         raw = [self._words.token_bytes(token) for token in part.tokens]
-        places = self._places.setdefault(index, _Places())
-        offsets = [places.next(token) for token in raw]
+        offsets = [self._places[index].next(token) for token in raw]
         top = [
             self._likeliest(ids, logprobs) or None
             for ids, logprobs in zip(part.top_ids, part.top_logprobs, strict=True)
